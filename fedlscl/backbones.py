@@ -1,0 +1,213 @@
+"""The two kinds of model every client holds: the frozen foundation model and a small CNN, both from timm.
+
+Shapes: B batch, T tokens, S input size in pixels, d ViT width, e feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from fedlscl.adapters import LoRA, per_sample_lora
+
+SHIPPED = Path(__file__).parent / "weights"
+
+
+class FrozenViT(nn.Module):
+    """A timm plain ViT without its classifier: evaluation mode, no gradients for its parameters.
+
+    One object serves every client of a process; it is part of no checkpoint and no message.
+
+    Args:
+        name: any plain ViT of timm, optionally with a pretrained tag, such as vit_base_patch16_224.augreg_in21k.
+        pretrained: load timm's weights for this name (from its hub or cache).
+        weights: load this safetensors file instead: a path, or the name of a file shipped in fedlscl/weights.
+        image_size: side of the square input in pixels; the position embedding is resampled to it.
+        model_args: further arguments of timm.create_model, for instance embed_dim and depth of a model of your own.
+        mean: per-channel mean of the input pixels in 0..1; by default what timm states for this name.
+        std: per-channel deviation of the input pixels in 0..1; by default what timm states for this name.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        name: str = "vit_base_patch16_224.augreg_in21k",
+        pretrained: bool = False,
+        weights: str | None = None,
+        image_size: int = 224,
+        model_args: dict[str, Any] | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+    ) -> None:
+        super().__init__()
+        if pretrained and weights is not None:
+            raise ValueError("backbone: give either pretrained: true or weights, not both")
+        vit = _create("backbone", name, pretrained, {"img_size": image_size, **(model_args or {})})
+        if not isinstance(vit, VisionTransformer) or not hasattr(vit.blocks[0], "attn"):
+            raise ValueError(
+                f"backbone.name: '{name}' is not a plain ViT; take a vit_* or deit_* model of timm"
+            )
+        if weights is not None:
+            _load_vit(vit, _find(weights))
+        self.name, self.image_size = name, image_size
+        self.source = weights or ("timm" if pretrained else "untrained")
+        self.vit = vit
+        self.width, self.depth = int(vit.embed_dim), len(vit.blocks)
+        statistics = timm.data.resolve_data_config(model=vit)
+        self.interpolation: str = statistics["interpolation"]
+        self.register_buffer("mean", torch.tensor(mean or statistics["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std or statistics["std"]).view(3, 1, 1), persistent=False)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> FrozenViT:
+        """Stay in evaluation mode, whatever is asked."""
+        return super().train(False)
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) to normalised float (B, 3, S, S)."""
+        return (resize(images, self.image_size) - self.mean) / self.std
+
+    def prefix(self, x: Tensor, block: int) -> Tensor:
+        """Tokens (B, T, d) that enter `block`, from prepared images; nothing trained has a part in them."""
+        with torch.no_grad():
+            tokens = self.vit.norm_pre(self.vit.patch_drop(self.vit._pos_embed(self.vit.patch_embed(x))))
+            return self.vit.blocks[:block](tokens)
+
+    def suffix(self, tokens: Tensor, block: int, lora: LoRA | None = None, scale: float = 1.0) -> Tensor:
+        """Features (B, d) from the tokens that enter `block`, with `lora` on that block's fused qkv projection."""
+        attention = self.vit.blocks[block].attn
+        with nullcontext() if lora is None else per_sample_lora(attention.qkv, lora, scale):
+            tokens = self.vit.blocks[block](tokens)
+        tokens = self.vit.norm(self.vit.blocks[block + 1 :](tokens))
+        features: Tensor = self.vit.forward_head(tokens, pre_logits=True)
+        return features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Frozen features (B, d) of uint8 images (B, 3, H, W)."""
+        return self.suffix(self.prefix(self.prepare(images), 0), 0)
+
+
+@dataclass(frozen=True)
+class SmallModelSpec:
+    """The small CNN of every client.
+
+    Args:
+        name: a CNN of timm, or one name per client.
+        features: common feature width e; a CNN of another width gets a linear map to it.
+        image_size: side of the square input in pixels, independent of the ViT's.
+        pretrained: start from timm's weights.
+        model_args: further arguments of timm.create_model.
+    """
+
+    name: str | list[str] = "resnet18"
+    features: int = 512
+    image_size: int = 224
+    pretrained: bool = False
+    model_args: dict[str, Any] = field(default_factory=dict)
+
+    def name_of(self, client: int) -> str:
+        """The CNN of a client."""
+        return self.name if isinstance(self.name, str) else self.name[client]
+
+    def check(self, clients: int) -> None:
+        """Raise ValueError if there is not one name, or one per client."""
+        if not isinstance(self.name, str) and len(self.name) != clients:
+            raise ValueError(
+                f"cnn.name lists {len(self.name)} models for {clients} clients; list one each, or give one name"
+            )
+
+
+class SmallModel(nn.Module):
+    """theta: a CNN that maps an image to a feature vector of unit length (Fed-LSCL, Eq. 2)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: SmallModelSpec, name: str) -> None:
+        super().__init__()
+        self.image_size = spec.image_size
+        self.backbone = _create("cnn", name, spec.pretrained, spec.model_args)
+        width = _feature_width(self.backbone, name, spec.image_size)
+        self.project = nn.Identity() if width == spec.features else nn.Linear(width, spec.features)
+        statistics = timm.data.resolve_data_config(model=self.backbone)
+        self.register_buffer("mean", torch.tensor(statistics["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(statistics["std"]).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features E (B, e) of unit L2 norm, from uint8 images (B, 3, H, W)."""
+        x = (resize(images, self.image_size) - self.mean) / self.std
+        return F.normalize(self.project(self.backbone(x)).float(), dim=1)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """uint8 (B, 3, H, W) to float (B, 3, size, size) in 0..1, bicubic with antialiasing as timm's evaluation."""
+    x = images.float() / 255
+    if x.shape[-2:] != (size, size):
+        x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+    return x
+
+
+def _create(group: str, name: str, pretrained: bool, model_args: Mapping[str, Any]) -> nn.Module:
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
+        raise ValueError(
+            f"{group}.name: timm has no model '{name}'; similar names: {', '.join(close) or 'none'}"
+        )
+    model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **model_args)
+    return model
+
+
+def _feature_width(model: nn.Module, name: str, image_size: int) -> int:
+    # timm's num_features is not the output width of models with a head of their own (MobileNetV3), so look
+    try:
+        model.eval()
+        with torch.no_grad():
+            output = model(torch.zeros(1, 3, image_size, image_size))
+    except RuntimeError as error:
+        raise ValueError(
+            f"cnn.image_size: '{name}' cannot take images of {image_size} px ({error})"
+        ) from error
+    if output.ndim != 2:
+        raise ValueError(
+            f"cnn.name: '{name}' gives an output of shape {tuple(output.shape)}, not one vector per image"
+        )
+    return int(output.shape[1])
+
+
+def _find(weights: str) -> Path:
+    for path in (Path(weights), SHIPPED / weights):
+        if path.is_file():
+            return path
+    shipped = ", ".join(sorted(file.name for file in SHIPPED.glob("*.safetensors")))
+    raise FileNotFoundError(
+        f"backbone.weights: no file '{weights}', neither as a path nor among the shipped: {shipped}"
+    )
+
+
+def _load_vit(vit: VisionTransformer, path: Path) -> None:
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"backbone.weights: '{path}' is not a safetensors file ({error})") from error
+    # timm's own filter resamples patch and position embeddings and knows the layouts of other ViT releases
+    filtered = checkpoint_filter_fn({name: value.float() for name, value in stored.items()}, vit)
+    state = {name: value for name, value in filtered.items() if not name.startswith("head.")}
+    try:
+        vit.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"backbone.weights: '{path}' does not fit backbone.name and model_args: {error}"
+        ) from error

@@ -1,0 +1,71 @@
+"""The state of a federation on disk, complete at every round boundary, as safetensors and JSON.
+
+Each tensor file is written once under a name of its own; `state.json` says which files are current and is replaced
+in one step when a round is complete. A process killed at any moment leaves the last complete round behind, and what it
+had begun to write is ignored and later removed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+MANIFEST = "state.json"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `path` under a temporary name beside it, then rename: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Store:
+    """Named groups of tensors and the progress that belongs to them.
+
+    Args:
+        folder: created if missing; continued if it holds a complete round.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest = folder / MANIFEST
+        state = json.loads(manifest.read_text()) if manifest.exists() else {"version": 0, "files": {}, "progress": {}}
+        self.version: int = state["version"]
+        self.files: dict[str, str] = state["files"]
+        self.progress: dict[str, Any] = state["progress"]
+        self._remove_others()
+
+    def read(self, name: str) -> dict[str, Tensor] | None:
+        """The tensors last written under `name`, or None."""
+        return load_file(self.folder / self.files[name]) if name in self.files else None
+
+    def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors under `name`; they count once `commit` is called."""
+        file = f"{name}.{self.version + 1}.safetensors"
+        write_atomically(self.folder / file, save({key: tensor.contiguous() for key, tensor in tensors.items()}))
+        self.files[name] = file
+
+    def commit(self, progress: Mapping[str, Any]) -> None:
+        """Make all that was written, and `progress`, the current state, in one step."""
+        self.version += 1
+        self.progress = dict(progress)
+        state = {"version": self.version, "files": self.files, "progress": self.progress}
+        write_atomically(self.folder / MANIFEST, json.dumps(state).encode())
+        self._remove_others()
+
+    def _remove_others(self) -> None:
+        current = {MANIFEST, *self.files.values()}
+        for path in self.folder.iterdir():
+            if path.name not in current:
+                path.unlink()

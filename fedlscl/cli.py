@@ -1,0 +1,139 @@
+"""The command line: `fedlscl fit` runs or continues a federation, `fedlscl predict` uses a finished one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from rich.console import Console
+
+from fedlscl.backbones import FrozenViT, SmallModelSpec
+from fedlscl.client import Client
+from fedlscl.data import FederatedDataModule
+from fedlscl.experiment import Experiment, Tracking
+from fedlscl.federation import Schedule
+from fedlscl.server import Server
+from fedlscl.trainer import RoundTrainer
+
+OVERVIEW = """\
+usage: fedlscl fit --config SETTING [--config METHOD] [--run_dir DIR] [--any.field VALUE]
+       fedlscl predict RUN_DIR IMAGE [IMAGE ...] [--client N]
+
+  fit      run a federation, or continue it if its run folder holds an unfinished run
+  predict  classify image files with one client's model of a run
+
+Settings (data, models, schedule) are in experiments/*.yaml, methods in experiments/methods/*.yaml; a later --config
+and single fields override what came before. `fedlscl fit --help` lists every field, `--print_config` shows the result.
+"""
+
+NOT_PART_OF_A_RUN = ("run_dir", "tracking", "config")
+
+
+class FederatedCLI(LightningCLI):
+    """LightningCLI whose `fit` runs a federation of fits."""
+
+    def __init__(self, args: list[str] | None) -> None:
+        super().__init__(
+            Client,
+            FederatedDataModule,
+            trainer_class=RoundTrainer,
+            subclass_mode_model=True,
+            save_config_callback=None,
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": "fedlscl"},
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Only `fit`; none of the arguments of `Trainer.fit` is the user's to give."""
+        names = ("model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path", "weights_only")
+        return {"fit": set(names)}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What a federation has besides model, data and Trainer."""
+        parser.add_class_arguments(FrozenViT, "backbone")
+        parser.add_class_arguments(SmallModelSpec, "cnn")
+        parser.add_subclass_arguments(Server, "server", required=True)
+        parser.add_class_arguments(Schedule, "federation")
+        parser.add_class_arguments(Tracking, "tracking")
+        parser.add_argument("--setting", type=str, default="custom", help="name of the setting, for tables")
+        parser.add_argument("--method", type=str, default="custom", help="name of the method, for tables")
+        parser.add_argument("--run_dir", type=str | None, help="folder of the run; by default a new one below runs/")
+        parser.add_argument(
+            "--threads", type=int | None, help="CPU threads of torch; sums may differ in the last bit between counts"
+        )
+        parser.link_arguments("seed_everything", "data.seed")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A fresh Trainer with the configured settings."""
+        return RoundTrainer(**{**self._get(self.config_init, "trainer"), **kwargs})
+
+    def before_instantiate_classes(self) -> None:
+        """Set what must hold before any model is built."""
+        threads = self._get(self.config, "threads")
+        if threads is not None:
+            if threads < 1:
+                raise ValueError(f"threads is {threads}, must be at least 1")
+            torch.set_num_threads(threads)
+
+    def fit(self, model: Client, datamodule: FederatedDataModule) -> None:
+        """Run or continue the federation."""
+        experiment = self.experiment(model, datamodule)
+        experiment.run(Console())
+
+    def experiment(self, model: Client, datamodule: FederatedDataModule) -> Experiment:
+        """The experiment that the configuration describes, its data loaded and split."""
+        parser = self._parser(self.subcommand)
+        dumped = yaml.safe_load(parser.dump(self.config[str(self.subcommand)], skip_none=False))
+        config = {key: value for key, value in dumped.items() if key not in NOT_PART_OF_A_RUN}
+        values = self.config_init[str(self.subcommand)]
+        datamodule.prepare_data()
+        datamodule.setup()
+        return Experiment(
+            setting=values.setting,
+            method=values.method,
+            seed=values.seed_everything,
+            config=config,
+            run_dir=Path(values.run_dir or default_run_dir(config)),
+            schedule=values.federation,
+            client=model,
+            server=values.server,
+            data=datamodule,
+            vit=values.backbone,
+            cnn=values.cnn,
+            trainer=lambda logger: self.instantiate_trainer(logger=logger),
+            tracking=values.tracking,
+        )
+
+
+def default_run_dir(config: dict[str, Any]) -> str:
+    """runs/<setting>-<method>-seed<seed>-<hash>: the same command finds its run again, another one gets its own."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+    return f"runs/{config['setting']}-{config['method']}-seed{config['seed_everything']}-{digest}"
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of the `fedlscl` command."""
+    words = sys.argv[1:] if args is None else args
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    if words[:1] == ["fit"]:
+        FederatedCLI(args)
+    elif words[:1] == ["predict"]:
+        raise NotImplementedError
+    else:
+        Console().print(OVERVIEW, highlight=False, markup=False)
+        if words and words[0] not in ("-h", "--help"):
+            sys.exit(f"fedlscl: unknown command '{words[0]}'")

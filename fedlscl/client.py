@@ -1,0 +1,400 @@
+"""A client of the federation: one LightningModule, fitted once a round over a collaborative and a replay phase.
+
+Shapes: B batch, K classes of the whole federation, m buffered samples, n samples of the current task.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Self
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from fedlscl import seeds
+from fedlscl.backbones import FrozenViT, SmallModelSpec
+from fedlscl.buffer import SELECTIONS, select
+from fedlscl.continual import Continual, Output
+from fedlscl.data import FederatedDataModule
+from fedlscl.evaluation import MASKS, masked_correct
+from fedlscl.losses import masked_cross_entropy
+from fedlscl.messages import Download, Schema, TensorSpec, Upload
+
+EVALUATION_BATCH = 128
+
+Phase = Literal["collaborate", "replay"]
+
+
+class Batch(NamedTuple):
+    """One training step's samples."""
+
+    phase: Phase
+    images: Tensor  # (B, 3, H, W) uint8
+    labels: Tensor  # (B,)
+    known: Tensor  # (B,) 1.0 for buffered samples, 0.0 for samples of the current task
+    snapshot: dict[str, Tensor]  # (B, ...) each, arbitrary where not known
+
+
+def _no_samples() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
+
+
+@dataclass
+class Memory:
+    """What a client keeps between rounds besides its networks.
+
+    A task counts as learned once its samples are in the buffer. Tasks from `learned` + 1 to `begun` are current: one
+    in general, several for a client that was absent meanwhile and catches up.
+    """
+
+    learned: int = 0
+    begun: int = 0
+    buffer: Tensor = field(default_factory=_no_samples)  # (m,) indices of training images
+    candidates: Tensor = field(default_factory=_no_samples)  # those that join it when the next task begins
+    snapshot: dict[str, Tensor] = field(default_factory=dict)  # (m, ...) what the last task's model generated
+    upcoming: dict[str, Tensor] = field(default_factory=dict)  # the next snapshot, where it is taken before the download
+
+    def begin(self, task: int) -> None:
+        """Move on to `task` (1-based) if it is new: the candidates join the buffer, the snapshot is renewed."""
+        if task > self.begun:
+            self.buffer = torch.cat([self.buffer, self.candidates])
+            self.candidates = _no_samples()
+            self.snapshot, self.upcoming = self.upcoming, {}
+            self.learned, self.begun = self.begun, task
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """All of it as named tensors."""
+        return {
+            "progress": torch.tensor([self.learned, self.begun]),
+            "buffer": self.buffer,
+            "candidates": self.candidates,
+            **{f"snapshot.{name}": value for name, value in self.snapshot.items()},
+            **{f"upcoming.{name}": value for name, value in self.upcoming.items()},
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Memory:
+        """The reverse of `to_tensors`."""
+        learned, begun = tensors["progress"].tolist()
+        snapshot, upcoming = _below(tensors, "snapshot."), _below(tensors, "upcoming.")
+        return cls(learned, begun, tensors["buffer"], tensors["candidates"], snapshot, upcoming)
+
+
+class Client(LightningModule, ABC):
+    """What the clients of all methods have in common: two phases, a buffer, state on disk, evaluation.
+
+    A method subclasses it with its networks (`build`), its forward pass, and what travels (`shared`, `extras`). The
+    object that a configuration builds holds settings only; `assemble` gives it networks, and `enter` makes it one
+    client or another, so that one object serves all clients in turn.
+
+    Args:
+        continual: what a round does against forgetting.
+        learning_rate: of Adam, whose moments start afresh in each round.
+        epochs: passes over the current task's images in each round.
+        batch_size: largest batch of both phases.
+        train_mask: the classes that compete in the collaborative phase: of the current `task`, or all `seen` so far.
+        buffer_size: M, the samples kept of each class; 0 for no buffer.
+        selection: which samples those are.
+        snapshot: the model whose outputs Eq. 4 preserves: as `deployed` after the last task's last download, or
+            `local`, before it.
+    """
+
+    automatic_optimization = False
+    vit: FrozenViT
+    current_mask: Tensor  # (K,) true for the classes of the current task
+    seen_mask: Tensor  # (K,) true for all classes of this client up to the current task
+    task_masks: Tensor  # (tasks, K) true for the classes of each task under evaluation
+    task_of_class: Tensor  # (K,) number of the task that has a class
+    hits: Tensor  # (masks, tasks) correct predictions
+    tested: Tensor  # (tasks,) images
+
+    def __init__(
+        self,
+        continual: Continual,
+        learning_rate: float = 1e-3,
+        epochs: int = 5,
+        batch_size: int = 16,
+        train_mask: Literal["task", "seen"] = "seen",
+        buffer_size: int = 20,
+        selection: Literal["lowest_loss", "herding", "random"] = "lowest_loss",
+        snapshot: Literal["deployed", "local"] = "deployed",
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("learning_rate", learning_rate, 0.0),
+            ("epochs", epochs, 1),
+            ("batch_size", batch_size, 2),  # batch normalisation cannot train on one image
+            ("buffer_size", buffer_size, 0),
+        ):
+            if value < least:
+                raise ValueError(f"model.{name} is {value}, must be at least {least}")
+        self.continual = continual
+        self.learning_rate, self.epochs, self.batch_size = learning_rate, epochs, batch_size
+        self.train_mask, self.buffer_size, self.selection = train_mask, buffer_size, selection
+        self.snapshot = snapshot
+        # Buffers follow the module to its device; these belong to one fit or test and to no state
+        for name in ("current_mask", "seen_mask", "task_masks", "task_of_class", "hits", "tested"):
+            self.register_buffer(name, torch.empty(0), persistent=False)
+
+    # ---- what a method defines
+
+    @abstractmethod
+    def build(self, vit: FrozenViT, cnn: SmallModelSpec, cnn_name: str, num_classes: int) -> None:
+        """Create, or create anew, the networks that are trained, as submodules."""
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Output:
+        """Outputs for uint8 images (B, 3, H, W)."""
+
+    def generate(self, images: Tensor) -> dict[str, Tensor]:
+        """What Eq. 4 keeps in place for these images, (B, ...) each by name; nothing by default."""
+        return {}
+
+    def shared(self) -> dict[str, Tensor]:
+        """The live tensors that the server fuses and hands out, by name; none by default."""
+        return {}
+
+    def extras(self) -> dict[str, Tensor]:
+        """What an upload holds besides `shared`; nothing by default."""
+        return {}
+
+    def extras_schema(self) -> dict[str, TensorSpec]:
+        """What `extras` must look like."""
+        return {}
+
+    # ---- identity and state
+
+    def assemble(self, vit: FrozenViT, cnn: SmallModelSpec, cnn_name: str, num_classes: int) -> Self:
+        """Build the networks. The ViT stays outside the module tree: it is shared, frozen and part of no state."""
+        self.__dict__["vit"] = vit
+        self.num_classes = num_classes
+        self._parts = (vit, cnn, cnn_name, num_classes)
+        self.build(*self._parts)
+        return self
+
+    def initial_state(self, seed: int) -> dict[str, Tensor]:
+        """The state of a client that has learned nothing, its networks initialised from `seed`."""
+        with seeds.seeded(seed):
+            self.build(*self._parts)
+        self.memory = Memory()
+        return self.state()
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything of this client that must survive a round, as named tensors on the CPU."""
+        model = {f"model.{name}": tensor.detach().cpu() for name, tensor in self.state_dict().items()}
+        return model | {f"memory.{name}": tensor for name, tensor in self.memory.to_tensors().items()}
+
+    def enter(self, index: int, data: FederatedDataModule, state: Mapping[str, Tensor]) -> None:
+        """Become client `index` in the state that `state` returned for it."""
+        self.index, self.data = index, data
+        self.load_state_dict(_below(state, "model."))
+        self.memory = Memory.from_tensors(_below(state, "memory."))
+
+    # ---- one round
+
+    def begin_round(self, task: int, round: int, seed: int) -> None:
+        """Get ready for `Trainer.fit` on `task` in round number `round`, counted over all tasks (both 1-based)."""
+        self.memory.begin(task)
+        self.round, self.seed = round, seed
+        tasks = self.data.split.clients[self.index].tasks[self.memory.learned : task]
+        self.current = torch.cat([torch.as_tensor(part.train) for part in tasks])
+        self.current_mask, self.seen_mask = self._class_mask(self.memory.learned, task), self._class_mask(0, task)
+        self.plan = self._plan()
+        self.train()
+
+    def _plan(self) -> list[tuple[Phase, Tensor]]:
+        """The steps of this round as positions into the buffered and then the current samples."""
+        m, n = len(self.memory.buffer), len(self.current)
+        rng = seeds.generator(self.seed, "order", self.index, self.round)
+        plan: list[tuple[Phase, Tensor]] = []
+        for _ in range(self.epochs):
+            plan += [("collaborate", m + part) for part in _batches(torch.randperm(n, generator=rng), self.batch_size)]
+        for samples in self.continual.passes_over(m, self._labels(self.current), self.buffer_size, rng):
+            order = samples[torch.randperm(len(samples), generator=rng)]
+            plan += [("replay", part) for part in _batches(order, self.batch_size)]
+        return plan
+
+    def train_dataloader(self) -> TrainingBatches:
+        """The batches of this round: the epochs on the current task, then the passes of the replay phase."""
+        return TrainingBatches(self)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam over all that is trained, fresh in each round."""
+        return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+
+    def on_train_start(self) -> None:
+        """Take the snapshot's outputs on the buffer once a task, and set the mode, which Lightning leaves alone."""
+        self.vit.to(self.device)
+        replays = any(phase == "replay" for phase, _ in self.plan)
+        if replays and not self.memory.snapshot:
+            self.memory.snapshot = self.observe(self.memory.buffer, self.generate)
+        self.train()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One step of manual optimization, in the phase to which the batch belongs."""
+        losses = self.collaborative_losses if batch.phase == "collaborate" else self.replay_losses
+        terms = losses(self(batch.images), batch)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(torch.stack(list(terms.values())).sum())
+        optimizer.step()
+        logged = {f"{batch.phase}/{name}": term.detach() for name, term in terms.items()}
+        self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(batch.labels))
+
+    def collaborative_losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
+        """The terms of stage 1 by name (Fed-LSCL, Eq. 3)."""
+        return {"cross_entropy": masked_cross_entropy(output.logits, batch.labels, self._training_classes())}
+
+    def replay_losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
+        """The terms of stage 2 by name (Fed-LSCL, Eq. 4)."""
+        return self.continual.losses(output, batch.labels, self.seen_mask, batch.snapshot, batch.known)
+
+    def on_train_end(self) -> None:
+        """Choose the current samples that would enter the buffer now (Fed-LSCL, section 4.3.2)."""
+        if self.buffer_size == 0:
+            return
+        outputs = self.observe(self.current, self._classify)
+        labels = self._labels(self.current)
+        losses = masked_cross_entropy(outputs["logits"], labels, self._training_classes().cpu(), reduction="none")
+        rng = seeds.generator(self.seed, "selection", self.index, self.round)
+        ranking = SELECTIONS[self.selection]
+        kept = select(ranking, losses, outputs["representation"], labels, self.buffer_size, rng)
+        self.memory.candidates = self.current[kept]
+        if self.snapshot == "local":
+            self.memory.upcoming = self.observe(self.kept, self.generate)
+
+    @property
+    def kept(self) -> Tensor:
+        """Indices of the training images in the buffer, and of those that would enter it now."""
+        return torch.cat([self.memory.buffer, self.memory.candidates])
+
+    def observe(self, indices: Tensor, compute: Callable[[Tensor], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Outputs of `compute` on training images during a fit: evaluation mode, float32, on the CPU."""
+        self.eval()
+        parts = []
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            for images, _ in ImageBatches(self.data, "train", indices):
+                parts.append({name: t.float().cpu() for name, t in compute(images.to(self.device)).items()})
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    # ---- messages
+
+    def upload(self) -> Upload:
+        """What the server gets of this round."""
+        tensors = {**self.shared(), **self.extras()}
+        return Upload(self.index, self.memory.begun, self.round, len(self.current), tensors)
+
+    def upload_schema(self) -> Schema:
+        """What an upload must look like."""
+        return {**self.download_schema(), **self.extras_schema()}
+
+    def download(self, message: Download) -> None:
+        """Take over what the server answered."""
+        shared = self.shared()
+        with torch.no_grad():
+            for name, tensor in message.tensors.items():
+                shared[name].copy_(tensor)
+
+    def download_schema(self) -> Schema:
+        """What a download must look like."""
+        return {name: TensorSpec.like(tensor) for name, tensor in self.shared().items()}
+
+    # ---- evaluation
+
+    def begin_evaluation(self, task: int) -> None:
+        """Get ready for `Trainer.test` on the test images of tasks 1 to `task`."""
+        tasks = self.data.split.clients[self.index].tasks[:task]
+        self.test_images = torch.cat([torch.as_tensor(part.test) for part in tasks])
+        self.task_masks = torch.stack([self._class_mask(number, number + 1) for number in range(task)])
+        self.task_of_class = self.task_masks.int().argmax(dim=0)
+        self.seen_mask = self._class_mask(0, task)
+        self.hits, self.tested = torch.zeros(len(MASKS), task), torch.zeros(task)
+
+    def test_dataloader(self) -> ImageBatches:
+        """Test images of all tasks up to the one that evaluation began with."""
+        return ImageBatches(self.data, self.data.split.evaluate_on, self.test_images)
+
+    def on_test_start(self) -> None:
+        """Put the frozen model where the client is."""
+        self.vit.to(self.device)
+        self.eval()
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Count the hits in each task under each mask."""
+        images, labels = batch
+        tasks = self.task_of_class[labels]
+        hits = masked_correct(self(images).logits, labels, self.task_masks[tasks], self.seen_mask)
+        self.tested.index_add_(0, tasks, torch.ones_like(tasks, dtype=torch.float32))
+        self.hits.index_add_(1, tasks, torch.stack([hits[mask] for mask in MASKS]).float())
+
+    def accuracy(self) -> dict[str, list[float]]:
+        """For each mask the accuracy in % on every task that was tested last."""
+        percent = 100 * self.hits.double() / self.tested.double()
+        return dict(zip(MASKS, percent.tolist(), strict=True))
+
+    # ---- helpers
+
+    def _class_mask(self, first: int, last: int) -> Tensor:
+        """(K,) true for this client's classes of the tasks numbered `first` + 1 to `last`."""
+        mask = torch.zeros(self.num_classes, dtype=torch.bool)
+        for part in self.data.split.clients[self.index].tasks[first:last]:
+            mask[list(part.classes)] = True
+        return mask
+
+    def _classify(self, images: Tensor) -> dict[str, Tensor]:
+        output = self(images)
+        return {"logits": output.logits, "representation": output.representation}
+
+    def _training_classes(self) -> Tensor:
+        return self.current_mask if self.train_mask == "task" else self.seen_mask
+
+    def _labels(self, indices: Tensor) -> Tensor:
+        return torch.as_tensor(self.data.dataset.train.labels[indices.numpy()])
+
+
+class TrainingBatches:
+    """The batches of one client's round, in the order of its plan."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+
+    def __len__(self) -> int:
+        return len(self.client.plan)
+
+    def __iter__(self) -> Iterator[Batch]:
+        memory, data = self.client.memory, self.client.data
+        samples = torch.cat([memory.buffer, self.client.current])
+        for phase, positions in self.client.plan:
+            images, labels = data.batch("train", samples[positions])
+            known = positions < len(memory.buffer)
+            rows = torch.where(known, positions, 0)
+            snapshot = {name: outputs[rows] for name, outputs in memory.snapshot.items() if phase == "replay"}
+            yield Batch(phase, images, labels, known.float(), snapshot)
+
+
+class ImageBatches:
+    """Images and labels of some samples in their order, in large batches."""
+
+    def __init__(self, data: FederatedDataModule, part: Literal["train", "test"], indices: Tensor) -> None:
+        self.data, self.part = data, part
+        self.batches = indices.split(EVALUATION_BATCH)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for indices in self.batches:
+            yield self.data.batch(self.part, indices)
+
+
+def _batches(order: Tensor, largest: int) -> tuple[Tensor, ...]:
+    """Parts of nearly equal size: no batch is left with a single image, which batch normalisation refuses."""
+    return order.tensor_split(-(-len(order) // largest))
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+

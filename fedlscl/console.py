@@ -1,0 +1,165 @@
+"""What a person sees in the terminal: one bar for the whole federation, and its closing table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from fedlscl.evaluation import MASKS, final_average, forgetting, measured_mean
+
+
+class FederationProgress:
+    """One progress bar for a federation, counted in client-rounds.
+
+    Where the output is no terminal there is no bar, only the line of each round.
+
+    Args:
+        tasks: number of tasks.
+        rounds: rounds per task.
+        clients: clients taking part in each round.
+        completed: client-rounds a resumed federation has behind it.
+        console: where to draw; standard output for None.
+
+    Raises:
+        ValueError: if a count is below 1, or `completed` is not among the client-rounds there are.
+    """
+
+    def __init__(
+        self, tasks: int, rounds: int, clients: int, *, completed: int = 0, console: Console | None = None
+    ) -> None:
+        if min(tasks, rounds, clients) < 1:
+            raise ValueError(f"tasks, rounds and clients count from 1, got {tasks}, {rounds} and {clients}")
+        self._tasks, self._rounds, total = tasks, rounds, tasks * rounds * clients
+        if not 0 <= completed <= total:
+            raise ValueError(f"completed must be 0..{total} client-rounds, got {completed}")
+        console = console or Console()
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}", style="progress.percentage"),
+            TimeElapsedColumn(),
+            TextColumn("<"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            expand=True,
+            speed_estimate_period=float("inf"),  # a client's round may last longer than rich's 30 s
+        )
+        self._bar = self._progress.add_task("federation", total=total, completed=completed)
+
+    def __enter__(self) -> FederationProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, task: int, round: int, client: int | None, phase_text: str = "") -> None:
+        """Say what is going on.
+
+        Args:
+            task: task being learned, from 1.
+            round: round within the task, from 1.
+            client: the client at work; None for the server.
+            phase_text: what it does, such as "collaborate".
+        """
+        who = "server" if client is None else f"client {client}"
+        where = f"task {task}/{self._tasks}  round {round}/{self._rounds}  {who}"
+        self._progress.update(self._bar, description=f"{where}  {phase_text}".rstrip())
+
+    def advance(self) -> None:
+        """Count one client-round as done."""
+        self._progress.advance(self._bar)
+
+    def round_done(self, text: str) -> None:
+        """Print the line of a finished round, above the bar if there is one.
+
+        Args:
+            text: what came out, such as "task 1/3  round 2/3  seen 71.2 %".
+        """
+        self._progress.console.print(Text(text), soft_wrap=True)
+
+
+def human_bytes(count: float) -> str:
+    """Write a number of bytes in the largest unit that leaves at least 1.
+
+    Args:
+        count: bytes.
+
+    Returns:
+        Such as "512 B" or "42.9 MiB".
+    """
+    if count < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        count /= 1024
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:.1f} TiB"
+
+
+def summary_table(summary: Mapping[str, Any], console: Console, *, picture: Path, run_dir: Path) -> None:
+    """Print how a federation ended: a row for each client, their mean, what it cost, where to find it.
+
+    Args:
+        summary: the content of the run's ``summary.json``: ``method``, ``setting``, ``seed``, ``backbone``;
+            ``accuracy`` for each mask as :func:`fedlscl.evaluation.summarise` gives it; ``bytes_up`` and
+            ``bytes_down`` with ``per_client_round``, ``total`` and ``by_client``; ``seconds`` with ``total``,
+            ``fit``, ``aggregate`` and ``evaluate``; ``peak_memory_mib``.
+        console: where to print.
+        picture: the run's accuracy picture.
+        run_dir: the run's folder.
+    """
+    acc = np.array(summary["accuracy"]["seen"]["matrix"], dtype=np.float64)
+    after = int(np.flatnonzero(~np.isnan(acc).all(axis=(0, 2)))[-1])
+    final = acc[:, after, : after + 1]
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("client", no_wrap=True)
+    headings = [f"task {task + 1}" for task in range(after + 1)]
+    for heading in (*headings, "final", "forgetting", "up", "down"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    up, down = summary["bytes_up"]["by_client"], summary["bytes_down"]["by_client"]
+    for client in range(len(acc)):
+        own = acc[client : client + 1]
+        numbers = [*final[client], final_average(own), forgetting(own)]
+        traffic = (human_bytes(up[client]), human_bytes(down[client]))
+        table.add_row(str(client), *map(_number, numbers), *traffic, end_section=client == len(acc) - 1)
+    means = [*measured_mean(final, 0), final_average(acc), forgetting(acc)]
+    traffic = (human_bytes(float(np.mean(up))), human_bytes(float(np.mean(down))))
+    table.add_row("mean", *map(_number, means), *traffic, style="bold")
+    # Many tasks may be wider than the terminal: whole numbers that wrap beat numbers cut short.
+    table.width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+
+    run = f"{summary['method']} on {summary['setting']}, seed {summary['seed']}, {summary['backbone']}"
+    averages = "  ".join(f"{mask} {_number(summary['accuracy'][mask]['final_average'])}" for mask in MASKS)
+    ways = (f"{way} {human_bytes(summary[f'bytes_{way}']['per_client_round'])}" for way in ("up", "down"))
+    seconds = summary["seconds"]
+    parts = ", ".join(f"{name} {seconds[name]:.1f}" for name in ("fit", "aggregate", "evaluate"))
+    for part in (
+        Text(run, style="bold"),
+        Text(f"accuracy in % after task {after + 1}, predicted among the classes seen so far"),
+        table,
+        Text(f"final average (%) by mask: {averages}"),
+        Text(f"bytes per client and round: {'  '.join(ways)}"),
+        Text(f"seconds: {seconds['total']:.1f} ({parts})  peak memory: {summary['peak_memory_mib']:.0f} MiB"),
+        Text(f"picture: {picture}"),
+        Text(f"run: {run_dir}"),
+    ):
+        console.print(part, crop=False, soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    """One decimal, or a dash where there is no number."""
+    return "-" if value is None or np.isnan(value) else f"{value:.1f}"

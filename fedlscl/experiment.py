@@ -1,0 +1,327 @@
+"""One run folder: a federation with its configuration, split, metrics, checkpoint, pictures and summary.
+
+A run folder is continued where its checkpoint stands; whatever is in it was written completely or not at all.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
+from rich.console import Console
+
+from fedlscl import plots
+from fedlscl.backbones import FrozenViT, SmallModelSpec
+from fedlscl.checkpoint import Store, write_atomically
+from fedlscl.client import Client
+from fedlscl.console import FederationProgress, summary_table
+from fedlscl.data import FederatedDataModule
+from fedlscl.evaluation import MASKS, FloatArray, summarise
+from fedlscl.federation import Federation, MakeTrainer, RoundResult, Schedule
+from fedlscl.server import Server
+from fedlscl.tracking import ClientLogger, Tracker, WandbMode
+
+PACKAGES = ("fedlscl", "torch", "lightning", "torchvision", "timm", "torchmetrics", "numpy", "wandb")
+PICTURE = "accuracy_over_rounds.png"
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Where the metrics go besides the run folder.
+
+    Args:
+        wandb_mode: auto is online for a user who is logged in to W&B, and offline otherwise; nothing ever asks.
+        project: W&B project.
+    """
+
+    wandb_mode: WandbMode = "auto"
+    project: str = "fedlscl"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a configuration describes.
+
+    `config` is the whole configuration as plain values; it names the run and must be the same when a run goes on.
+    """
+
+    setting: str
+    method: str
+    seed: int
+    config: Mapping[str, Any]
+    run_dir: Path
+    schedule: Schedule
+    client: Client
+    server: Server
+    data: FederatedDataModule
+    vit: FrozenViT
+    cnn: SmallModelSpec
+    trainer: MakeTrainer
+    tracking: Tracking
+
+    def run(self, console: Console) -> dict[str, Any]:
+        """Run or continue the federation.
+
+        Returns:
+            What `summary.json` holds.
+
+        Raises:
+            ValueError: the run folder belongs to another configuration, or the configuration is impossible.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(_locked(self.run_dir))
+            finished = self.run_dir / "summary.json"
+            self._check_same_run()
+            if finished.exists():
+                summary: dict[str, Any] = json.loads(finished.read_text())
+                console.print("This run is finished; its numbers follow. Give another --run_dir to run it again.")
+            else:
+                summary = self._go_on(console, stack)
+            summary_table(summary, console, picture=self.run_dir / PICTURE, run_dir=self.run_dir)
+        return summary
+
+    def _check_same_run(self) -> None:
+        """Write the configuration into a new run folder, or compare it with the one that is there."""
+        path = self.run_dir / "config.yaml"
+        if path.exists():
+            if different := differences(yaml.safe_load(path.read_text()), self.config):
+                raise ValueError(
+                    f"run_dir '{self.run_dir}' holds a run with another configuration ({'; '.join(different)}); "
+                    "give another run_dir, or the same configuration to continue it"
+                )
+        else:
+            write_atomically(path, yaml.safe_dump(dict(self.config), sort_keys=False).encode())
+
+    def _go_on(self, console: Console, stack: ExitStack) -> dict[str, Any]:
+        started = time.perf_counter()
+        self._save_split()
+        store = Store(self.run_dir / "checkpoint")
+        progress: dict[str, Any] = store.progress or {"round": 0, "history": [], "seconds": {"total": 0.0}, "memory": 0.0}
+        if progress["round"]:
+            console.print(f"Continuing after round {progress['round']}.")
+        tracker = stack.enter_context(
+            Tracker(
+                self.run_dir,
+                wandb_mode=self.tracking.wandb_mode,
+                project=self.tracking.project,
+                name=self.run_dir.name,
+                config=self.config,
+                run_id=progress.get("wandb_id"),
+                metrics_bytes=progress.get("metrics_bytes"),
+            )
+        )
+        tasks, rounds = self.data.split.spec.tasks, self.schedule.rounds
+        taking_part = self.schedule.clients_per_round or len(self.data.split.clients)
+        bar = stack.enter_context(
+            FederationProgress(
+                tasks, rounds, taking_part, completed=progress["round"] * taking_part, console=console
+            )
+        )
+        listener = _Listener(tracker, bar, rounds)
+        federation = Federation(
+            schedule=self.schedule,
+            client=self.client,
+            server=self.server,
+            data=self.data,
+            vit=self.vit,
+            cnn=self.cnn,
+            seed=self.seed,
+            store=store,
+            trainer=self.trainer,
+            listener=listener,
+        )
+        for result in federation.run():
+            progress["history"].append(asdict(result))
+            progress["round"] = result.round
+            acc = accuracy_arrays(progress["history"], tasks, rounds)
+            _record(tracker, result, acc if result.round % rounds == 0 else None)
+            now = time.perf_counter()
+            for phase, seconds in {**result.seconds, "total": now - started}.items():
+                progress["seconds"][phase] = progress["seconds"].get(phase, 0.0) + seconds
+            started = now
+            progress["memory"] = max(progress["memory"], _peak_memory_mib())
+            progress |= {"wandb_id": tracker.run_id, "metrics_bytes": tracker.flush()}
+            store.commit(progress)
+            seen = np.mean([np.mean(values) for values in result.accuracy["seen"]])
+            left_out = f", without clients {sorted(result.skipped)}" if result.skipped else ""
+            bar.round_done(
+                f"task {result.task}/{tasks}  round {(result.round - 1) % rounds + 1}/{rounds}  "
+                f"accuracy on the classes seen so far {seen:.1f} %{left_out}"
+            )
+        summary = self._summarise(progress, tasks, rounds)
+        self._draw(summary, progress["history"], tracker)
+        tracker.summary({f"{mask}/{k}": v for mask in MASKS for k, v in _scalars(summary["accuracy"][mask]).items()})
+        write_atomically(self.run_dir / "summary.json", json.dumps(summary, indent=1).encode())
+        return summary
+
+    def _save_split(self) -> None:
+        """Save the split with its hash, or make sure that it is still the one the run began with."""
+        path = self.run_dir / "split.json"
+        split = self.data.split
+        content = {
+            "sha256": split.sha256,
+            "data": self.data.dataset.name,
+            "classes": list(self.data.class_names),
+            "split": json.loads(split.to_json()),
+        }
+        if path.exists():
+            before = json.loads(path.read_text())["sha256"]
+            if before != split.sha256:
+                raise ValueError(
+                    f"the data give another split ({split.sha256[:12]}) than this run began with ({before[:12]}); "
+                    "put the same images in place or give another run_dir"
+                )
+        else:
+            write_atomically(path, json.dumps(content).encode())
+
+    def _summarise(self, progress: Mapping[str, Any], tasks: int, rounds: int) -> dict[str, Any]:
+        history, clients = progress["history"], len(self.data.split.clients)
+        acc = accuracy_arrays(history, tasks, rounds)
+        return {
+            "method": self.method,
+            "setting": self.setting,
+            "seed": self.seed,
+            "backbone": f"{self.vit.name}, {self.vit.source}, {self.vit.image_size} px",
+            "cnn": self.cnn.name,
+            "evaluated_on": "test images" if self.data.split.evaluate_on == "test" else "images held out of training",
+            "split_sha256": self.data.split.sha256,
+            "accuracy": {mask: summarise(values) for mask, values in acc.items()},
+            "bytes_up": _traffic([entry["bytes_up"] for entry in history], clients),
+            "bytes_down": _traffic([entry["bytes_down"] for entry in history], clients),
+            "skipped": [
+                {"round": entry["round"], "client": int(client), "reason": reason}
+                for entry in history
+                for client, reason in entry["skipped"].items()
+            ],
+            "seconds": progress["seconds"],
+            "peak_memory_mib": progress["memory"],
+            "threads": torch.get_num_threads(),
+            "machine": f"{platform.system()} {platform.machine()}, {_device()}",
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        }
+
+    def _draw(self, summary: Mapping[str, Any], history: list[dict[str, Any]], tracker: Tracker) -> None:
+        title = f"{self.method} on {self.setting}, seed {self.seed}"
+        plots.accuracy_over_rounds(history, self.run_dir / PICTURE, title=title)
+        tracker.image("accuracy_over_rounds", self.run_dir / PICTURE)
+        for mask in MASKS:
+            path = self.run_dir / f"accuracy_matrix_{mask}.png"
+            matrix = summary["accuracy"][mask]["matrix"]
+            plots.accuracy_matrix(matrix, path, f"{title}, mask {mask}")
+            tracker.image(f"accuracy_matrix/{mask}", path)
+            tasks = len(matrix[0])
+            rows = [
+                [client, after + 1, *row] for client, rows in enumerate(matrix) for after, row in enumerate(rows)
+            ]
+            tracker.table(f"accuracy/{mask}", ["client", "after task", *(f"task {n + 1}" for n in range(tasks))], rows)
+
+
+@dataclass
+class _Listener:
+    tracker: Tracker
+    bar: FederationProgress
+    rounds: int
+
+    def visiting(self, task: int, round: int, client: int) -> Logger:
+        self.bar.update(task, (round - 1) % self.rounds + 1, client)
+        return ClientLogger(self.tracker, f"client/{client}", task=task, round=round)
+
+    def visited(self) -> None:
+        self.bar.advance()
+
+
+def accuracy_arrays(history: list[dict[str, Any]], tasks: int, rounds: int) -> dict[str, FloatArray]:
+    """For each mask the accuracy (clients, after task, on task) in %, of the last round of every finished task."""
+    arrays = {}
+    for mask in MASKS:
+        clients = len(history[0]["accuracy"][mask])
+        arrays[mask] = np.full((clients, tasks, tasks), np.nan)
+        for entry in history:
+            if entry["round"] % rounds == 0:
+                for client, values in enumerate(entry["accuracy"][mask]):
+                    arrays[mask][client, entry["task"] - 1, : len(values)] = values
+    return arrays
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The settings in which two configurations differ, as text."""
+    found = []
+    for key in dict.fromkeys([*old, *new]):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key}: {before} there, {after} now")
+    return found
+
+
+def _record(tracker: Tracker, result: RoundResult, acc: Mapping[str, FloatArray] | None) -> None:
+    """Log one round; `acc` once a task is finished."""
+    metrics: dict[str, float] = {f"server/{name}": value for name, value in result.server.items()}
+    metrics |= {f"server/seconds/{phase}": seconds for phase, seconds in result.seconds.items()}
+    metrics |= {f"client/{client}/bytes_up": count for client, count in result.bytes_up.items()}
+    metrics |= {f"client/{client}/bytes_down": count for client, count in result.bytes_down.items()}
+    metrics |= {f"client/{client}/skipped": 1 for client in result.skipped}
+    for mask, by_client in result.accuracy.items():
+        for client, values in enumerate(by_client):
+            metrics |= {f"eval/{mask}/client/{client}/task/{n + 1}": value for n, value in enumerate(values)}
+        metrics[f"eval/{mask}/mean"] = float(np.mean([np.mean(values) for values in by_client]))
+    for mask, values in (acc or {}).items():
+        metrics |= {f"task/{mask}/{name}": value for name, value in _scalars(summarise(values)).items()}
+    tracker.log(metrics, task=result.task, round=result.round)
+
+
+def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The single numbers among the metrics of one mask, with the newest entry of Table 1."""
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
+    return numbers | {"table1": metrics["table1"][-1]}
+
+
+def _traffic(rounds: list[dict[int, int]], clients: int) -> dict[str, Any]:
+    """Bytes in all, by client, on average, and for each round and client (None where nothing was sent)."""
+    by_round = [[entry.get(client, entry.get(str(client))) for client in range(clients)] for entry in rounds]  # type: ignore[call-overload]
+    sent = [count for row in by_round for count in row if count is not None]
+    return {
+        "per_client_round": sum(sent) / len(sent) if sent else 0.0,
+        "total": sum(sent),
+        "by_client": [sum(row[client] or 0 for row in by_round) for client in range(clients)],
+        "by_round": by_round,
+    }
+
+
+def _peak_memory_mib() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} threads"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep a second process out of a run folder; the lock goes with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"run_dir '{folder}' is in use by another process; wait for it or give another run_dir") from error
+        yield

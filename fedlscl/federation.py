@@ -1,0 +1,210 @@
+"""The federation (Fed-LSCL, Algorithm 1): for each task, for each round: clients fit, the server answers, all evaluate.
+
+It knows clients, the server and their messages, and nothing of any method.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+
+from fedlscl import seeds
+from fedlscl.backbones import FrozenViT, SmallModelSpec
+from fedlscl.checkpoint import Store
+from fedlscl.client import Client
+from fedlscl.data import FederatedDataModule
+from fedlscl.evaluation import MASKS
+from fedlscl.messages import Download, MessageError, Upload
+from fedlscl.server import Server
+
+log = logging.getLogger(__name__)
+
+MakeTrainer = Callable[[Logger | None], Trainer]
+
+
+class Listener(Protocol):
+    """Who wants to know what the federation does."""
+
+    def visiting(self, task: int, round: int, client: int) -> Logger | None:
+        """A client's fit begins; returns where its metrics go."""
+
+    def visited(self) -> None:
+        """A client's turn is over, in whatever way."""
+
+
+@dataclass
+class RoundResult:
+    """One round: what was exchanged and how good every client's global model is now.
+
+    `round` counts over all tasks; task and round are 1-based. Accuracies are in %, for each mask a list per client
+    with a value for each task learned so far. Bytes are those of the serialised messages.
+    """
+
+    task: int
+    round: int
+    bytes_up: dict[int, int] = field(default_factory=dict)
+    bytes_down: dict[int, int] = field(default_factory=dict)
+    skipped: dict[int, str] = field(default_factory=dict)
+    accuracy: dict[str, list[list[float]]] = field(default_factory=lambda: {mask: [] for mask in MASKS})
+    server: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time spent inside to `seconds[phase]`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+class Schedule:
+    """Who takes part when.
+
+    Args:
+        rounds: R, communication rounds for each task.
+        clients_per_round: how many clients, drawn anew, take part in each round; all of them by default. A client
+            that was absent trains on all it has missed when it is drawn again.
+    """
+
+    def __init__(self, rounds: int = 5, clients_per_round: int | None = None) -> None:
+        if rounds < 1:
+            raise ValueError(f"federation.rounds is {rounds}, must be at least 1")
+        self.rounds, self.clients_per_round = rounds, clients_per_round
+
+    def check(self, clients: int) -> None:
+        """Raise ValueError if the schedule does not fit the number of clients."""
+        if self.clients_per_round is not None and not 1 <= self.clients_per_round <= clients:
+            raise ValueError(
+                f"federation.clients_per_round is {self.clients_per_round}, must be between 1 and the {clients} clients"
+            )
+
+    def participants(self, clients: int, round: int, seed: int) -> list[int]:
+        """The clients that take part in a round, ascending."""
+        rng = np.random.default_rng(seeds.derive(seed, "participants", round))
+        drawn = rng.choice(clients, self.clients_per_round or clients, replace=False)
+        return sorted(int(index) for index in drawn)
+
+
+@dataclass
+class Federation:
+    """Everything that takes part in a run.
+
+    A client is a state in `store`; one object for each CNN architecture lends its body to all of them in turn. Memory
+    therefore does not grow with the number of clients, and a resumed run goes through the very same steps.
+    """
+
+    schedule: Schedule
+    client: Client
+    server: Server
+    data: FederatedDataModule
+    vit: FrozenViT
+    cnn: SmallModelSpec
+    seed: int
+    store: Store
+    trainer: MakeTrainer
+    listener: Listener
+
+    def __post_init__(self) -> None:
+        """Build a body for each architecture, and what the server hands to everyone at the start."""
+        self.clients = len(self.data.split.clients)
+        self.schedule.check(self.clients)
+        self.cnn.check(self.clients)
+        names = [self.cnn.name_of(index) for index in range(self.clients)]
+        self.bodies: dict[str, Client] = {}
+        for name in dict.fromkeys(names):
+            with seeds.seeded(self.seed, "server"):
+                body = copy.deepcopy(self.client).assemble(self.vit, self.cnn, name, self.data.num_classes)
+            self.bodies[name] = body
+        first, *others = self.bodies.values()
+        for body in others:
+            if body.download_schema() != first.download_schema():
+                raise ValueError(
+                    "cnn.name lists different CNNs, but this method exchanges tensors of the CNN, which then do not fit"
+                )
+        self.handout = {name: tensor.detach().clone() for name, tensor in first.shared().items()}
+
+    def run(self) -> Iterator[RoundResult]:
+        """Algorithm 1 from the first round that `store` does not hold; commit the store after each result."""
+        rounds, tasks = self.schedule.rounds, self.data.split.spec.tasks
+        for done in range(self.store.progress.get("round", 0), tasks * rounds):
+            result = RoundResult(task=done // rounds + 1, round=done + 1)
+            uploads = {}
+            for index in self.schedule.participants(self.clients, result.round, self.seed):
+                with result.timed("fit"):
+                    upload = self._fit(index, result)
+                if upload is not None:
+                    uploads[index] = upload
+                self.listener.visited()
+            if not uploads:
+                raise RuntimeError(f"no client finished round {result.round}: {result.skipped}")
+            with result.timed("aggregate"):
+                answers = self.server.aggregate(
+                    uploads, self.clients, seeds.derive(self.seed, "aggregate", result.round), lambda: self.trainer(None)
+                )
+                result.server = dict(self.server.metrics)
+            for index in range(self.clients):
+                with result.timed("evaluate"):
+                    self._answer_and_evaluate(index, answers.get(index), result)
+            yield result
+
+    def _fit(self, index: int, result: RoundResult) -> Upload | None:
+        """One client's round; None, with the reason on record, if it fails or sends what cannot be used."""
+        logger = self.listener.visiting(result.task, result.round, index)
+        try:
+            body = self.visit(index)
+            body.begin_round(result.task, result.round, self.seed)
+            with seeds.seeded(self.seed, "fit", index, result.round):
+                self.trainer(logger).fit(body)
+            message = body.upload().to_bytes()
+            self.store.write(_name(index), body.state())
+            result.bytes_up[index] = len(message)
+            upload = Upload.from_bytes(message, body.upload_schema())
+            if (upload.client, upload.round) != (index, result.round):
+                raise MessageError(f"upload claims to be of client {upload.client}, round {upload.round}")
+        except Exception as error:
+            # One client must not stop the others; its state of the last round is still in the store
+            log.warning("client %d is left out of round %d", index, result.round, exc_info=error)
+            result.skipped[index] = f"{type(error).__name__}: {error}"
+            return None
+        return upload
+
+    def _answer_and_evaluate(self, index: int, answer: Mapping[str, Tensor] | None, result: RoundResult) -> None:
+        body = self.visit(index)
+        if answer is not None:
+            result.bytes_down[index] = self._deliver(body, index, answer, result.task, result.round)
+            self.store.write(_name(index), body.state())
+        body.begin_evaluation(result.task)
+        self.trainer(None).test(body, verbose=False)
+        for mask, values in body.accuracy().items():
+            result.accuracy[mask].append(values)
+
+    def visit(self, index: int) -> Client:
+        """The client, in its last state; one that was never visited gets the common start from the server."""
+        body = self.bodies[self.cnn.name_of(index)]
+        state = self.store.read(_name(index))
+        if state is None:
+            state = body.initial_state(seeds.derive(self.seed, "client", index))
+            body.enter(index, self.data, state)
+            self._deliver(body, index, self.handout, task=0, round=0)
+        else:
+            body.enter(index, self.data, state)
+        return body
+
+    def _deliver(self, body: Client, index: int, tensors: Mapping[str, Tensor], task: int, round: int) -> int:
+        message = Download(index, task, round, 0, tensors).to_bytes()
+        body.download(Download.from_bytes(message, body.download_schema()))
+        return len(message)
+
+
+def _name(index: int) -> str:
+    return f"client-{index}"

@@ -1,0 +1,164 @@
+"""What crosses the boundary between clients and server: named tensors in the safetensors format, and nothing else.
+
+A message is checked against a schema before its tensors are built, so that a damaged or hostile one is refused by
+name and never reaches the aggregation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_HEADER_LIMIT = 2**20  # bytes; names, shapes and offsets of the largest CNN take a tenth of it
+
+
+class MessageError(ValueError):
+    """A message that does not fit its schema; the text names the tensor and what was wrong."""
+
+
+@dataclass(frozen=True)
+class AtMost:
+    """A dimension whose size the sender chooses, between 1 and `limit`."""
+
+    limit: int
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What one tensor of a message must look like."""
+
+    shape: tuple[int | AtMost, ...]
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def like(cls, tensor: Tensor) -> TensorSpec:
+        """The specification that exactly this shape and dtype fulfil."""
+        return cls(tuple(tensor.shape), tensor.dtype)
+
+    @property
+    def max_bytes(self) -> int:
+        """Size of the largest tensor that fits, in bytes."""
+        sizes = (size.limit if isinstance(size, AtMost) else size for size in self.shape)
+        return math.prod(sizes) * self.dtype.itemsize
+
+    def problem(self, shape: tuple[int, ...], dtype: torch.dtype | None) -> str | None:
+        """Why a tensor of this shape and dtype is not acceptable, or None."""
+        if dtype != self.dtype:
+            return f"has dtype {dtype}, expected {self.dtype}"
+        fits = len(shape) == len(self.shape) and all(
+            1 <= size <= want.limit if isinstance(want, AtMost) else size == want
+            for size, want in zip(shape, self.shape, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join(f"1..{s.limit}" if isinstance(s, AtMost) else str(s) for s in self.shape)
+            return f"has shape {shape}, expected ({wanted})"
+        return None
+
+
+Schema = Mapping[str, TensorSpec]
+
+
+@dataclass(frozen=True)
+class Message:
+    """Named tensors of one client in one round.
+
+    `samples` is the number of training images behind the message (the weight of the client in an average).
+    """
+
+    client: int
+    task: int
+    round: int
+    samples: int
+    tensors: Mapping[str, Tensor]
+
+    kind: ClassVar[str] = "message"
+    _numbers: ClassVar[tuple[str, ...]] = ("client", "task", "round", "samples")
+
+    def to_bytes(self) -> bytes:
+        """The message as it travels: safetensors, with the four numbers in its metadata."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
+        return save(tensors, metadata={key: str(getattr(self, key)) for key in self._numbers})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, schema: Schema) -> Self:
+        """Read a message and check it against `schema`.
+
+        Raises:
+            MessageError: too large, truncated, not safetensors, a missing or unknown tensor, a wrong shape or dtype,
+                or a value that is not finite.
+        """
+        limit = _HEADER_LIMIT + sum(spec.max_bytes for spec in schema.values())
+        if len(data) > limit:
+            raise MessageError(f"{cls.kind} has {len(data)} bytes, at most {limit} fit its schema")
+        header = _header(data, cls.kind)
+        metadata = header.pop("__metadata__", None)
+        if set(header) != set(schema):
+            missing, unknown = sorted(set(schema) - set(header)), sorted(set(header) - set(schema))
+            raise MessageError(f"{cls.kind} lacks tensors {missing} and has unknown tensors {unknown}")
+        for name, entry in header.items():
+            if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list):
+                raise MessageError(f"{cls.kind}: tensor '{name}' has a damaged header")
+            problem = schema[name].problem(tuple(entry["shape"]), _DTYPES.get(entry.get("dtype", "")))
+            if problem:
+                raise MessageError(f"{cls.kind}: tensor '{name}' {problem}")
+        try:
+            tensors = load(data)
+        except SafetensorError as error:
+            raise MessageError(f"{cls.kind} is damaged: {error}") from error
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise MessageError(f"{cls.kind}: tensor '{name}' holds NaN or infinite values")
+        return cls(**_read_numbers(metadata, cls._numbers, cls.kind), tensors=tensors)
+
+
+class Upload(Message):
+    """What a client sends to the server after its round."""
+
+    kind = "upload"
+
+
+class Download(Message):
+    """What the server sends to one client."""
+
+    kind = "download"
+
+
+def _header(data: bytes, kind: str) -> dict[str, object]:
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(len(data) - 8, _HEADER_LIMIT):
+        raise MessageError(f"{kind} is truncated or not in the safetensors format ({len(data)} bytes)")
+    try:
+        header = json.loads(data[8 : 8 + length])
+    except (ValueError, RecursionError) as error:
+        raise MessageError(f"{kind} has an unreadable header") from error
+    if not isinstance(header, dict):
+        raise MessageError(f"{kind} has an unreadable header")
+    return header
+
+
+def _read_numbers(metadata: object, names: tuple[str, ...], kind: str) -> dict[str, int]:
+    numbers = {}
+    for name in names:
+        text = metadata.get(name) if isinstance(metadata, dict) else None
+        if not isinstance(text, str) or not text.isdecimal() or len(text) > 18:
+            raise MessageError(f"{kind} has no valid number '{name}' (found {text!r})")
+        numbers[name] = int(text)
+    return numbers

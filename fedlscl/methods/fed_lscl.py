@@ -1,0 +1,221 @@
+"""Fed-LSCL: a small CNN generates, for every image, the LoRA weights that adapt a frozen ViT.
+
+On client i an image x gives E = theta(x) / ||theta(x)||, W = phi(E) and the logits H(ViT adapted by W, x). A round trains
+theta, phi and H on the current task (Eq. 3), then on the buffer (Eq. 4). Up go phi and the features FS of the buffered
+samples; no image, label, CNN or head. The server answers every client with a phi of its own (Eq. 5, one-by-one
+distillation, O2D), in closed form (`ExactO2D`) or by gradient descent as published (`IterativeO2D`).
+
+The paper leaves open, and the defaults here are: LoRA on the fused qkv projection of block 3, rank 4, alpha = rank; E of
+unit length; the classes that compete in training (`train_mask`); lambda, lambda_E, lambda_W.
+
+Logged: collaborate/cross_entropy; replay/cross_entropy, replay/features (lambda_E ||E - E'||^2), replay/weights
+(lambda_W ||W - W'||^2); server/objective_before and server/objective_after (Eq. 5, mean over the students).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from fedlscl import distillation, seeds
+from fedlscl.adapters import ParameterGenerator
+from fedlscl.backbones import FrozenViT, SmallModel, SmallModelSpec
+from fedlscl.client import Client
+from fedlscl.continual import Output
+from fedlscl.distillation import Generator
+from fedlscl.losses import o2d_objective
+from fedlscl.messages import AtMost, TensorSpec, Upload
+from fedlscl.server import Answers, Server
+
+
+class FedLSCL(Client):
+    """A client of Fed-LSCL (sections 4.2 and 4.3).
+
+    Args:
+        block: index of the adapted ViT block.
+        rank: r of the LoRA pairs.
+        alpha: the LoRA product is scaled by alpha / r; r by default.
+        **kwargs: settings of every client, see `Client`.
+    """
+
+    def __init__(self, block: int = 3, rank: int = 4, alpha: float | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if rank < 1:
+            raise ValueError(f"model.rank is {rank}, must be at least 1")
+        if self.buffer_size < 1:
+            raise ValueError("model.buffer_size is 0, but the uploaded features are those of the buffer: at least 1")
+        self.block, self.rank = block, rank
+        self.scale = 1.0 if alpha is None else alpha / rank
+
+    def build(self, vit: FrozenViT, cnn: SmallModelSpec, cnn_name: str, num_classes: int) -> None:
+        """theta, phi and H."""
+        if not 0 <= self.block < vit.depth:
+            raise ValueError(f"model.block is {self.block}, but {vit.name} has blocks 0 to {vit.depth - 1}")
+        self.cnn = SmallModel(cnn, cnn_name)
+        self.generator = ParameterGenerator(cnn.features, vit.width, self.rank)
+        self.head = nn.Linear(vit.width, num_classes)
+
+    def generate(self, images: Tensor) -> dict[str, Tensor]:
+        """E (B, e) and W (B, P) of Eq. 2."""
+        features = self.cnn(images)
+        return {"features": features, "weights": self.generator(features)}
+
+    def forward(self, images: Tensor) -> Output:
+        """H(Theta adapted by phi(theta(x)))."""
+        generated = self.generate(images)
+        tokens = self.vit.prefix(self.vit.prepare(images), self.block)
+        lora = self.generator.split(generated["weights"])
+        adapted = self.vit.suffix(tokens, self.block, lora, self.scale)
+        return Output(self.head(adapted), adapted, generated)
+
+    def shared(self) -> dict[str, Tensor]:
+        """phi."""
+        return {"weight": self.generator.weight, "bias": self.generator.bias}
+
+    def on_train_end(self) -> None:
+        """Also compute FS, the features of the buffered samples and of those that would enter the buffer now."""
+        super().on_train_end()
+        self.feature_set = self.observe(self.kept, lambda images: {"features": self.cnn(images)})["features"]
+
+    def extras(self) -> dict[str, Tensor]:
+        """FS (n, e)."""
+        return {"features": self.feature_set}
+
+    def extras_schema(self) -> dict[str, TensorSpec]:
+        """FS holds at most M features of each class."""
+        return {"features": TensorSpec((AtMost(self.buffer_size * self.num_classes), self.generator.in_features))}
+
+
+class O2D(Server):
+    """One-by-one distillation: every client that sent a generator gets one of its own back (Eq. 5).
+
+    Args:
+        strength: lambda, which holds a student to its own generator.
+    """
+
+    def __init__(self, strength: float = 0.1) -> None:
+        super().__init__()
+        if strength < 0:
+            raise ValueError(f"server.strength is {strength}, must not be negative")
+        self.strength = strength
+
+    def fuse(
+        self, clients: Mapping[int, Generator], seed: int, trainer: Callable[[], Trainer]
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """Weight and bias for each student."""
+        raise NotImplementedError
+
+    def aggregate(self, uploads: Mapping[int, Upload], clients: int, seed: int, trainer: Callable[[], Trainer]) -> Answers:
+        """A generator for each client that sent one; about the absent ones the server knows nothing."""
+        received = {
+            index: Generator(upload.tensors["weight"], upload.tensors["bias"], upload.tensors["features"])
+            for index, upload in uploads.items()
+        }
+        fused = self.fuse(received, seed, trainer)
+        own = {index: (client.weight, client.bias) for index, client in received.items()}
+        self.metrics = {
+            "objective_before": self._mean_objective(own, received),
+            "objective_after": self._mean_objective(fused, received),
+        }
+        return {index: {"weight": weight, "bias": bias} for index, (weight, bias) in fused.items()}
+
+    def _mean_objective(
+        self, students: Mapping[int, tuple[Tensor, Tensor]], received: Mapping[int, Generator]
+    ) -> float:
+        values = []
+        for index, (weight, bias) in students.items():
+            teachers = [client for other, client in received.items() if other != index]
+            own = received[index]
+            values.append(
+                o2d_objective(
+                    weight,
+                    bias,
+                    (own.weight, own.bias),
+                    [(teacher.weight, teacher.bias) for teacher in teachers],
+                    [teacher.features for teacher in teachers],
+                    self.strength,
+                )
+            )
+        return float(torch.stack(values).mean())
+
+
+class ExactO2D(O2D):
+    """O2D solved as the ridge regression that it is."""
+
+    def fuse(
+        self, clients: Mapping[int, Generator], seed: int, trainer: Callable[[], Trainer]
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """The minimisers of Eq. 5."""
+        return distillation.exact(clients, self.strength)
+
+
+class IterativeO2D(O2D):
+    """O2D by gradient descent, one teacher after another, as published.
+
+    Args:
+        strength: lambda.
+        epochs: passes over each teacher's features.
+        learning_rate: of Adam.
+        batch_size: features per step.
+    """
+
+    def __init__(
+        self, strength: float = 0.1, epochs: int = 20, learning_rate: float = 1e-3, batch_size: int = 32
+    ) -> None:
+        super().__init__(strength)
+        self.epochs, self.learning_rate, self.batch_size = epochs, learning_rate, batch_size
+
+    def fuse(
+        self, clients: Mapping[int, Generator], seed: int, trainer: Callable[[], Trainer]
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """The students after their fits; a client without teachers keeps its own generator."""
+        fused = {}
+        for index, own in clients.items():
+            teachers = [client for other, client in clients.items() if other != index]
+            student = Distillation(own, teachers, self, seeds.generator(seed, "distillation", index))
+            if teachers:
+                trainer().fit(student)
+            fused[index] = (student.student.weight.detach(), student.student.bias.detach())
+        return fused
+
+
+class Distillation(LightningModule):
+    """One student's fit: for one teacher after another, the distance of the outputs on that teacher's features."""
+
+    def __init__(self, own: Generator, teachers: list[Generator], settings: IterativeO2D, rng: torch.Generator) -> None:
+        super().__init__()
+        self.settings, self.rng, self.teachers = settings, rng, teachers
+        self.student = nn.Linear(own.weight.shape[1], own.weight.shape[0])
+        self.register_buffer("own_weight", own.weight)
+        self.register_buffer("own_bias", own.bias)
+        with torch.no_grad():
+            self.student.weight.copy_(own.weight)
+            self.student.bias.copy_(own.bias)
+
+    def train_dataloader(self) -> list[tuple[Tensor, Tensor]]:
+        """Features (B, e) with their teacher's outputs (B, P), teacher after teacher."""
+        return list(self._batches())
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for teacher in self.teachers:
+            for _ in range(self.settings.epochs):
+                order = torch.randperm(len(teacher.features), generator=self.rng)
+                for rows in order.split(self.settings.batch_size):
+                    x = teacher.features[rows]
+                    yield x, F.linear(x, teacher.weight, teacher.bias)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Eq. 5 with one teacher."""
+        x, wanted = batch
+        distance = (self.student(x) - wanted).square().sum(dim=1).mean()
+        drift = (self.student.weight - self.own_weight).square().sum() + (self.student.bias - self.own_bias).square().sum()
+        return distance + self.settings.strength * drift
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam."""
+        return torch.optim.Adam(self.student.parameters(), lr=self.settings.learning_rate)

@@ -1,0 +1,52 @@
+"""The small model alone: the CNN of Fed-LSCL with a head on its features, without a foundation model.
+
+With the server `Isolated` every client trains alone; with `FedAvg` the part named by `share` is averaged. Table 2's row
+without any component is `share: cnn`. The features are of unit length as in Fed-LSCL, so the head's logits are scaled by
+`logit_scale`; Eq. 4 keeps them in place (there are no generated weights).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from fedlscl.backbones import FrozenViT, SmallModel, SmallModelSpec
+from fedlscl.client import Client
+from fedlscl.continual import Output
+
+
+class SmallModelClient(Client):
+    """A CNN and a head.
+
+    Args:
+        share: what travels: nothing, the CNN, or CNN and head.
+        logit_scale: factor on the unit-length features before the head.
+        **kwargs: settings of every client, see `Client`.
+    """
+
+    def __init__(
+        self, share: Literal["nothing", "cnn", "all"] = "nothing", logit_scale: float = 16.0, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.share, self.logit_scale = share, logit_scale
+
+    def build(self, vit: FrozenViT, cnn: SmallModelSpec, cnn_name: str, num_classes: int) -> None:
+        """theta and a head on E."""
+        self.cnn = SmallModel(cnn, cnn_name)
+        self.head = nn.Linear(cnn.features, num_classes)
+
+    def generate(self, images: Tensor) -> dict[str, Tensor]:
+        """E (B, e)."""
+        return {"features": self.cnn(images)}
+
+    def forward(self, images: Tensor) -> Output:
+        """The head on E."""
+        generated = self.generate(images)
+        features = generated["features"]
+        return Output(self.head(self.logit_scale * features), features, generated)
+
+    def shared(self) -> dict[str, Tensor]:
+        """As `share` says; running statistics of batch normalisation included."""
+        prefixes = {"nothing": (), "cnn": ("cnn.",), "all": ("cnn.", "head.")}[self.share]
+        return {name: tensor for name, tensor in self.state_dict(keep_vars=True).items() if name.startswith(prefixes)}

@@ -1,0 +1,86 @@
+"""The server: uploads of a round in, an answer to every client out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from fedlscl.messages import Upload
+
+Answers = dict[int, dict[str, Tensor]]
+
+
+class Server(ABC):
+    """What every method's server does once a round."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}  # of the last aggregation, by name, for the record
+
+    @abstractmethod
+    def aggregate(self, uploads: Mapping[int, Upload], clients: int, seed: int, trainer: Callable[[], Trainer]) -> Answers:
+        """Fuse what the clients sent.
+
+        Args:
+            uploads: the valid uploads of this round, by client; at least one.
+            clients: number of clients in the federation, absent ones included.
+            seed: of this round, for what is drawn.
+            trainer: makes a fresh Trainer for each model that the server fits.
+
+        Returns:
+            The tensors for each client that gets an answer.
+        """
+
+
+class Isolated(Server):
+    """No exchange: every client keeps its own model (Table 2 without O2D; local training)."""
+
+    def aggregate(self, uploads: Mapping[int, Upload], clients: int, seed: int, trainer: Callable[[], Trainer]) -> Answers:
+        """Nobody gets an answer."""
+        return {}
+
+
+class FedAvg(Server):
+    """The mean of the clients' tensors, the same for everyone, absent clients included (McMahan et al., 2017).
+
+    Args:
+        weighting: by the number of training `samples`, or `uniform`.
+    """
+
+    def __init__(self, weighting: Literal["samples", "uniform"] = "samples") -> None:
+        super().__init__()
+        self.weighting = weighting
+
+    def aggregate(self, uploads: Mapping[int, Upload], clients: int, seed: int, trainer: Callable[[], Trainer]) -> Answers:
+        """One mean for all clients."""
+        shares = [upload.samples if self.weighting == "samples" else 1 for upload in uploads.values()]
+        mean = average([upload.tensors for upload in uploads.values()], shares)
+        return dict.fromkeys(range(clients), mean)
+
+
+def average(models: list[Mapping[str, Tensor]], weights: list[int]) -> dict[str, Tensor]:
+    """Tensor by tensor the weighted mean; of integer tensors (counters) the maximum.
+
+    Args:
+        models: the same names and shapes in each.
+        weights: one per model, not negative, not all zero; they are divided by their sum.
+
+    Raises:
+        ValueError: if no weight is positive.
+    """
+    total = sum(weights)
+    if total <= 0 or min(weights) < 0:
+        raise ValueError(f"weights {weights} must not be negative and must have a positive sum")
+    mean = {}
+    for name, first in models[0].items():
+        stacked = torch.stack([model[name] for model in models])
+        if first.is_floating_point():
+            shares = torch.tensor(weights, dtype=torch.float64).div(total).to(first.dtype)
+            mean[name] = torch.tensordot(shares, stacked, dims=1)
+        else:
+            mean[name] = stacked.max(dim=0).values
+    return mean

@@ -1,0 +1,285 @@
+"""The one record of a federation: metrics.csv and a W&B run, over all its hundreds of fits."""
+
+from __future__ import annotations
+
+import csv
+import netrc
+import os
+import secrets
+import warnings
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+from urllib.parse import urlsplit
+
+from lightning.pytorch.loggers import Logger
+
+if TYPE_CHECKING:
+    from wandb.sdk.wandb_run import Run
+
+HEADER = ("task", "round", "metric", "value")
+STEP_METRICS = {"client/*": "round", "server/*": "round", "eval/*": "round", "task/*": "task"}
+"""Which of our own counters is the horizontal axis of a metric in W&B."""
+
+INIT_TIMEOUT = 30.0
+"""Seconds W&B's server may take to answer before an online run is given up."""
+
+WandbMode = Literal["auto", "offline", "online", "disabled"]
+
+
+class Tracker:
+    """Record every metric of a federation once, in ``metrics.csv`` and in one W&B run.
+
+    Args:
+        run_dir: folder of the run; it receives ``metrics.csv`` and, in ``wandb``, what W&B writes.
+        wandb_mode: "auto" is online for a user who has logged in and not switched W&B off, offline otherwise.
+        project: W&B project.
+        name: W&B's display name of the run; W&B makes one up for None.
+        config: the run's whole configuration, as plain values.
+        run_id: W&B id of the run to go on with; None begins a new one.
+        metrics_bytes: size of ``metrics.csv`` at the checkpoint a run goes on from; rows after it are
+            dropped. None begins a new file.
+
+    Raises:
+        ValueError: if `wandb_mode` is unknown, is "online" for a user who is not logged in, or
+            `metrics_bytes` does not end a row of the file.
+        FileNotFoundError: if there is no ``metrics.csv`` to go on with.
+        wandb.Error: if "online" was asked for and W&B's server cannot be used.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        wandb_mode: WandbMode = "auto",
+        project: str = "fedlscl",
+        name: str | None = None,
+        config: Mapping[str, Any],
+        run_id: str | None = None,
+        metrics_bytes: int | None = None,
+    ) -> None:
+        mode = _resolve(wandb_mode)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._csv = _open_metrics(run_dir / "metrics.csv", metrics_bytes)
+        self._writer = csv.writer(self._csv, lineterminator="\n")
+        if metrics_bytes is None:
+            self._writer.writerow(HEADER)
+        self.run_id = run_id or secrets.token_hex(4)
+        self._run: Run | None = None
+        try:
+            if mode != "disabled":
+                init = {"project": project, "name": name, "config": dict(config), "id": self.run_id}
+                resumed, may_fall_back = run_id is not None, wandb_mode == "auto"
+                self._run = _start(mode, run_dir, resumed=resumed, may_fall_back=may_fall_back, **init)
+                self.run_id = self._run.id  # a sweep's agent imposes its own
+        except BaseException:
+            self._csv.close()
+            raise
+
+    def log(self, metrics: Mapping[str, float], *, task: int, round: int) -> None:
+        """Record numbers of one moment of the federation.
+
+        Args:
+            metrics: value by name, such as ``client/0/loss``.
+            task: task being learned, from 1.
+            round: running number of the round over the whole federation, from 1.
+
+        Raises:
+            ValueError: if `task` or `round` is below 1, or a metric bears the name of one of them.
+        """
+        if task < 1 or round < 1:
+            raise ValueError(f"task and round count from 1, got task={task}, round={round}")
+        if reserved := {"task", "round"} & set(metrics):
+            raise ValueError(f"metrics must not be called {sorted(reserved)}: those are the axes")
+        values = {metric: float(value) for metric, value in metrics.items()}
+        self._writer.writerows((task, round, metric, repr(value)) for metric, value in values.items())
+        if self._run is not None:
+            self._run.log({**values, "task": task, "round": round})
+
+    def flush(self) -> int:
+        """Force ``metrics.csv`` onto the disk.
+
+        Returns:
+            Its size in bytes, to be given as `metrics_bytes` when the federation goes on from here.
+        """
+        self._csv.flush()
+        os.fsync(self._csv.fileno())
+        return os.fstat(self._csv.fileno()).st_size
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Show a table in W&B.
+
+        Args:
+            name: the panel's name.
+            columns: the names of the columns.
+            rows: the cells, row by row.
+
+        Raises:
+            ValueError: if a row has not one cell per column.
+        """
+        if wrong := [row for row in rows if len(row) != len(columns)]:
+            raise ValueError(f"rows of table {name!r} must have {len(columns)} cells, got {list(wrong[0])}")
+        if self._run is not None:
+            import wandb
+
+            self._run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+
+    def image(self, name: str, path: Path) -> None:
+        """Show a picture in W&B.
+
+        Args:
+            name: the panel's name.
+            path: the picture's file.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"image {name!r}: no file {path}")
+        if self._run is not None:
+            import wandb
+
+            self._run.log({name: wandb.Image(str(path))})
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Set the run's closing numbers in W&B, shown in its table of runs.
+
+        Args:
+            values: closing value by name.
+        """
+        if self._run is not None:
+            self._run.summary.update(dict(values))
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Close the record; a second call does nothing.
+
+        Args:
+            exit_code: 0 for a federation that ended well.
+        """
+        if not self._csv.closed:
+            self.flush()
+            self._csv.close()
+            if self._run is not None:
+                self._run.finish(exit_code=exit_code)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.finish(exit_code=0 if error is None else 1)
+
+
+class ClientLogger(Logger):
+    """Lightning's logger for one client's fit: pass its metrics on to the federation's record.
+
+    Args:
+        tracker: the federation's record.
+        prefix: put before each metric's name, such as ``client/0``.
+        task: task being learned, from 1.
+        round: running number of the round, from 1.
+    """
+
+    def __init__(self, tracker: Tracker, prefix: str, *, task: int, round: int) -> None:
+        super().__init__()
+        self._tracker, self._prefix, self._task, self._round = tracker, prefix, task, round
+
+    @property
+    def name(self) -> str:
+        """The prefix: Lightning asks for a name."""
+        return self._prefix
+
+    @property
+    def version(self) -> str:
+        """Where in the federation the fit stands."""
+        return f"task{self._task}-round{self._round}"
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Record what the fit logged.
+
+        Args:
+            metrics: value by name.
+            step: Lightning's step, unused: it begins anew with every fit.
+        """
+        ours = {f"{self._prefix}/{name}": value for name, value in metrics.items() if name != "epoch"}
+        self._tracker.log(ours, task=self._task, round=self._round)
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Record nothing: the configuration belongs to the federation, not to a fit."""
+
+
+def _start(
+    mode: Literal["offline", "online"], run_dir: Path, *, resumed: bool, may_fall_back: bool, **init: Any
+) -> Run:
+    """Open the W&B run, silently, with our own counters as axes; `init` goes to ``wandb.init``."""
+    import wandb
+
+    quiet = wandb.Settings(
+        silent=True, quiet=True, console="off", disable_code=True, disable_git=True, init_timeout=INIT_TIMEOUT
+    )
+    # "create_new" leaves alone a run the caller may have open.
+    begin = partial(wandb.init, dir=run_dir, reinit="create_new", settings=quiet, **init)
+    try:
+        run = begin(mode=mode, resume="allow" if resumed and mode == "online" else None)
+    except wandb.Error as error:
+        if mode == "offline" or not may_fall_back:
+            raise
+        warnings.warn(f"W&B is out of reach, the run is tracked offline: {error}", stacklevel=3)
+        wandb.teardown()  # the failed run would keep the id in use
+        run = begin(mode="offline")
+    for axis in ("task", "round"):
+        run.define_metric(axis, hidden=True)
+    for metrics, axis in STEP_METRICS.items():
+        run.define_metric(metrics, step_metric=axis)
+    return run
+
+
+def _open_metrics(path: Path, size: int | None) -> TextIO:
+    """Open `path` to append rows: a new file, or the first `size` bytes of the one that is there."""
+    if size is None:
+        return path.open("w", newline="", encoding="utf-8", buffering=1)
+    if not path.is_file():
+        raise FileNotFoundError(f"metrics_bytes={size}, but there is no {path} to go on with")
+    kept = path.read_bytes()[: max(size, 0)]
+    header = ",".join(HEADER).encode() + b"\n"
+    if len(kept) != size or not kept.startswith(header) or not kept.endswith(b"\n"):
+        raise ValueError(f"metrics_bytes={size} does not end a row of {path}: is it of another run?")
+    os.truncate(path, size)
+    return path.open("a", newline="", encoding="utf-8", buffering=1)
+
+
+def _resolve(mode: WandbMode) -> Literal["offline", "online", "disabled"]:
+    """Decide how W&B is used, without network, prompt or, where it is disabled, W&B itself."""
+    modes = ("auto", "offline", "online", "disabled")
+    if mode not in modes:
+        raise ValueError(f"wandb_mode must be one of {modes}, got {mode!r}")
+    if mode == "disabled" or (mode == "auto" and os.environ.get("WANDB_MODE") == "disabled"):
+        return "disabled"
+    import wandb
+
+    settings = wandb.setup(wandb.Settings(silent=True)).settings
+    if mode == "auto" and settings.mode != "online":
+        return "disabled" if settings.mode == "disabled" else "offline"
+    if mode == "offline":
+        return "offline"
+    if settings.api_key or settings.identity_token_file or _in_netrc(settings.base_url):
+        return "online"
+    if mode == "online":
+        raise ValueError(
+            "wandb_mode is 'online', but nobody is logged in: run `wandb login` or set WANDB_API_KEY, "
+            "or choose 'offline'"
+        )
+    return "offline"
+
+
+def _in_netrc(url: str) -> bool:
+    """Tell whether ``wandb login`` has left a key for `url`."""
+    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    try:
+        return netrc.netrc(str(path)).authenticators(urlsplit(url).netloc) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,42 @@
+"""The Lightning Trainer of one round: lean, because a federation makes a fresh one for each of hundreds of fits."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
+
+
+class RoundTrainer(Trainer):
+    """A Trainer for one pass over one round's batches on one device.
+
+    Args:
+        accelerator: cpu, gpu, mps or auto, as in Lightning.
+        precision: 32-true, bf16-mixed or 16-mixed; bf16-mixed is faster where the hardware has bf16 units.
+        deterministic: only deterministic algorithms, for equal numbers on a GPU.
+        logger: where a fit's metrics go; the federation sets it.
+    """
+
+    def __init__(
+        self,
+        accelerator: str = "auto",
+        precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
+        deterministic: bool = True,
+        logger: Logger | None = None,
+    ) -> None:
+        super().__init__(
+            accelerator=accelerator,
+            devices=1,
+            precision=precision,
+            deterministic=deterministic,
+            logger=logger or False,
+            max_epochs=1,
+            log_every_n_steps=1,
+            num_sanity_val_steps=0,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_autolog_hparams=False,
+            use_distributed_sampler=False,
+        )

@@ -1,0 +1,184 @@
+"""What is printed: the bar's text, one line per round, and the closing table's numbers."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from fedlscl.console import FederationProgress, human_bytes, summary_table
+from fedlscl.evaluation import summarise
+
+NAN = float("nan")
+
+
+def screen(*, terminal: bool, width: int = 100) -> Console:
+    """A console that writes into memory."""
+    return Console(
+        file=io.StringIO(), width=width, force_terminal=terminal, color_system=None, legacy_windows=False
+    )
+
+
+def printed(console: Console) -> str:
+    """Everything written so far."""
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def run_summary(seen: np.ndarray) -> dict[str, Any]:
+    """A run's summary with `seen` as accuracy under the mask "seen"."""
+    clients = len(seen)
+    return {
+        "method": "fed_lscl",
+        "setting": "digits",
+        "seed": 42,
+        "backbone": "tiny [vit]",
+        "accuracy": {
+            "task": summarise(np.full((1, 1, 1), 98.76)),
+            "seen": summarise(seen),
+            "none": summarise(np.full((1, 1, 1), 12.34)),
+        },
+        "bytes_up": {"per_client_round": 1536.0, "total": 3072 * clients, "by_client": [3072] * clients},
+        "bytes_down": {
+            "per_client_round": 2**20,
+            "total": 2**20,
+            "by_client": [5 * 2**20, 7 * 2**20, *[0] * clients][:clients],
+        },
+        "seconds": {"total": 83.21, "fit": 70.5, "aggregate": 3.25, "evaluate": 9.0},
+        "peak_memory_mib": 812.4,
+    }
+
+
+SEEN = np.array(
+    [
+        [[80, NAN, NAN], [60, 90, NAN], [70, 50, 100]],
+        [[40, NAN, NAN], [50, 60, NAN], [20, 30, 40]],
+    ]
+)
+
+
+def show(summary: dict[str, Any], width: int = 100) -> list[str]:
+    """Print the closing table and return its lines."""
+    console = screen(terminal=False, width=width)
+    summary_table(summary, console, picture=Path("runs/[1]/accuracy.png"), run_dir=Path("runs/[1]"))
+    return printed(console).splitlines()
+
+
+def row(lines: list[str], first: str) -> list[str]:
+    """The words of the one line that begins with `first`."""
+    (found,) = [line.split() for line in lines if line.split()[:1] == [first]]
+    return found
+
+
+def test_the_closing_table_holds_every_number() -> None:
+    lines = show(run_summary(SEEN))
+    assert max(map(len, lines)) <= 100
+    assert lines[0] == "fed_lscl on digits, seed 42, tiny [vit]"
+    assert "after task 3" in lines[1]
+    assert " ".join(row(lines, "client")) == "client task 1 task 2 task 3 final forgetting up down"
+    assert " ".join(row(lines, "0")[1:]) == "70.0 50.0 100.0 73.3 25.0 3.0 KiB 5.0 MiB"
+    assert " ".join(row(lines, "1")[1:]) == "20.0 30.0 40.0 30.0 30.0 3.0 KiB 7.0 MiB"
+    assert " ".join(row(lines, "mean")[1:]) == "45.0 40.0 70.0 51.7 27.5 3.0 KiB 6.0 MiB"
+    tail = "\n".join(lines[-5:])
+    assert "task 98.8  seen 51.7  none 12.3" in tail
+    assert "up 1.5 KiB  down 1.0 MiB" in tail
+    assert "seconds: 83.2 (fit 70.5, aggregate 3.2, evaluate 9.0)" in tail
+    assert "peak memory: 812 MiB" in tail
+    assert lines[-2:] == [f"picture: {Path('runs/[1]/accuracy.png')}", f"run: {Path('runs/[1]')}"]
+
+
+def test_one_task_has_no_forgetting_to_show() -> None:
+    lines = show(run_summary(SEEN[:, :1, :1]))
+    assert row(lines, "0")[1:4] == ["80.0", "80.0", "-"]
+    assert row(lines, "mean")[1:4] == ["60.0", "60.0", "-"]
+
+
+def test_an_unfinished_run_shows_the_tasks_it_has_learned() -> None:
+    unfinished = SEEN.copy()
+    unfinished[:, 2] = NAN
+    lines = show(run_summary(unfinished))
+    assert row(lines, "client")[:5] == ["client", "task", "1", "task", "2"]
+    assert row(lines, "0")[1:5] == ["60.0", "90.0", "75.0", "20.0"]
+
+
+def test_a_missing_test_set_is_a_dash() -> None:
+    acc = SEEN.copy()
+    acc[1, :, 1] = NAN
+    lines = show(run_summary(acc))
+    assert row(lines, "1")[1:6] == ["20.0", "-", "40.0", "30.0", "30.0"]
+    assert row(lines, "mean")[2] == "50.0"
+
+
+def test_no_number_is_cut_short_on_a_narrow_console() -> None:
+    tasks = 20
+    acc = np.where(np.tril(np.ones((tasks, tasks), dtype=bool)), 87.5, NAN)[None]
+    lines = show(run_summary(acc), width=40)
+    assert row(lines, "0").count("87.5") == tasks + 1
+    assert "…" not in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (44_950_000, "42.9 MiB"),
+        (2**30, "1.0 GiB"),
+        (5 * 2**40, "5.0 TiB"),
+    ],
+)
+def test_human_bytes(count: int, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+def test_off_a_terminal_there_is_one_line_per_round_and_no_bar() -> None:
+    console = screen(terminal=False, width=20)
+    with FederationProgress(2, 1, 2, console=console) as progress:
+        for task in (1, 2):
+            for client in (0, 1):
+                progress.update(task, 1, client, "collaborate")
+                progress.advance()
+            progress.round_done(f"task {task}/2  round 1/1  seen [71.2] %")
+    assert printed(console).splitlines() == [
+        "task 1/2  round 1/1  seen [71.2] %",
+        "task 2/2  round 1/1  seen [71.2] %",
+    ]
+
+
+def test_on_a_terminal_the_bar_says_where_the_federation_stands() -> None:
+    console = screen(terminal=True)
+    with FederationProgress(3, 3, 5, completed=7, console=console) as progress:
+        progress.update(2, 1, 4, "[fit]")
+        progress.advance()
+        progress._progress.refresh()
+        assert "task 2/3  round 1/3  client 4  [fit]" in printed(console)
+        assert "8/45" in printed(console)
+        progress.round_done("round 4: seen 71.2 %")
+        progress.update(2, 1, None, "aggregate")
+        progress._progress.refresh()
+    text = printed(console)
+    assert "task 2/3  round 1/3  server  aggregate" in text
+    assert text.index("round 4: seen 71.2 %") < text.index("server  aggregate")
+
+
+def test_a_resumed_bar_judges_its_speed_by_what_it_did_itself() -> None:
+    now = 0.0
+    progress = FederationProgress(1, 10, 10, completed=90, console=screen(terminal=True))
+    progress._progress.get_time = lambda: now
+    progress._progress.reset(progress._bar, completed=90)
+    for now in (100.0, 200.0, 300.0):  # noqa: B007  # read by get_time
+        progress.advance()
+    assert progress._progress.tasks[0].time_remaining == pytest.approx(700)
+
+
+@pytest.mark.parametrize("counts", [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
+def test_bad_counts_are_named(counts: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="count from 1"):
+        FederationProgress(*counts)
+    with pytest.raises(ValueError, match=r"completed must be 0\.\.6"):
+        FederationProgress(1, 2, 3, completed=7)

@@ -1,0 +1,178 @@
+"""The masks and the metrics, against numbers worked out by hand and against the formulas' own invariants."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from fedlscl.evaluation import (
+    MASKS,
+    average_incremental,
+    backward_transfer,
+    final_average,
+    forgetting,
+    masked_correct,
+    summarise,
+    table1,
+)
+
+NAN = float("nan")
+PROPERTY = settings(max_examples=50, deadline=None)
+
+# Two clients, three tasks; the expected values below are worked out on paper.
+EXAMPLE = np.array(
+    [
+        [[80, NAN, NAN], [60, 90, NAN], [70, 50, 100]],
+        [[40, NAN, NAN], [50, 60, NAN], [20, 30, 40]],
+    ]
+)
+
+
+@st.composite
+def accuracies(draw: st.DrawFn, min_tasks: int = 1) -> np.ndarray:
+    """Draw a finished accuracy array (clients, N, N)."""
+    clients, tasks = draw(st.integers(1, 4)), draw(st.integers(min_tasks, 4))
+    acc = draw(arrays(np.float64, (clients, tasks, tasks), elements=st.floats(0, 100, width=32)))
+    acc[:, np.triu(np.ones((tasks, tasks), dtype=bool), 1)] = np.nan
+    return acc
+
+
+def mask(classes: set[int], num_classes: int) -> torch.Tensor:
+    return torch.tensor([label in classes for label in range(num_classes)])
+
+
+def test_masks_limit_what_can_be_predicted() -> None:
+    logits = torch.tensor([[9.0, 5.0, 7.0, 1.0, 0.0], [0.0, 5.0, 1.0, 8.0, 9.0], [0.0, 1.0, 2.0, 9.0, 0.0]])
+    # Best of {1, 3}: 1, 3, 3. Best of {1, 2, 3}: 2, 3, 3. Best of all: 0, 4, 3.
+    correct = masked_correct(logits, torch.tensor([1, 3, 3]), mask({1, 3}, 5).expand(3, 5), mask({1, 2, 3}, 5))
+    assert tuple(correct) == MASKS
+    assert correct["task"].tolist() == [True, True, True]
+    assert correct["seen"].tolist() == [False, True, True]
+    assert correct["none"].tolist() == [False, False, True]
+
+
+@PROPERTY
+@given(st.integers(0, 2**31))
+def test_a_wider_mask_never_helps(seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    logits = torch.randn(16, 6, generator=rng)
+    labels = torch.tensor([2, 5])[torch.randint(2, (16,), generator=rng)]
+    correct = masked_correct(logits, labels, mask({2, 5}, 6).expand(16, 6), mask({0, 2, 5}, 6))
+    assert bool((correct["none"] <= correct["seen"]).all() and (correct["seen"] <= correct["task"]).all())
+    every = masked_correct(logits, labels, mask(set(range(6)), 6).expand(16, 6), mask(set(range(6)), 6))
+    assert torch.equal(every["task"], every["none"])
+
+
+def test_every_sample_has_its_own_task() -> None:
+    logits = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
+    masks = torch.stack([mask({0}, 3), mask({1, 2}, 3)])
+    assert masked_correct(logits, torch.tensor([0, 1]), masks, mask({0, 1}, 3))["task"].tolist() == [True, False]
+
+
+def test_hand_computed_example() -> None:
+    assert table1(EXAMPLE) == [60, 75, 70]
+    assert final_average(EXAMPLE) == pytest.approx((220 / 3 + 90 / 3) / 2)
+    assert average_incremental(EXAMPLE) == pytest.approx(((80 + 75 + 220 / 3) / 3 + (40 + 55 + 30) / 3) / 2)
+    # Client 0: (80 - 70, 90 - 50); client 1: (50 - 20, 60 - 30).
+    assert forgetting(EXAMPLE) == pytest.approx(((10 + 40) / 2 + (30 + 30) / 2) / 2)
+    # Client 0: (70 - 80, 50 - 90); client 1: (20 - 40, 30 - 60).
+    assert backward_transfer(EXAMPLE) == pytest.approx(((-10 - 40) / 2 + (-20 - 30) / 2) / 2)
+
+
+def test_the_last_row_is_not_in_the_maximum_of_forgetting() -> None:
+    acc = np.array([[[50, NAN], [70, 90]]])
+    assert forgetting(acc) == -20
+    assert backward_transfer(acc) == 20
+
+
+@PROPERTY
+@given(st.floats(0, 100), st.integers(1, 3), st.integers(2, 4))
+def test_a_constant_array_forgets_nothing(value: float, clients: int, tasks: int) -> None:
+    acc = np.where(np.tril(np.ones((tasks, tasks), dtype=bool)), value, np.nan)[None].repeat(clients, 0)
+    assert forgetting(acc) == backward_transfer(acc) == 0
+    assert table1(acc) == pytest.approx([value] * tasks)
+    assert final_average(acc) == pytest.approx(value)
+    assert average_incremental(acc) == pytest.approx(value)
+
+
+@PROPERTY
+@given(accuracies(min_tasks=2))
+def test_forgetting_is_at_least_minus_backward_transfer(acc: np.ndarray) -> None:
+    lost, transfer = forgetting(acc), backward_transfer(acc)
+    assert lost is not None
+    assert transfer is not None
+    assert lost >= -transfer - 1e-9
+
+
+@PROPERTY
+@given(accuracies(), st.randoms(use_true_random=False))
+def test_the_order_of_clients_does_not_matter(acc: np.ndarray, random: object) -> None:
+    order = list(range(len(acc)))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    before, after = summarise(acc), summarise(acc[order])
+    assert after.pop("matrix") == [before["matrix"][client] for client in order]
+    before.pop("matrix")
+    for name, value in before.items():
+        assert after[name] == (None if value is None else pytest.approx(value))
+
+
+@PROPERTY
+@given(accuracies(min_tasks=2))
+def test_a_federation_with_one_task_left_is_judged_on_the_others(acc: np.ndarray) -> None:
+    unfinished = acc.copy()
+    unfinished[:, -1] = np.nan
+    whole, part = summarise(acc[:, :-1, :-1]), summarise(unfinished)
+    assert len(part.pop("matrix")[0]) == acc.shape[1]
+    whole.pop("matrix")
+    assert part == whole
+
+
+def test_one_task_has_neither_forgetting_nor_transfer() -> None:
+    summary = summarise(EXAMPLE[:, :1, :1])
+    assert summary["forgetting"] is None
+    assert summary["backward_transfer"] is None
+    assert summary["final_average"] == summary["average_incremental"] == 60
+    assert summary["table1"] == [60]
+
+
+def test_summary_is_json_with_null_where_nothing_was_measured() -> None:
+    summary = json.loads(json.dumps(summarise(EXAMPLE), allow_nan=False))
+    assert summary["matrix"] == [
+        [[80, None, None], [60, 90, None], [70, 50, 100]],
+        [[40, None, None], [50, 60, None], [20, 30, 40]],
+    ]
+    assert summary["table1"] == table1(EXAMPLE)
+    assert summary["forgetting"] == forgetting(EXAMPLE)
+    assert summary["backward_transfer"] == backward_transfer(EXAMPLE)
+
+
+def test_a_client_without_test_images_of_a_task_counts_only_where_it_has_some() -> None:
+    acc = EXAMPLE.copy()
+    acc[1, :, 1] = NAN
+    assert table1(acc) == [60, 90, 70]
+    assert final_average(acc) == pytest.approx((220 / 3 + 30) / 2)
+    assert forgetting(acc) == pytest.approx((25 + 30) / 2)
+    assert backward_transfer(acc) == pytest.approx((-25 - 20) / 2)
+
+
+@pytest.mark.parametrize(
+    ("acc", "message"),
+    [
+        (np.zeros((2, 3)), r"got shape \(2, 3\)"),
+        (np.zeros((1, 2, 3)), r"got shape \(1, 2, 3\)"),
+        (np.full((1, 1, 1), 101.0), "0 to 100"),
+        (np.zeros((1, 2, 2)), "later than"),
+        (np.full((1, 2, 2), NAN), "first tasks"),
+        (np.array([[[NAN, NAN], [1.0, 2.0]]]), "first tasks"),
+    ],
+)
+def test_arrays_that_are_no_accuracy_are_refused(acc: np.ndarray, message: str) -> None:
+    for metric in (table1, final_average, average_incremental, forgetting, backward_transfer, summarise):
+        with pytest.raises(ValueError, match=message):
+            metric(acc)

@@ -1,0 +1,273 @@
+"""The record of a federation: what metrics.csv holds, what W&B really writes, what Lightning passes on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import wandb
+from lightning import LightningModule, Trainer
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from wandb.proto import wandb_internal_pb2
+
+from fedlscl.tracking import STEP_METRICS, ClientLogger, Tracker
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Give W&B the empty home of somebody who never logged in, and a server that does not answer."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in [name for name in os.environ if name.startswith("WANDB_") or name == "NETRC"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    wandb.teardown()  # W&B reads its environment once per session
+    yield home
+    wandb.teardown()
+
+
+def rows(run_dir: Path) -> list[tuple[str, ...]]:
+    """Read metrics.csv, header included."""
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return [tuple(row) for row in csv.reader(file)]
+
+
+def plain(run_dir: Path, **options: Any) -> Tracker:
+    """Open a record without W&B."""
+    return Tracker(run_dir, wandb_mode="disabled", config={}, **options)
+
+
+def wandb_records(path: Path) -> Iterator[Any]:
+    """Read the protobuf records of a .wandb file (the LevelDB log format behind a 7-byte header)."""
+    data, at, partial = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        partial += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield wandb_internal_pb2.Record.FromString(partial)
+            partial = b""
+
+
+def test_metrics_are_kept_in_long_form_and_read_back_exactly(tmp_path: Path) -> None:
+    with plain(tmp_path / "new" / "run") as tracker:
+        tracker.log({"client/0/loss": 1 / 3, "eval/seen": torch.tensor(97.5)}, task=1, round=1)
+        tracker.log({"task/forgetting, all": math.nan, "server/x": math.inf}, task=2, round=6)
+    header, *kept = rows(tmp_path / "new" / "run")
+    assert header == ("task", "round", "metric", "value")
+    assert [row[:3] for row in kept] == [
+        ("1", "1", "client/0/loss"),
+        ("1", "1", "eval/seen"),
+        ("2", "6", "task/forgetting, all"),
+        ("2", "6", "server/x"),
+    ]
+    assert [float(row[3]) for row in kept][:2] == [1 / 3, 97.5]
+    assert math.isnan(float(kept[2][3]))
+    assert math.isinf(float(kept[3][3]))
+
+
+def test_a_record_is_on_disk_before_it_is_finished(tmp_path: Path) -> None:
+    tracker = plain(tmp_path)
+    tracker.log({"eval/a": 1.0}, task=1, round=1)
+    assert tracker.flush() == (tmp_path / "metrics.csv").stat().st_size
+    assert len(rows(tmp_path)) == 2
+    tracker.finish()
+    tracker.finish()
+
+
+def test_a_resumed_record_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    with plain(tmp_path) as tracker:
+        tracker.log({"eval/a": 1.0}, task=1, round=1)
+        size = tracker.flush()
+        tracker.log({"eval/a": 2.0}, task=1, round=2)
+        run_id = tracker.run_id
+    with plain(tmp_path, run_id=run_id, metrics_bytes=size) as tracker:
+        assert tracker.run_id == run_id
+        assert tracker.flush() == size
+        tracker.log({"eval/a": 3.0}, task=1, round=2)
+    assert rows(tmp_path)[1:] == [("1", "1", "eval/a", "1.0"), ("1", "2", "eval/a", "3.0")]
+
+
+def test_a_new_record_replaces_an_old_one(tmp_path: Path) -> None:
+    with plain(tmp_path) as tracker:
+        tracker.log({"eval/a": 1.0}, task=1, round=1)
+        old = tracker.run_id
+    with plain(tmp_path) as tracker:
+        assert tracker.run_id != old
+    assert rows(tmp_path) == [("task", "round", "metric", "value")]
+
+
+@pytest.mark.parametrize("size", [-1, 0, 5, 30, 10_000])
+def test_a_size_that_ends_no_row_is_refused_and_nothing_is_lost(tmp_path: Path, size: int) -> None:
+    with plain(tmp_path) as tracker:
+        tracker.log({"eval/a": 1.0}, task=1, round=1)
+    before = rows(tmp_path)
+    with pytest.raises(ValueError, match=f"metrics_bytes={size} "):
+        plain(tmp_path, metrics_bytes=size)
+    assert rows(tmp_path) == before
+
+
+def test_bad_input_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="metrics_bytes=7"):
+        plain(tmp_path, metrics_bytes=7)
+    with pytest.raises(ValueError, match=r"wandb_mode .* got 'on'"):
+        Tracker(tmp_path, wandb_mode="on", config={})  # type: ignore[arg-type]
+    with plain(tmp_path) as tracker:
+        with pytest.raises(ValueError, match="round=0"):
+            tracker.log({"eval/a": 1.0}, task=1, round=0)
+        with pytest.raises(ValueError, match=r"\['round'\]"):
+            tracker.log({"round": 1.0}, task=1, round=1)
+        with pytest.raises(ValueError, match="table 'eval/t' must have 2 cells"):
+            tracker.table("eval/t", ["a", "b"], [[1, 2], [1]])
+        with pytest.raises(FileNotFoundError, match=r"no\.png"):
+            tracker.image("plot", tmp_path / "no.png")
+    assert len(rows(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("mode", ["disabled", "auto"])
+def test_disabled_does_without_wandb(mode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would raise
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with Tracker(tmp_path, wandb_mode=mode, config={}) as tracker:
+        tracker.log({"eval/a": 1.0}, task=1, round=1)
+        tracker.table("t", ["a"], [[1]])
+        tracker.image("plot", tmp_path / "metrics.csv")
+        tracker.summary({"a": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_auto_without_a_login_is_offline_and_silent(
+    home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # Pytest's standard input refuses to be read, so a prompt would fail here.
+    with Tracker(tmp_path / "run", config={"seed": 1}, name="first") as tracker:
+        tracker.log({"eval/a": 1.0}, task=1, round=1)
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
+    with pytest.raises(ValueError, match="nobody is logged in"):
+        Tracker(tmp_path / "run", wandb_mode="online", config={})
+    assert capfd.readouterr() == ("", "")
+
+
+def test_auto_with_a_login_but_no_server_falls_back_with_a_warning(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / ".netrc").write_text(f"machine 127.0.0.1:9 login user password {'0' * 40}")
+    monkeypatch.setattr("fedlscl.tracking.INIT_TIMEOUT", 0.5)
+    with (
+        pytest.warns(UserWarning, match="tracked offline"),
+        Tracker(tmp_path / "run", config={}) as tracker,
+    ):
+        tracker.log({"eval/a": 1.0}, task=1, round=1)
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
+    with pytest.raises(wandb.Error):
+        Tracker(tmp_path / "run", wandb_mode="online", config={})
+
+
+@pytest.mark.parametrize("switched", ["environment", "settings"])
+def test_auto_respects_a_user_who_switched_to_offline(
+    switched: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    if switched == "environment":
+        monkeypatch.setenv("WANDB_MODE", "offline")
+    else:
+        (home / ".config" / "wandb").mkdir(parents=True)
+        (home / ".config" / "wandb" / "settings").write_text("[default]\nmode = offline\n")
+    with Tracker(tmp_path / "run", config={}) as tracker:
+        tracker.log({"eval/a": 1.0}, task=1, round=1)
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
+
+
+def test_an_offline_run_holds_everything_and_is_resumed_under_its_id(home: Path, tmp_path: Path) -> None:
+    offline, picture = tmp_path / "run", tmp_path / "picture.png"
+    Image.new("RGB", (4, 4)).save(picture)
+    with Tracker(offline, wandb_mode="offline", config={"seed": 42}, name="first") as tracker:
+        tracker.log({"client/0/loss": 0.5}, task=1, round=1)
+        tracker.log({"task/forgetting": 3.0}, task=2, round=4)
+        tracker.table("eval/matrix", ["a", "b"], [[1, 2]])
+        tracker.image("plot", picture)
+        tracker.summary({"final": 7.0})
+        run_id, size = tracker.run_id, tracker.flush()
+    again: dict[str, Any] = {"run_id": run_id, "metrics_bytes": size}
+    with Tracker(offline, wandb_mode="offline", config={"seed": 42}, **again) as tracker:
+        tracker.log({"client/0/loss": 0.25}, task=2, round=5)
+        assert tracker.run_id == run_id
+    assert [row[3] for row in rows(offline)[1:]] == ["0.5", "3.0", "0.25"]
+
+    files = (offline / "wandb").glob(f"offline-run-*/run-{run_id}.wandb")
+    records = [record for file in files for record in wandb_records(file)]
+    history = [
+        {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
+    logged = [{key: value for key, value in row.items() if key[0] != "_"} for row in history]
+    for row in (
+        {"client/0/loss": 0.5, "task": 1, "round": 1},
+        {"task/forgetting": 3.0, "task": 2, "round": 4},
+        {"client/0/loss": 0.25, "task": 2, "round": 5},
+    ):
+        assert row in logged
+    globs = [record.metric for record in records if record.metric.glob_name]
+    assert {metric.glob_name: metric.step_metric for metric in globs} == STEP_METRICS
+    summary = {item.key: item.value_json for record in records for item in record.summary.update}
+    assert summary["final"] == "7.0"
+    media = {path.name.split("_")[0] for path in offline.glob("wandb/*/files/media/*/**/*") if path.is_file()}
+    assert media == {"matrix", "plot"}
+
+
+class Toy(LightningModule):
+    """One weight whose logged loss is known: the mean of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        self.log("loss", batch.mean(), on_step=False, on_epoch=True, batch_size=len(batch))
+        return (self.weight - batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # between Lightning 2.6 and torch 2.15
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+def test_what_a_client_logs_lands_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with plain(tmp_path / "run") as tracker:
+        for round in (4, 5):
+            trainer = Trainer(
+                logger=ClientLogger(tracker, prefix="client/3", task=2, round=round),
+                max_epochs=2,
+                accelerator="cpu",
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                log_every_n_steps=1,
+            )
+            trainer.fit(Toy(), DataLoader(torch.arange(6.0) * round, batch_size=4))
+    # The mean of 0..5 is 2.5; one row per epoch, and neither Lightning's epoch nor a file of its own.
+    assert rows(tmp_path / "run")[1:] == [
+        ("2", "4", "client/3/loss", "10.0"),
+        ("2", "4", "client/3/loss", "10.0"),
+        ("2", "5", "client/3/loss", "12.5"),
+        ("2", "5", "client/3/loss", "12.5"),
+    ]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["metrics.csv", "run"]
