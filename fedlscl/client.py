@@ -223,7 +223,7 @@ class Client(LightningModule, ABC):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam over all that is trained, fresh in each round."""
-        return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+        return torch.optim.Adam(self.parameters(), lr=self.learning_rate, fused=True)
 
     def on_train_start(self) -> None:
         """Take the snapshot's outputs on the buffer once a task, and set the mode, which Lightning leaves alone."""

@@ -1,0 +1,167 @@
+"""A federation small enough to be run in seconds: synthetic images, a two-block ViT and a narrow ResNet."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlscl import seeds
+from fedlscl.backbones import FrozenViT, SmallModelSpec
+from fedlscl.checkpoint import Store
+from fedlscl.client import Client
+from fedlscl.continual import Replay
+from fedlscl.data import FederatedDataModule
+from fedlscl.datasets import Dataset, ImageSet, Source
+from fedlscl.federation import Federation, RoundResult, Schedule
+from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL
+from fedlscl.server import Server
+from fedlscl.splits import SplitSpec
+from fedlscl.trainer import RoundTrainer
+
+SPLIT: dict[str, Any] = {
+    "clients": 3,
+    "tasks": 2,
+    "classes_per_task": 2,
+    "private_classes": 2,
+    "public_classes": 2,
+    "min_public_images": 3,
+}
+VIT: dict[str, Any] = {
+    "name": "vit_tiny_patch16_224",
+    "image_size": 16,
+    "model_args": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+}
+CNN: dict[str, Any] = {"name": "resnet18", "features": 16, "image_size": 16, "model_args": {"channels": [4, 4, 8, 8]}}
+CLIENT: dict[str, Any] = {"epochs": 1, "batch_size": 8, "buffer_size": 3}
+
+
+class Patterns(Source):
+    """8x8 images of a pattern per class under noise, never the same image twice."""
+
+    def __init__(self, classes: int = 8, train: int = 12, test: int = 4, seed: int = 0) -> None:
+        self.classes, self.train, self.test, self.seed = classes, train, test, seed
+
+    def load(self, cache_dir: Path) -> Dataset:
+        rng = np.random.default_rng(self.seed)
+        patterns = rng.integers(0, 256, (self.classes, 3, 8, 8))
+
+        def draw(count: int) -> ImageSet:
+            labels = rng.permutation(np.repeat(np.arange(self.classes), count))
+            noisy = patterns[labels] + rng.normal(0, 30, (len(labels), 3, 8, 8))
+            return ImageSet(np.clip(noisy, 0, 255).astype(np.uint8), labels.astype(np.int64))
+
+        train, test = draw(self.train), draw(self.test)
+        return Dataset("patterns", train, test, tuple(f"pattern {n}" for n in range(self.classes)))
+
+
+@dataclass
+class Recorder:
+    """A listener that writes down what it hears; `before` may object to a visit."""
+
+    visits: list[tuple[int, int, int]] = field(default_factory=list)
+    turns: int = 0
+
+    def visiting(self, task: int, round: int, client: int) -> None:
+        self.visits.append((task, round, client))
+
+    def visited(self) -> None:
+        self.turns += 1
+
+
+def make_trainer(logger: Any = None) -> RoundTrainer:
+    return RoundTrainer("cpu", logger=logger)
+
+
+def make_data(cache: Path, **changes: Any) -> FederatedDataModule:
+    """The tiny data, split by seed 0; `changes` are fields of the split."""
+    spec = SplitSpec(**{**SPLIT, **changes})
+    data = FederatedDataModule(Patterns(), spec, seed=0, cache_dir=str(cache))
+    data.setup()
+    return data
+
+
+def make_vit() -> FrozenViT:
+    with seeds.seeded(0, "vit"):
+        return FrozenViT(**VIT)
+
+
+def make_client(kind: type[Client] = FedLSCL, **changes: Any) -> Client:
+    """Settings of a client; FedLSCL adapts the second of the two blocks."""
+    own = {"block": 1, "rank": 2} if issubclass(kind, FedLSCL) else {}
+    return kind(**{"continual": Replay(passes=1), **CLIENT, **own, **changes})
+
+
+def make_federation(
+    folder: Path,
+    data: FederatedDataModule,
+    vit: FrozenViT,
+    client: Client | None = None,
+    server: Server | None = None,
+    rounds: int = 1,
+    clients_per_round: int | None = None,
+    seed: int = 0,
+    cnn: Mapping[str, Any] = CNN,
+) -> Federation:
+    return Federation(
+        schedule=Schedule(rounds, clients_per_round),
+        client=client or make_client(),
+        server=server or ExactO2D(),
+        data=data,
+        vit=vit,
+        cnn=SmallModelSpec(**cnn),
+        seed=seed,
+        store=Store(folder),
+        trainer=make_trainer,
+        listener=Recorder(),
+    )
+
+
+def run(federation: Federation) -> list[RoundResult]:
+    """All rounds, each committed as an experiment does it."""
+    results = []
+    for result in federation.run():
+        federation.store.commit({"round": result.round})
+        results.append(result)
+    return results
+
+
+def outcome(results: list[RoundResult]) -> list[Any]:
+    """Everything of some rounds but their seconds."""
+    return [(r.task, r.round, r.bytes_up, r.bytes_down, r.skipped, r.accuracy, r.server) for r in results]
+
+
+def enter_client(federation: Federation, index: int) -> Client:
+    """A client's body in the client's last state."""
+    return federation.visit(index)
+
+
+def fit(body: Client, task: int, round: int, seed: int = 0) -> None:
+    """One client's round, without a server."""
+    body.begin_round(task, round, seed)
+    with seeds.seeded(seed, "fit", body.index, round):
+        make_trainer().fit(body)
+
+
+def parameters(body: Client) -> dict[str, Tensor]:
+    """A copy of all that is trained."""
+    return {name: value.detach().clone() for name, value in body.named_parameters()}
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two groups of tensors are equal to the last bit."""
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )
+
+
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv."""
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
