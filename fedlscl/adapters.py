@@ -39,7 +39,7 @@ class ParameterGenerator(nn.Linear):
 
     def split(self, weights: Tensor) -> LoRA:
         """W (B, P) as one LoRA pair per sample."""
-        a, b = weights.split([self.rank * self.width, 3 * self.width * self.rank], dim=1)
+        a, b = weights.tensor_split([self.rank * self.width], dim=1)
         return LoRA(a.view(-1, self.rank, self.width), b.view(-1, 3 * self.width, self.rank))
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.data.config import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ class FrozenViT(nn.Module):
 
     Args:
         name: any plain ViT of timm, optionally with a pretrained tag, such as vit_base_patch16_224.augreg_in21k.
-        pretrained: load timm's weights for this name (from its hub or cache).
+        pretrained: load timm's weights for this name, from its hub or cache.
         weights: load this safetensors file instead: a path, or the name of a file shipped in fedlscl/weights.
         image_size: side of the square input in pixels; the position embedding is resampled to it.
         model_args: further arguments of timm.create_model, for instance embed_dim and depth of a model of your own.
@@ -53,20 +54,16 @@ class FrozenViT(nn.Module):
         std: list[float] | None = None,
     ) -> None:
         super().__init__()
-        if pretrained and weights is not None:
-            raise ValueError("backbone: give either pretrained: true or weights, not both")
-        vit = _create("backbone", name, pretrained, {"img_size": image_size, **(model_args or {})})
+        vit = _create("backbone", name, pretrained and weights is None, {"img_size": image_size, **(model_args or {})})
         if not isinstance(vit, VisionTransformer) or not hasattr(vit.blocks[0], "attn"):
-            raise ValueError(
-                f"backbone.name: '{name}' is not a plain ViT; take a vit_* or deit_* model of timm"
-            )
+            raise ValueError(f"backbone.name: '{name}' is not a plain ViT; take a vit_* or deit_* model of timm")
         if weights is not None:
             _load_vit(vit, _find(weights))
         self.name, self.image_size = name, image_size
-        self.source = weights or ("timm" if pretrained else "untrained")
-        self.vit = vit
+        self.source = Path(weights).name if weights else "pretrained by timm" if pretrained else "untrained"
+        self.vit: Any = vit
         self.width, self.depth = int(vit.embed_dim), len(vit.blocks)
-        statistics = timm.data.resolve_data_config(model=vit)
+        statistics = resolve_model_data_config(vit)
         self.interpolation: str = statistics["interpolation"]
         self.register_buffer("mean", torch.tensor(mean or statistics["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std or statistics["std"]).view(3, 1, 1), persistent=False)
@@ -84,13 +81,14 @@ class FrozenViT(nn.Module):
         """Tokens (B, T, d) that enter `block`, from prepared images; nothing trained has a part in them."""
         with torch.no_grad():
             tokens = self.vit.norm_pre(self.vit.patch_drop(self.vit._pos_embed(self.vit.patch_embed(x))))
-            return self.vit.blocks[:block](tokens)
+            entering: Tensor = self.vit.blocks[:block](tokens)
+        return entering
 
     def suffix(self, tokens: Tensor, block: int, lora: LoRA | None = None, scale: float = 1.0) -> Tensor:
         """Features (B, d) from the tokens that enter `block`, with `lora` on that block's fused qkv projection."""
-        attention = self.vit.blocks[block].attn
-        with nullcontext() if lora is None else per_sample_lora(attention.qkv, lora, scale):
-            tokens = self.vit.blocks[block](tokens)
+        adapted = self.vit.blocks[block]
+        with nullcontext() if lora is None else per_sample_lora(adapted.attn.qkv, lora, scale):
+            tokens = adapted(tokens)
         tokens = self.vit.norm(self.vit.blocks[block + 1 :](tokens))
         features: Tensor = self.vit.forward_head(tokens, pre_logits=True)
         return features
@@ -142,7 +140,7 @@ class SmallModel(nn.Module):
         self.backbone = _create("cnn", name, spec.pretrained, spec.model_args)
         width = _feature_width(self.backbone, name, spec.image_size)
         self.project = nn.Identity() if width == spec.features else nn.Linear(width, spec.features)
-        statistics = timm.data.resolve_data_config(model=self.backbone)
+        statistics = resolve_model_data_config(self.backbone)
         self.register_buffer("mean", torch.tensor(statistics["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(statistics["std"]).view(3, 1, 1), persistent=False)
 
@@ -163,9 +161,7 @@ def resize(images: Tensor, size: int) -> Tensor:
 def _create(group: str, name: str, pretrained: bool, model_args: Mapping[str, Any]) -> nn.Module:
     if not timm.is_model(name):
         close = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
-        raise ValueError(
-            f"{group}.name: timm has no model '{name}'; similar names: {', '.join(close) or 'none'}"
-        )
+        raise ValueError(f"{group}.name: timm has no model '{name}'; similar names: {', '.join(close) or 'none'}")
     model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **model_args)
     return model
 
@@ -177,13 +173,9 @@ def _feature_width(model: nn.Module, name: str, image_size: int) -> int:
         with torch.no_grad():
             output = model(torch.zeros(1, 3, image_size, image_size))
     except RuntimeError as error:
-        raise ValueError(
-            f"cnn.image_size: '{name}' cannot take images of {image_size} px ({error})"
-        ) from error
+        raise ValueError(f"cnn.image_size: '{name}' cannot take images of {image_size} px ({error})") from error
     if output.ndim != 2:
-        raise ValueError(
-            f"cnn.name: '{name}' gives an output of shape {tuple(output.shape)}, not one vector per image"
-        )
+        raise ValueError(f"cnn.name: '{name}' gives an output of shape {tuple(output.shape)}, not one vector per image")
     return int(output.shape[1])
 
 
@@ -208,6 +200,4 @@ def _load_vit(vit: VisionTransformer, path: Path) -> None:
     try:
         vit.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise ValueError(
-            f"backbone.weights: '{path}' does not fit backbone.name and model_args: {error}"
-        ) from error
+        raise ValueError(f"backbone.weights: '{path}' does not fit backbone.name and model_args: {error}") from error

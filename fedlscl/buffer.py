@@ -26,7 +26,7 @@ def lowest_loss(losses: Tensor, features: Tensor, rng: torch.Generator) -> Tenso
 
 
 def herding(losses: Tensor, features: Tensor, rng: torch.Generator) -> Tensor:
-    """Samples in the order in which their running mean follows the class mean best (iCaRL's herding, without repeats)."""
+    """Samples in the order in which their running mean follows the class mean best (iCaRL), none twice."""
     x = F.normalize(features.double(), dim=1)
     mean, total = x.mean(dim=0), torch.zeros_like(x[0])
     free = torch.ones(len(x), dtype=torch.bool)
@@ -65,7 +65,7 @@ def select(
         (at most M x classes,) positions into the n samples, ascending.
     """
     kept = []
-    for label in labels.unique().tolist():
+    for label in torch.unique(labels).tolist():
         members = (labels == label).nonzero().squeeze(1)
         kept.append(members[ranking(losses[members], features[members], rng)[:per_class]])
     return torch.cat(kept).sort().values

@@ -29,6 +29,20 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
+def client_name(index: int) -> str:
+    """The name under which a client's state is kept."""
+    return f"client-{index}"
+
+
+def read(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors under `name` in the last complete round, without changing anything in `folder`.
+
+    Raises:
+        KeyError: if there is nothing under that name.
+    """
+    return load_file(folder / json.loads((folder / MANIFEST).read_text())["files"][name])
+
+
 class Store:
     """Named groups of tensors and the progress that belongs to them.
 
@@ -40,7 +54,9 @@ class Store:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         manifest = folder / MANIFEST
-        state = json.loads(manifest.read_text()) if manifest.exists() else {"version": 0, "files": {}, "progress": {}}
+        state: dict[str, Any] = {"version": 0, "files": {}, "progress": {}}
+        if manifest.exists():
+            state = json.loads(manifest.read_text())
         self.version: int = state["version"]
         self.files: dict[str, str] = state["files"]
         self.progress: dict[str, Any] = state["progress"]

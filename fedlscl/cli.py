@@ -14,14 +14,16 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from fedlscl.backbones import FrozenViT, SmallModelSpec
 from fedlscl.client import Client
 from fedlscl.data import FederatedDataModule
 from fedlscl.experiment import Experiment, Tracking
 from fedlscl.federation import Schedule
+from fedlscl.predict import predict
 from fedlscl.server import Server
 from fedlscl.trainer import RoundTrainer
 
@@ -132,8 +134,26 @@ def main(args: list[str] | None = None) -> None:
     if words[:1] == ["fit"]:
         FederatedCLI(args)
     elif words[:1] == ["predict"]:
-        raise NotImplementedError
+        _predict(words[1:])
     else:
         Console().print(OVERVIEW, highlight=False, markup=False)
         if words and words[0] not in ("-h", "--help"):
             sys.exit(f"fedlscl: unknown command '{words[0]}'")
+
+
+def _predict(words: list[str]) -> None:
+    parser = ArgumentParser(
+        prog="fedlscl predict", description="Classify image files with one client's model of a run."
+    )
+    parser.add_argument("run_dir", type=str, help="folder of a finished run")
+    parser.add_argument("images", type=str, nargs="+", help="image files")
+    parser.add_argument("--client", type=int, default=0, help="whose model, and whose classes")
+    options = parser.parse_args(words)
+    try:
+        predictions = predict(Path(options.run_dir), options.images, options.client)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"fedlscl: {error}")
+    table = Table("image", "class", "probability", box=box.SIMPLE_HEAD)
+    for image, label, probability in predictions:
+        table.add_row(image, label, f"{probability:.3f}")
+    Console().print(table)

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, Self
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from fedlscl import seeds
@@ -55,7 +56,9 @@ class Memory:
     buffer: Tensor = field(default_factory=_no_samples)  # (m,) indices of training images
     candidates: Tensor = field(default_factory=_no_samples)  # those that join it when the next task begins
     snapshot: dict[str, Tensor] = field(default_factory=dict)  # (m, ...) what the last task's model generated
-    upcoming: dict[str, Tensor] = field(default_factory=dict)  # the next snapshot, where it is taken before the download
+    upcoming: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # the next snapshot, where it is taken before the download
 
     def begin(self, task: int) -> None:
         """Move on to `task` (1-based) if it is new: the candidates join the buffer, the snapshot is renewed."""
@@ -190,6 +193,10 @@ class Client(LightningModule, ABC):
     def enter(self, index: int, data: FederatedDataModule, state: Mapping[str, Tensor]) -> None:
         """Become client `index` in the state that `state` returned for it."""
         self.index, self.data = index, data
+        self.load(state)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over networks and memory from what `state` returned."""
         self.load_state_dict(_below(state, "model."))
         self.memory = Memory.from_tensors(_below(state, "memory."))
 
@@ -238,6 +245,7 @@ class Client(LightningModule, ABC):
         losses = self.collaborative_losses if batch.phase == "collaborate" else self.replay_losses
         terms = losses(self(batch.images), batch)
         optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)  # there is one
         optimizer.zero_grad()
         self.manual_backward(torch.stack(list(terms.values())).sum())
         optimizer.step()
@@ -380,7 +388,7 @@ class ImageBatches:
 
     def __init__(self, data: FederatedDataModule, part: Literal["train", "test"], indices: Tensor) -> None:
         self.data, self.part = data, part
-        self.batches = indices.split(EVALUATION_BATCH)
+        self.batches = torch.split(indices, EVALUATION_BATCH)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -397,4 +405,3 @@ def _batches(order: Tensor, largest: int) -> tuple[Tensor, ...]:
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-

@@ -115,8 +115,8 @@ def summary_table(summary: Mapping[str, Any], console: Console, *, picture: Path
     Args:
         summary: the content of the run's ``summary.json``: ``method``, ``setting``, ``seed``, ``backbone``;
             ``accuracy`` for each mask as :func:`fedlscl.evaluation.summarise` gives it; ``bytes_up`` and
-            ``bytes_down`` with ``per_client_round``, ``total`` and ``by_client``; ``seconds`` with ``total``,
-            ``fit``, ``aggregate`` and ``evaluate``; ``peak_memory_mib``.
+            ``bytes_down`` with ``per_client_round``, ``total`` and ``by_client``; ``seconds`` with ``total``
+            and one for each phase; ``peak_memory_mib``.
         console: where to print.
         picture: the run's accuracy picture.
         run_dir: the run's folder.
@@ -146,7 +146,7 @@ def summary_table(summary: Mapping[str, Any], console: Console, *, picture: Path
     averages = "  ".join(f"{mask} {_number(summary['accuracy'][mask]['final_average'])}" for mask in MASKS)
     ways = (f"{way} {human_bytes(summary[f'bytes_{way}']['per_client_round'])}" for way in ("up", "down"))
     seconds = summary["seconds"]
-    parts = ", ".join(f"{name} {seconds[name]:.1f}" for name in ("fit", "aggregate", "evaluate"))
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
     for part in (
         Text(run, style="bold"),
         Text(f"accuracy in % after task {after + 1}, predicted among the classes seen so far"),

@@ -137,9 +137,7 @@ class FederatedDataModule(LightningDataModule):
     dataset: Dataset
     split: Split
 
-    def __init__(
-        self, source: Source, split: SplitSpec, seed: int | None = None, cache_dir: str | None = None
-    ) -> None:
+    def __init__(self, source: Source, split: SplitSpec, seed: int | None = None, cache_dir: str | None = None) -> None:
         """Name what to load; nothing is read yet.
 
         Args:
@@ -169,9 +167,7 @@ class FederatedDataModule(LightningDataModule):
         if self.seed is None:
             raise ValueError("data.seed is not set; give the seed of the split, a whole number from 0 on")
         self.dataset = self._load()
-        self.split = make_split(
-            self.dataset.train.labels, self.dataset.test.labels, self.split_spec, self.seed
-        )
+        self.split = make_split(self.dataset.train.labels, self.dataset.test.labels, self.split_spec, self.seed)
 
     @property
     def num_classes(self) -> int:
@@ -183,9 +179,7 @@ class FederatedDataModule(LightningDataModule):
         """Names of the classes by class id."""
         return self.dataset.classes
 
-    def batch(
-        self, part: Literal["train", "test"], indices: NDArray[np.int64] | Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def batch(self, part: Literal["train", "test"], indices: NDArray[np.int64] | Tensor) -> tuple[Tensor, Tensor]:
         """Gather images of one part.
 
         Args:

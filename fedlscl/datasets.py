@@ -94,9 +94,7 @@ class Source(ABC):
 class ImageFolder(Source):
     """Any images in ``train/<class>/`` and ``test/<class>/``; class ids follow the sorted class names."""
 
-    def __init__(
-        self, root: str, size: int, name: str | None = None, expected_classes: int | None = None
-    ) -> None:
+    def __init__(self, root: str, size: int, name: str | None = None, expected_classes: int | None = None) -> None:
         """Name what to read.
 
         Args:
@@ -180,9 +178,7 @@ class ImageNetR(Source):
         names = [[_name(path) for path in paths] for paths in found.values()]
         record = cache_dir / f"imagenet-r-test-{_key(names)}.json"
         if not record.is_file():
-            cuts = [
-                cut_test(len(paths), 0.2, c, root / name) for c, (name, paths) in enumerate(found.items())
-            ]
+            cuts = [cut_test(len(paths), 0.2, c, root / name) for c, (name, paths) in enumerate(found.items())]
             drawn = [files[k] for files, cut in zip(names, cuts, strict=True) for k in cut]
             with _replacing(record) as part:
                 part.write_text(json.dumps(drawn, indent=0), encoding="utf-8")
@@ -263,9 +259,7 @@ def _key(*parts: object) -> str:
 def _list_classes(folder: Path, expected: int | None) -> dict[str, list[Path]]:
     """Sorted image files of every class folder, in the order of the sorted class names."""
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder} is not there; it must be a folder with one folder of images per class"
-        )
+        raise FileNotFoundError(f"{folder} is not there; it must be a folder with one folder of images per class")
     found = {
         entry.name: sorted(
             path for path in entry.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."
@@ -284,9 +278,7 @@ def _list_classes(folder: Path, expected: int | None) -> dict[str, list[Path]]:
     return found
 
 
-def _load_images(
-    source: ImageFolder | ImageNetR, root: Path, by_class: list[list[Path]], cache_dir: Path
-) -> ImageSet:
+def _load_images(source: ImageFolder | ImageNetR, root: Path, by_class: list[list[Path]], cache_dir: Path) -> ImageSet:
     """Decode images into the cache unless they are there unchanged, and map them into memory."""
     paths = [path for paths in by_class for path in paths]
     labels = np.repeat(np.arange(len(by_class), dtype=np.int64), [len(paths) for paths in by_class])

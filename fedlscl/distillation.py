@@ -90,4 +90,5 @@ def ridge(gram: Tensor, target: Tensor, strength: float) -> Tensor:
     values, vectors = torch.linalg.eigh(gram)
     values = values.clamp(min=0) + strength
     inverse = torch.where(values > 1e-14 * values.max(), 1 / values, 0.0)
-    return vectors @ (inverse[:, None] * (vectors.T @ target))
+    solution: Tensor = vectors @ (inverse[:, None] * (vectors.T @ target))
+    return solution

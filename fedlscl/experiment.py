@@ -16,12 +16,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
@@ -111,7 +110,12 @@ class Experiment:
         started = time.perf_counter()
         self._save_split()
         store = Store(self.run_dir / "checkpoint")
-        progress: dict[str, Any] = store.progress or {"round": 0, "history": [], "seconds": {"total": 0.0}, "memory": 0.0}
+        progress: dict[str, Any] = store.progress or {
+            "round": 0,
+            "history": [],
+            "seconds": {"total": 0.0},
+            "memory": 0.0,
+        }
         if progress["round"]:
             console.print(f"Continuing after round {progress['round']}.")
         tracker = stack.enter_context(
@@ -128,9 +132,7 @@ class Experiment:
         tasks, rounds = self.data.split.spec.tasks, self.schedule.rounds
         taking_part = self.schedule.clients_per_round or len(self.data.split.clients)
         bar = stack.enter_context(
-            FederationProgress(
-                tasks, rounds, taking_part, completed=progress["round"] * taking_part, console=console
-            )
+            FederationProgress(tasks, rounds, taking_part, completed=progress["round"] * taking_part, console=console)
         )
         listener = _Listener(tracker, bar, rounds)
         federation = Federation(
@@ -177,6 +179,7 @@ class Experiment:
             "sha256": split.sha256,
             "data": self.data.dataset.name,
             "classes": list(self.data.class_names),
+            "image_size": self.data.dataset.train.images.shape[-1],
             "split": json.loads(split.to_json()),
         }
         if path.exists():
@@ -225,9 +228,7 @@ class Experiment:
             plots.accuracy_matrix(matrix, path, f"{title}, mask {mask}")
             tracker.image(f"accuracy_matrix/{mask}", path)
             tasks = len(matrix[0])
-            rows = [
-                [client, after + 1, *row] for client, rows in enumerate(matrix) for after, row in enumerate(rows)
-            ]
+            rows = [[client, after + 1, *row] for client, rows in enumerate(matrix) for after, row in enumerate(rows)]
             tracker.table(f"accuracy/{mask}", ["client", "after task", *(f"task {n + 1}" for n in range(tasks))], rows)
 
 
@@ -281,8 +282,8 @@ def _record(tracker: Tracker, result: RoundResult, acc: Mapping[str, FloatArray]
         for client, values in enumerate(by_client):
             metrics |= {f"eval/{mask}/client/{client}/task/{n + 1}": value for n, value in enumerate(values)}
         metrics[f"eval/{mask}/mean"] = float(np.mean([np.mean(values) for values in by_client]))
-    for mask, values in (acc or {}).items():
-        metrics |= {f"task/{mask}/{name}": value for name, value in _scalars(summarise(values)).items()}
+    for mask, array in (acc or {}).items():
+        metrics |= {f"task/{mask}/{name}": value for name, value in _scalars(summarise(array)).items()}
     tracker.log(metrics, task=result.task, round=result.round)
 
 
@@ -323,5 +324,7 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(f"run_dir '{folder}' is in use by another process; wait for it or give another run_dir") from error
+            raise ValueError(
+                f"run_dir '{folder}' is in use by another process; wait for it or give another run_dir"
+            ) from error
         yield

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from fedlscl import seeds
 from fedlscl.backbones import FrozenViT, SmallModelSpec
-from fedlscl.checkpoint import Store
+from fedlscl.checkpoint import Store, client_name
 from fedlscl.client import Client
 from fedlscl.data import FederatedDataModule
 from fedlscl.evaluation import MASKS
 from fedlscl.messages import Download, MessageError, Upload
-from fedlscl.server import Server
+from fedlscl.server import Answers, Server
 
 log = logging.getLogger(__name__)
 
@@ -139,34 +139,41 @@ class Federation:
         for done in range(self.store.progress.get("round", 0), tasks * rounds):
             result = RoundResult(task=done // rounds + 1, round=done + 1)
             uploads = {}
-            for index in self.schedule.participants(self.clients, result.round, self.seed):
+            participants = self.schedule.participants(self.clients, result.round, self.seed)
+            for index in participants:
                 with result.timed("fit"):
                     upload = self._fit(index, result)
                 if upload is not None:
                     uploads[index] = upload
                 self.listener.visited()
-            if not uploads:
+            if len(result.skipped) == len(participants):
                 raise RuntimeError(f"no client finished round {result.round}: {result.skipped}")
-            with result.timed("aggregate"):
-                answers = self.server.aggregate(
-                    uploads, self.clients, seeds.derive(self.seed, "aggregate", result.round), lambda: self.trainer(None)
-                )
-                result.server = dict(self.server.metrics)
+            answers: Answers = {}
+            if uploads:
+                with result.timed("aggregate"):
+                    seed = seeds.derive(self.seed, "aggregate", result.round)
+                    answers = self.server.aggregate(uploads, self.clients, seed, lambda: self.trainer(None))
+                    result.server = dict(self.server.metrics)
             for index in range(self.clients):
                 with result.timed("evaluate"):
                     self._answer_and_evaluate(index, answers.get(index), result)
             yield result
 
     def _fit(self, index: int, result: RoundResult) -> Upload | None:
-        """One client's round; None, with the reason on record, if it fails or sends what cannot be used."""
+        """One client's round and its upload, if the server wants one.
+
+        A client that fails, or sends what cannot be used, is left out with the reason on record.
+        """
         logger = self.listener.visiting(result.task, result.round, index)
         try:
             body = self.visit(index)
             body.begin_round(result.task, result.round, self.seed)
             with seeds.seeded(self.seed, "fit", index, result.round):
                 self.trainer(logger).fit(body)
+            self.store.write(client_name(index), body.state())
+            if not self.server.listens:
+                return None
             message = body.upload().to_bytes()
-            self.store.write(_name(index), body.state())
             result.bytes_up[index] = len(message)
             upload = Upload.from_bytes(message, body.upload_schema())
             if (upload.client, upload.round) != (index, result.round):
@@ -182,7 +189,7 @@ class Federation:
         body = self.visit(index)
         if answer is not None:
             result.bytes_down[index] = self._deliver(body, index, answer, result.task, result.round)
-            self.store.write(_name(index), body.state())
+            self.store.write(client_name(index), body.state())
         body.begin_evaluation(result.task)
         self.trainer(None).test(body, verbose=False)
         for mask, values in body.accuracy().items():
@@ -191,7 +198,7 @@ class Federation:
     def visit(self, index: int) -> Client:
         """The client, in its last state; one that was never visited gets the common start from the server."""
         body = self.bodies[self.cnn.name_of(index)]
-        state = self.store.read(_name(index))
+        state = self.store.read(client_name(index))
         if state is None:
             state = body.initial_state(seeds.derive(self.seed, "client", index))
             body.enter(index, self.data, state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from lightning.pytorch import Trainer
@@ -18,11 +18,15 @@ Answers = dict[int, dict[str, Tensor]]
 class Server(ABC):
     """What every method's server does once a round."""
 
+    listens: ClassVar[bool] = True  # false: nobody uploads anything
+
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}  # of the last aggregation, by name, for the record
 
     @abstractmethod
-    def aggregate(self, uploads: Mapping[int, Upload], clients: int, seed: int, trainer: Callable[[], Trainer]) -> Answers:
+    def aggregate(
+        self, uploads: Mapping[int, Upload], clients: int, seed: int, trainer: Callable[[], Trainer]
+    ) -> Answers:
         """Fuse what the clients sent.
 
         Args:
@@ -39,9 +43,13 @@ class Server(ABC):
 class Isolated(Server):
     """No exchange: every client keeps its own model (Table 2 without O2D; local training)."""
 
-    def aggregate(self, uploads: Mapping[int, Upload], clients: int, seed: int, trainer: Callable[[], Trainer]) -> Answers:
-        """Nobody gets an answer."""
-        return {}
+    listens = False
+
+    def aggregate(
+        self, uploads: Mapping[int, Upload], clients: int, seed: int, trainer: Callable[[], Trainer]
+    ) -> Answers:
+        """Never called."""
+        raise NotImplementedError("clients without exchange send nothing to aggregate")
 
 
 class FedAvg(Server):
@@ -55,7 +63,9 @@ class FedAvg(Server):
         super().__init__()
         self.weighting = weighting
 
-    def aggregate(self, uploads: Mapping[int, Upload], clients: int, seed: int, trainer: Callable[[], Trainer]) -> Answers:
+    def aggregate(
+        self, uploads: Mapping[int, Upload], clients: int, seed: int, trainer: Callable[[], Trainer]
+    ) -> Answers:
         """One mean for all clients."""
         shares = [upload.samples if self.weighting == "samples" else 1 for upload in uploads.values()]
         mean = average([upload.tensors for upload in uploads.values()], shares)

@@ -149,8 +149,7 @@ class Split:
                     "private": client.private,
                     "public": client.public,
                     "tasks": [
-                        {"classes": t.classes, "train": t.train.tolist(), "test": t.test.tolist()}
-                        for t in client.tasks
+                        {"classes": t.classes, "train": t.train.tolist(), "test": t.test.tolist()} for t in client.tasks
                     ],
                 }
                 for client in self.clients
@@ -265,9 +264,7 @@ def _rng(seed: int, *stream: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=stream))
 
 
-def _pool(
-    labels: NDArray[np.int64], label: int, cap: int | None, rng: np.random.Generator
-) -> NDArray[np.int64]:
+def _pool(labels: NDArray[np.int64], label: int, cap: int | None, rng: np.random.Generator) -> NDArray[np.int64]:
     """Indices of a class in random order, at most `cap`; a larger cap only appends to a smaller one's."""
     return rng.permutation(np.flatnonzero(labels == label)).astype(np.int64)[:cap]
 

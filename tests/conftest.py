@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import make_data, make_vit
 
 from fedlscl.backbones import FrozenViT
 from fedlscl.data import FederatedDataModule
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # LightningCLI 2.6 calls a function that newer releases of jsonargparse deprecate
+    config.addinivalue_line("filterwarnings", "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 
 
 @pytest.fixture(scope="session")
@@ -25,9 +34,26 @@ def data(cache: Path) -> FederatedDataModule:
 @pytest.fixture(scope="session")
 def long_data(cache: Path) -> FederatedDataModule:
     """Three clients, three tasks of two classes."""
-    return make_data(cache, tasks=3, public_classes=2, private_classes=4)
+    return make_data(cache, tasks=3, private_classes=1, public_classes=5)
 
 
 @pytest.fixture(scope="session")
 def vit() -> FrozenViT:
     return make_vit()
+
+
+@pytest.fixture
+def command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Let `main(args)` run inside a test: no arguments but those, a folder of its own, and no trace afterwards."""
+    monkeypatch.setattr(sys, "argv", ["fedlscl"])
+    monkeypatch.setenv("COLUMNS", "150")
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.chdir(tmp_path)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels, threads = [logger.level for logger in loggers], torch.get_num_threads()
+    random_state = torch.random.get_rng_state()
+    yield
+    torch.random.set_rng_state(random_state)
+    torch.set_num_threads(threads)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)

@@ -38,7 +38,12 @@ VIT: dict[str, Any] = {
     "image_size": 16,
     "model_args": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
 }
-CNN: dict[str, Any] = {"name": "resnet18", "features": 16, "image_size": 16, "model_args": {"channels": [4, 4, 8, 8]}}
+CNN: dict[str, Any] = {
+    "name": "resnet18",
+    "features": 16,
+    "image_size": 16,
+    "model_args": {"channels": [4, 4, 8, 8], "layers": [1, 1, 1, 1]},
+}
 CLIENT: dict[str, Any] = {"epochs": 1, "batch_size": 8, "buffer_size": 3}
 
 
@@ -63,7 +68,7 @@ class Patterns(Source):
 
 @dataclass
 class Recorder:
-    """A listener that writes down what it hears; `before` may object to a visit."""
+    """A listener that writes down what it hears."""
 
     visits: list[tuple[int, int, int]] = field(default_factory=list)
     turns: int = 0
@@ -151,7 +156,12 @@ def fit(body: Client, task: int, round: int, seed: int = 0) -> None:
 
 def parameters(body: Client) -> dict[str, Tensor]:
     """A copy of all that is trained."""
-    return {name: value.detach().clone() for name, value in body.named_parameters()}
+    return copy_of(dict(body.named_parameters()))
+
+
+def copy_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that stay what they are."""
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -165,3 +175,16 @@ def rows(run_dir: Path) -> list[dict[str, str]]:
     """The rows of metrics.csv."""
     with (run_dir / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+# A setting for the command line, without model and server
+SETTING: dict[str, Any] = {
+    "setting": "tiny",
+    "seed_everything": 7,
+    "data": {"source": {"class_path": "helpers.Patterns", "init_args": {"classes": 11}}, "split": SPLIT},
+    "backbone": {**VIT, "model_args": {**VIT["model_args"], "depth": 4}},
+    "cnn": CNN,
+    "federation": {"rounds": 2},
+    "trainer": {"accelerator": "cpu"},
+    "tracking": {"wandb_mode": "disabled"},
+}

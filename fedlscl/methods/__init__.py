@@ -1,1 +1,1 @@
-"""One module per method: what differs from `Client` and `Server`. Nothing imports this package; YAML names its classes."""
+"""One module for each method: what differs from `Client` and `Server`. Nobody imports it; YAML names its classes."""

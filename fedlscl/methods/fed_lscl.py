@@ -1,12 +1,12 @@
 """Fed-LSCL: a small CNN generates, for every image, the LoRA weights that adapt a frozen ViT.
 
-On client i an image x gives E = theta(x) / ||theta(x)||, W = phi(E) and the logits H(ViT adapted by W, x). A round trains
-theta, phi and H on the current task (Eq. 3), then on the buffer (Eq. 4). Up go phi and the features FS of the buffered
-samples; no image, label, CNN or head. The server answers every client with a phi of its own (Eq. 5, one-by-one
-distillation, O2D), in closed form (`ExactO2D`) or by gradient descent as published (`IterativeO2D`).
+On client i an image x gives E = theta(x) / ||theta(x)||, W = phi(E) and the logits H(ViT adapted by W, x). A round
+trains theta, phi and H on the current task (Eq. 3), then on the buffer (Eq. 4). Up go phi and the features FS of the
+buffered samples; no image, label, CNN or head. The server answers every client with a phi of its own (Eq. 5,
+one-by-one distillation, O2D), in closed form (`ExactO2D`) or by gradient descent as published (`IterativeO2D`).
 
-The paper leaves open, and the defaults here are: LoRA on the fused qkv projection of block 3, rank 4, alpha = rank; E of
-unit length; the classes that compete in training (`train_mask`); lambda, lambda_E, lambda_W.
+The paper leaves open, and the defaults here are: LoRA on the fused qkv projection of block 3, rank 4, alpha = rank; E
+of unit length; the classes that compete in training (`train_mask`); lambda, lambda_E, lambda_W.
 
 Logged: collaborate/cross_entropy; replay/cross_entropy, replay/features (lambda_E ||E - E'||^2), replay/weights
 (lambda_W ||W - W'||^2); server/objective_before and server/objective_after (Eq. 5, mean over the students).
@@ -110,7 +110,9 @@ class O2D(Server):
         """Weight and bias for each student."""
         raise NotImplementedError
 
-    def aggregate(self, uploads: Mapping[int, Upload], clients: int, seed: int, trainer: Callable[[], Trainer]) -> Answers:
+    def aggregate(
+        self, uploads: Mapping[int, Upload], clients: int, seed: int, trainer: Callable[[], Trainer]
+    ) -> Answers:
         """A generator for each client that sent one; about the absent ones the server knows nothing."""
         received = {
             index: Generator(upload.tensors["weight"], upload.tensors["bias"], upload.tensors["features"])
@@ -187,6 +189,9 @@ class IterativeO2D(O2D):
 class Distillation(LightningModule):
     """One student's fit: for one teacher after another, the distance of the outputs on that teacher's features."""
 
+    own_weight: Tensor
+    own_bias: Tensor
+
     def __init__(self, own: Generator, teachers: list[Generator], settings: IterativeO2D, rng: torch.Generator) -> None:
         super().__init__()
         self.settings, self.rng, self.teachers = settings, rng, teachers
@@ -205,7 +210,7 @@ class Distillation(LightningModule):
         for teacher in self.teachers:
             for _ in range(self.settings.epochs):
                 order = torch.randperm(len(teacher.features), generator=self.rng)
-                for rows in order.split(self.settings.batch_size):
+                for rows in torch.split(order, self.settings.batch_size):
                     x = teacher.features[rows]
                     yield x, F.linear(x, teacher.weight, teacher.bias)
 
@@ -213,8 +218,10 @@ class Distillation(LightningModule):
         """Eq. 5 with one teacher."""
         x, wanted = batch
         distance = (self.student(x) - wanted).square().sum(dim=1).mean()
-        drift = (self.student.weight - self.own_weight).square().sum() + (self.student.bias - self.own_bias).square().sum()
-        return distance + self.settings.strength * drift
+        drift_weight = (self.student.weight - self.own_weight).square().sum()
+        drift_bias = (self.student.bias - self.own_bias).square().sum()
+        loss: Tensor = distance + self.settings.strength * (drift_weight + drift_bias)
+        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam."""

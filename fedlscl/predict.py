@@ -1,0 +1,70 @@
+"""Classify image files with one client's global model of a finished run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+
+from fedlscl import checkpoint
+from fedlscl.backbones import FrozenViT, SmallModelSpec
+from fedlscl.client import Client
+from fedlscl.data import decode_image
+from fedlscl.splits import Split
+
+
+class Prediction(NamedTuple):
+    """The most likely class of one image among all that the client has learned."""
+
+    image: str
+    label: str
+    probability: float
+
+
+def predict(run_dir: Path, images: Sequence[str], client: int = 0) -> list[Prediction]:
+    """Classify images.
+
+    Args:
+        run_dir: folder of a finished run.
+        images: image files of any size; they are prepared as the run's data were.
+        client: whose model, and whose classes.
+
+    Raises:
+        FileNotFoundError: if there is no finished run in `run_dir`, or no such image.
+        ValueError: if there is no such client, or a file is not an image.
+    """
+    if not (run_dir / "summary.json").is_file():
+        raise FileNotFoundError(f"run_dir '{run_dir}' holds no finished run; give the folder that `fedlscl fit` named")
+    stored = json.loads((run_dir / "split.json").read_text())
+    split = Split.from_json(json.dumps(stored["split"]))
+    if not 0 <= client < len(split.clients):
+        raise ValueError(f"client is {client}, but the run has clients 0 to {len(split.clients) - 1}")
+    body = _load(run_dir, client, len(stored["classes"]))
+    learned = sorted(label for task in split.clients[client].tasks for label in task.classes)
+    pixels = torch.stack([torch.from_numpy(decode_image(Path(path), stored["image_size"])) for path in images])
+    with torch.no_grad():
+        probabilities = body(pixels).logits[:, learned].softmax(dim=1)
+    best = probabilities.max(dim=1)
+    return [
+        Prediction(path, stored["classes"][learned[index]], probability)
+        for path, index, probability in zip(images, best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+
+
+def _load(run_dir: Path, client: int, num_classes: int) -> Client:
+    """The client's networks as the run left them, in evaluation mode."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Client, "model")
+    parser.add_class_arguments(FrozenViT, "backbone")
+    parser.add_class_arguments(SmallModelSpec, "cnn")
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    parts = parser.instantiate_classes(parser.parse_object({key: config[key] for key in ("model", "backbone", "cnn")}))
+    body: Client = parts.model.assemble(parts.backbone, parts.cnn, parts.cnn.name_of(client), num_classes)
+    body.load(checkpoint.read(run_dir / "checkpoint", checkpoint.client_name(client)))
+    body.eval()
+    return body

@@ -1,0 +1,255 @@
+"""What every method must keep to, for each file in experiments/methods, whatever the method is."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+from helpers import SETTING, Recorder, copy_of, outcome, same
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+
+from fedlscl.checkpoint import Store
+from fedlscl.cli import main
+from fedlscl.client import Client
+from fedlscl.experiment import Experiment
+from fedlscl.federation import Federation, RoundResult
+from fedlscl.messages import Download, Message, Upload
+
+METHODS = sorted((Path(__file__).parent.parent / "experiments" / "methods").glob("*.yaml"))
+BUDGET = {"epochs": "2", "batch_size": "8", "buffer_size": "3"}
+
+
+class Sent(NamedTuple):
+    """One message, what the schema of its client allowed, and its bytes."""
+
+    message: Message
+    data: bytes
+
+
+class Run(NamedTuple):
+    """One run with everything that could be seen of it."""
+
+    results: list[RoundResult]
+    sent: list[Sent]
+    states: list[dict[str, Tensor]]
+    private: dict[str, bytes]
+    still: dict[int, set[str]]  # by client the parameters that no round has moved
+
+
+class Motion(Callback):
+    """Notes which parameters a fit has moved; of a tensor over all classes, the rows of the client's classes count."""
+
+    def __init__(self, still: dict[int, set[str]]) -> None:
+        self.still = still
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.before = copy_of(dict(pl_module.named_parameters()))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, Client):
+            names = {name for name, parameter in pl_module.named_parameters() if self.moved(pl_module, name, parameter)}
+            self.still.setdefault(pl_module.index, set(self.before)).difference_update(names)
+
+    def moved(self, client: Client, name: str, parameter: Tensor) -> bool:
+        change = (parameter.detach() - self.before[name]) != 0
+        if len(change) != client.num_classes:
+            return bool(change.any())
+        seen = client.data.split.clients[client.index].tasks[: client.memory.begun]
+        return bool(change[[label for part in seen for label in part.classes]].reshape(-1, change[0].numel()).any(dim=1).all())
+
+
+def experiment_of(method: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
+    """What the command line makes of a method's file under the tiny setting."""
+    setting = {**SETTING, "data": {**SETTING["data"], "cache_dir": str(folder)}}
+    (folder / "setting.yaml").write_text(yaml.safe_dump(setting))
+    built: list[Experiment] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Experiment, "run", lambda self, console: built.append(self))
+        words = ["fit", "--config", str(folder / "setting.yaml"), "--config", str(method)]
+        main([*words, *(f"--model.init_args.{name}={value}" for name, value in BUDGET.items())])
+    return built[0]
+
+
+def federation_of(experiment: Experiment, folder: Path, still: dict[int, set[str]]) -> Federation:
+    def trainer(logger: Logger | None) -> Trainer:
+        made = experiment.trainer(logger)
+        made.callbacks.append(Motion(still))
+        return made
+
+    return Federation(
+        schedule=experiment.schedule,
+        client=experiment.client,
+        server=experiment.server,
+        data=experiment.data,
+        vit=experiment.vit,
+        cnn=experiment.cnn,
+        seed=experiment.seed,
+        store=Store(folder),
+        trainer=trainer,
+        listener=Recorder(),
+    )
+
+
+def private_values(federation: Federation) -> dict[str, bytes]:
+    """As bytes what is in the clients' states and not to travel; numbers too few to be told apart are left out."""
+    found = {}
+    for index in range(federation.clients):
+        body = federation.visit(index)
+        shared = {tensor.data_ptr() for tensor in body.shared().values()}
+        kept = {name: tensor for name, tensor in body.memory.to_tensors().items() if "." not in name}
+        for name, tensor in {**body.state_dict(keep_vars=True), **kept}.items():
+            if tensor.data_ptr() not in shared and tensor.unique().numel() > 3:
+                found[f"{name} of client {index}"] = tensor.detach().numpy().tobytes()
+    return found
+
+
+def observed(federation: Federation, stop: int | None = None) -> Run:
+    """Run a federation, or its first `stop` rounds, under observation."""
+    sent: list[Sent] = []
+    private: dict[str, bytes] = {}
+    results = []
+    serialise = Message.to_bytes
+
+    def spy(self: Message) -> bytes:
+        data = serialise(self)
+        sent.append(Sent(type(self)(self.client, self.task, self.round, self.samples, copy_of(self.tensors)), data))
+        return data
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Message, "to_bytes", spy)
+        for result in federation.run():
+            federation.store.commit({"round": result.round})
+            results.append(result)
+            heard = len(sent)
+            private |= {f"{name} in round {result.round}": v for name, v in private_values(federation).items()}
+            del sent[heard:]  # of looking on
+            if result.round == stop:
+                break
+    states = [copy_of(federation.visit(index).state()) for index in range(federation.clients)]
+    return Run(results, sent, states, private, {})
+
+
+@pytest.fixture(scope="module", params=METHODS, ids=lambda path: path.stem)
+def method(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.param
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(method: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Run]:
+    """Two tasks of two rounds with everyone in them."""
+    folder = tmp_path_factory.mktemp(method.stem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["fedlscl"])
+        experiment = experiment_of(method, folder, patch)
+    still: dict[int, set[str]] = {}
+    return experiment, observed(federation_of(experiment, folder / "store", still))._replace(still=still)
+
+
+def test_everyone_takes_part_and_is_evaluated(whole: tuple[Experiment, Run]) -> None:
+    experiment, seen = whole
+    assert [(r.task, r.round) for r in seen.results] == [(1, 1), (1, 2), (2, 3), (2, 4)]
+    for result in seen.results:
+        assert result.skipped == {}
+        for values in result.accuracy.values():
+            assert [len(row) for row in values] == [result.task] * 3
+            assert all(0 <= value <= 100 for row in values for value in row)
+    assert experiment.method != "custom"
+
+
+def test_at_most_one_message_each_way_and_round(whole: tuple[Experiment, Run]) -> None:
+    _, seen = whole
+    counts: dict[tuple[type[Message], int, int], int] = defaultdict(int)
+    for message, _ in seen.sent:
+        counts[type(message), message.client, message.round] += 1
+    assert set(counts.values()) <= {1}
+    for result in seen.results:
+        for kind, counted in ((Upload, result.bytes_up), (Download, result.bytes_down)):
+            found = {m.client: len(d) for m, d in seen.sent if isinstance(m, kind) and m.round == result.round}
+            assert found == counted
+
+
+def test_only_what_is_declared_travels(whole: tuple[Experiment, Run], tmp_path: Path) -> None:
+    experiment, seen = whole
+    body = federation_of(experiment, tmp_path, {}).visit(0)
+    for message, _ in seen.sent:
+        schema = body.upload_schema() if isinstance(message, Upload) else body.download_schema()
+        assert set(message.tensors) == set(schema)
+        for name, spec in schema.items():
+            assert spec.problem(tuple(message.tensors[name].shape), message.tensors[name].dtype) is None
+    # the frozen ViT and the classes of the head belong to nobody's message
+    everything = b"".join(data for _, data in seen.sent)
+    vit = [tensor.numpy().tobytes() for tensor in experiment.vit.state_dict().values() if tensor.unique().numel() > 3]
+    assert not any(value in everything for value in vit)
+
+
+def test_nothing_private_travels(whole: tuple[Experiment, Run]) -> None:
+    experiment, seen = whole
+    private, train = dict(seen.private), experiment.data.dataset.train
+    for number, image in enumerate(torch.from_numpy(train.images)):
+        for form in (image, image.float(), image.float() / 255):
+            private[f"image {number} as {form.dtype}, {form.max()}"] = form.numpy().tobytes()
+    for index, client in enumerate(experiment.data.split.clients):
+        for number, part in enumerate(client.tasks):
+            labels = torch.as_tensor(train.labels[part.train])
+            for form in (labels, labels.int(), labels.float()):
+                private[f"labels of client {index}, task {number}, {form.dtype}"] = form.numpy().tobytes()
+    everything = b"".join(data for _, data in seen.sent)
+    assert [name for name, value in private.items() if value in everything] == []
+
+
+def test_training_moves_everything(whole: tuple[Experiment, Run]) -> None:
+    _, seen = whole
+    assert seen.still == {0: set(), 1: set(), 2: set()}
+
+
+def test_the_vit_is_not_part_of_a_state(whole: tuple[Experiment, Run]) -> None:
+    experiment, seen = whole
+    vit = {t.numpy().tobytes() for t in experiment.vit.state_dict().values() if t.unique().numel() > 3}
+    for state in seen.states:
+        assert not any(tensor.contiguous().numpy().tobytes() in vit for tensor in state.values())
+
+
+def test_absence_repetition_and_resumption(
+    method: Path, tmp_path: Path, command_line: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one client absent in each round: equal seeds give equal runs, though one of the two is taken up again."""
+
+    def federation(store: str) -> Federation:
+        experiment = experiment_of(method, tmp_path, monkeypatch)
+        experiment = replace(experiment, schedule=type(experiment.schedule)(2, clients_per_round=2))
+        return federation_of(experiment, tmp_path / store, {})
+
+    one = observed(federation("one"))
+    first = observed(federation("other"), stop=2)
+    rest = observed(federation("other"))
+    assert outcome([*first.results, *rest.results]) == outcome(one.results)
+    assert all(same(a, b) for a, b in zip(one.states, rest.states, strict=True))
+    assert all(result.skipped == {} for result in one.results)
+    assert all(len(result.bytes_up) in (0, 2) for result in one.results)
+    uploads = [[s for s in sent if isinstance(s.message, Upload)] for sent in (one.sent, first.sent + rest.sent)]
+    for (a, _), (b, _) in zip(*uploads, strict=True):
+        assert (a.client, a.task, a.round, a.samples) == (b.client, b.task, b.round, b.samples)
+        assert same(a.tensors, b.tensors)
+
+
+def test_another_seed_is_another_run(
+    method: Path, tmp_path: Path, command_line: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = experiment_of(method, tmp_path, monkeypatch)
+    states = []
+    for seed in (1, 2):
+        federation = federation_of(replace(experiment, seed=seed), tmp_path / str(seed), {})
+        states.append(copy_of(federation.visit(0).state()))
+    assert not same(*states)
+
+
+def test_there_are_methods() -> None:
+    assert METHODS

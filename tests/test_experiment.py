@@ -1,0 +1,455 @@
+"""One run folder: what is in it, what its numbers mean, and that nothing but the time differs after an interruption."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import CNN, Patterns, make_client, make_data, make_trainer, rows
+from rich.console import Console
+
+from fedlscl.backbones import FrozenViT, SmallModelSpec
+from fedlscl.client import Client
+from fedlscl.data import FederatedDataModule
+from fedlscl.experiment import Experiment, Tracking, accuracy_arrays, differences
+from fedlscl.federation import Schedule
+from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL
+
+MASKS = ("task", "seen", "none")
+Make = Callable[..., Experiment]
+
+
+def maker(folder: Path, data: FederatedDataModule, vit: FrozenViT) -> Make:
+    """Describe experiments of four rounds below a folder."""
+    above = folder
+
+    def build(folder: str = "run", **changes: Any) -> Experiment:
+        parts: dict[str, Any] = {
+            "setting": "tiny",
+            "method": "fed_lscl",
+            "seed": 0,
+            "config": {"setting": "tiny", "model": {"class_path": "FedLSCL", "init_args": {"epochs": 1}}},
+            "run_dir": above / folder,
+            "schedule": Schedule(2),
+            "client": make_client(),
+            "server": ExactO2D(),
+            "data": data,
+            "vit": vit,
+            "cnn": SmallModelSpec(**CNN),
+            "trainer": make_trainer,
+            "tracking": Tracking(wandb_mode="disabled"),
+        }
+        return Experiment(**{**parts, **changes})
+
+    return build
+
+
+@pytest.fixture
+def make(tmp_path: Path, data: FederatedDataModule, vit: FrozenViT) -> Make:
+    return maker(tmp_path, data, vit)
+
+
+def console() -> Console:
+    return Console(file=io.StringIO(), width=150)
+
+
+def text(to: Console) -> str:
+    assert isinstance(to.file, io.StringIO)
+    return " ".join(to.file.getvalue().split())
+
+
+def lasting(summary: dict[str, Any]) -> dict[str, Any]:
+    """What must not depend on time or place."""
+    return {name: value for name, value in summary.items() if name not in ("seconds", "peak_memory_mib")}
+
+
+def lasting_rows(run_dir: Path) -> list[dict[str, str]]:
+    return [row for row in rows(run_dir) if not row["metric"].startswith("server/seconds/")]
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, data: FederatedDataModule, vit: FrozenViT
+) -> tuple[Experiment, dict[str, Any]]:
+    """An uninterrupted run of four rounds, and its summary."""
+    folder = tmp_path_factory.mktemp("finished")
+    experiment: Experiment = maker(folder, data, vit)()
+    return experiment, experiment.run(console())
+
+
+# ---- what a run leaves behind
+
+
+def test_a_run_folder_holds_what_was_promised(finished: tuple[Experiment, dict[str, Any]]) -> None:
+    experiment, _ = finished
+    found = {path.name for path in experiment.run_dir.iterdir() if not path.name.startswith(".")}
+    pictures = {"accuracy_over_rounds.png", *(f"accuracy_matrix_{mask}.png" for mask in MASKS)}
+    assert found == {"config.yaml", "split.json", "metrics.csv", "summary.json", "checkpoint", *pictures}
+    for name in pictures:
+        assert (experiment.run_dir / name).read_bytes().startswith(b"\x89PNG")
+    assert yaml.safe_load((experiment.run_dir / "config.yaml").read_text()) == experiment.config
+    assert not list(experiment.run_dir.rglob("*.tmp"))
+    kept = [path.suffix for path in (experiment.run_dir / "checkpoint").iterdir()]
+    assert sorted(kept) == [".json", ".safetensors", ".safetensors", ".safetensors"]
+
+
+def test_the_summary_holds_what_was_promised(finished: tuple[Experiment, dict[str, Any]]) -> None:
+    experiment, summary = finished
+    assert summary == json.loads((experiment.run_dir / "summary.json").read_text())
+    assert (summary["setting"], summary["method"], summary["seed"]) == ("tiny", "fed_lscl", 0)
+    assert "vit_tiny_patch16_224" in summary["backbone"]
+    assert set(summary["accuracy"]) == set(MASKS)
+    for metrics in summary["accuracy"].values():
+        assert len(metrics["table1"]) == 2
+        for name in ("final_average", "average_incremental"):
+            assert 0 <= metrics[name] <= 100
+        for name in ("forgetting", "backward_transfer"):
+            assert -100 <= metrics[name] <= 100
+    assert summary["split_sha256"] == experiment.data.split.sha256
+    assert summary["skipped"] == []
+    assert summary["seconds"]["total"] >= sum(summary["seconds"][phase] for phase in ("fit", "aggregate", "evaluate"))
+    assert summary["peak_memory_mib"] > 1
+    assert torch.__version__.startswith(summary["versions"]["torch"])
+
+
+def test_bytes_add_up(finished: tuple[Experiment, dict[str, Any]]) -> None:
+    experiment, summary = finished
+    for way in ("bytes_up", "bytes_down"):
+        by_round = np.array(summary[way]["by_round"])
+        assert by_round.shape == (4, 3)
+        assert summary[way]["total"] == by_round.sum()
+        assert summary[way]["by_client"] == by_round.sum(axis=0).tolist()
+        assert summary[way]["per_client_round"] == by_round.mean()
+        recorded = {
+            (int(row["round"]), int(row["metric"].split("/")[1])): float(row["value"])
+            for row in rows(experiment.run_dir)
+            if row["metric"].endswith(f"/{way}")
+        }
+        assert recorded == {(r + 1, c): by_round[r, c] for r in range(4) for c in range(3)}
+    # phi and its frame alone need this much
+    assert (np.array(summary["bytes_down"]["by_round"]) > 4 * (16 + 1) * 4 * 2 * 32).all()
+
+
+def test_the_published_numbers_follow_from_the_metrics(finished: tuple[Experiment, dict[str, Any]]) -> None:
+    experiment, summary = finished
+    measured: dict[str, dict[tuple[int, int, int], float]] = defaultdict(dict)
+    for row in rows(experiment.run_dir):
+        match row["metric"].split("/"):
+            case ["eval", mask, "client", client, "task", task] if int(row["round"]) % 2 == 0:
+                measured[mask][int(client), int(row["task"]), int(task)] = float(row["value"])
+    for mask in MASKS:
+        a = measured[mask]
+        assert set(a) == {(c, n, m) for c in range(3) for n in (1, 2) for m in range(1, n + 1)}
+
+        def mean(values: list[float]) -> float:
+            return sum(values) / len(values)
+
+        got = summary["accuracy"][mask]
+        clients = range(3)
+        assert got["table1"] == pytest.approx([mean([a[c, n, n] for c in clients]) for n in (1, 2)])
+        assert got["final_average"] == pytest.approx(mean([(a[c, 2, 1] + a[c, 2, 2]) / 2 for c in clients]))
+        assert got["average_incremental"] == pytest.approx(
+            mean([(a[c, 1, 1] + (a[c, 2, 1] + a[c, 2, 2]) / 2) / 2 for c in clients])
+        )
+        assert got["forgetting"] == pytest.approx(mean([a[c, 1, 1] - a[c, 2, 1] for c in clients]))
+        assert got["backward_transfer"] == pytest.approx(mean([a[c, 2, 1] - a[c, 1, 1] for c in clients]))
+        assert got["matrix"] == [[[a[c, 1, 1], None], [a[c, 2, 1], a[c, 2, 2]]] for c in clients]
+        (last,) = [r for r in rows(experiment.run_dir) if r["metric"] == f"eval/{mask}/mean" and r["round"] == "4"]
+        assert float(last["value"]) == pytest.approx(got["final_average"])
+        finals = [r for r in rows(experiment.run_dir) if r["metric"] == f"task/{mask}/final_average"]
+        assert [(r["task"], r["round"]) for r in finals] == [("1", "2"), ("2", "4")]
+        assert float(finals[-1]["value"]) == pytest.approx(got["final_average"])
+
+
+def test_what_the_clients_log(finished: tuple[Experiment, dict[str, Any]]) -> None:
+    experiment, _ = finished
+    logged = defaultdict(set)
+    for row in rows(experiment.run_dir):
+        if row["metric"].startswith("client/") and "bytes" not in row["metric"]:
+            logged[int(row["round"])].add(row["metric"])
+            assert np.isfinite(float(row["value"]))
+    first = {f"client/{c}/collaborate/cross_entropy" for c in range(3)}
+    replay = {f"client/{c}/replay/{name}" for c in range(3) for name in ("cross_entropy", "features", "weights")}
+    assert logged[1] == logged[2] == first
+    assert logged[3] == logged[4] == first | replay
+
+
+def test_the_split_is_kept(finished: tuple[Experiment, dict[str, Any]]) -> None:
+    experiment, _ = finished
+    kept = json.loads((experiment.run_dir / "split.json").read_text())
+    assert kept["sha256"] == experiment.data.split.sha256
+    assert kept["classes"] == list(experiment.data.class_names)
+    assert json.loads(experiment.data.split.to_json()) == kept["split"]
+
+
+# ---- going on
+
+
+def test_a_finished_run_is_not_run_again(
+    finished: tuple[Experiment, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment, summary = finished
+    monkeypatch.setattr(Client, "begin_round", lambda *a: pytest.fail("trained"))
+    files = {path: path.stat().st_mtime_ns for path in experiment.run_dir.rglob("*") if path.name != ".lock"}
+    screen = console()
+    assert experiment.run(screen) == summary
+    assert "This run is finished" in text(screen)
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+
+
+@pytest.mark.parametrize(("client", "round"), [(0, 1), (2, 2), (1, 3)])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
+    finished: tuple[Experiment, dict[str, Any]],
+    make: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    client: int,
+    round: int,
+) -> None:
+    experiment = make()
+    train_end = FedLSCL.on_train_end
+
+    def interrupt(self: FedLSCL) -> None:
+        train_end(self)
+        if (self.index, self.round) == (client, round):
+            raise SystemExit(143)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FedLSCL, "on_train_end", interrupt)
+        with pytest.raises(SystemExit):
+            experiment.run(console())
+    assert not (experiment.run_dir / "summary.json").exists()
+    screen = console()
+    summary = make().run(screen)
+    assert (f"Continuing after round {round - 1}." in text(screen)) is (round > 1)
+    assert lasting(summary) == lasting(finished[1])
+    assert lasting_rows(experiment.run_dir) == lasting_rows(finished[0].run_dir)
+    for name in ("client-0", "client-1", "client-2"):
+        (one,), (other,) = ((e.run_dir / "checkpoint").glob(f"{name}.*") for e in (experiment, finished[0]))
+        assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("step", ["plots", "summary"])
+def test_an_interruption_after_the_last_round_loses_nothing(
+    finished: tuple[Experiment, dict[str, Any]], make: Make, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    experiment = make()
+    with monkeypatch.context() as patch:
+        where = "fedlscl.experiment.plots.accuracy_matrix" if step == "plots" else "fedlscl.experiment.json.dumps"
+
+        def interrupt(*args: Any, **kwargs: Any) -> Any:
+            if step == "plots" or "indent" in kwargs:
+                raise KeyboardInterrupt
+            return dumps(*args, **kwargs)
+
+        dumps = json.dumps
+        patch.setattr(where, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            experiment.run(console())
+    monkeypatch.setattr(Client, "begin_round", lambda *a: pytest.fail("trained"))
+    assert lasting(make().run(console())) == lasting(finished[1])
+    assert lasting_rows(experiment.run_dir) == lasting_rows(finished[0].run_dir)
+
+
+def test_another_configuration_is_refused_by_field(finished: tuple[Experiment, dict[str, Any]]) -> None:
+    experiment, _ = finished
+    other = {"setting": "tiny", "model": {"class_path": "FedLSCL", "init_args": {"epochs": 2}}}
+    with pytest.raises(ValueError, match=r"model\.init_args\.epochs: 1 there, 2 now"):
+        replace(experiment, config=other).run(console())
+
+
+def test_differences_name_every_field() -> None:
+    old = {"a": 1, "b": {"c": 2, "d": {"e": [1]}}, "gone": None, "kind": {"x": 1}}
+    new = {"a": 1, "b": {"c": 3, "d": {"e": [1, 2]}}, "kind": "y", "new": 5}
+    named = [text.split(":")[0] for text in differences(old, new)]
+    assert named == ["b.c", "b.d.e", "kind", "new"]
+    assert differences(old, old) == []
+
+
+def test_other_images_are_refused(
+    make: Make, tmp_path: Path, cache: Path, data: FederatedDataModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(FedLSCL, "on_train_end", lambda self: (_ for _ in ()).throw(SystemExit))
+        with pytest.raises(SystemExit):
+            make().run(console())
+    changed = FederatedDataModule(Patterns(train=11), data.split_spec, seed=0, cache_dir=str(cache))
+    changed.setup()
+    with pytest.raises(ValueError, match="give another split"):
+        make(data=changed).run(console())
+    assert make().run(console())["skipped"] == []
+
+
+def test_one_process_to_a_folder(make: Make) -> None:
+    experiment = make()
+    experiment.run_dir.mkdir()
+    with (experiment.run_dir / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="in use by another process"):
+            experiment.run(console())
+    assert [path.name for path in experiment.run_dir.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "complaint"),
+    [
+        ({"schedule": Schedule(2, 9)}, {"schedule": Schedule(2, 2)}, "clients_per_round is 9"),
+        ({"client": make_client(block=12)}, {"client": make_client(block=1)}, "block is 12"),
+        ({"cnn": SmallModelSpec("resnet99")}, {}, "resnet99"),
+    ],
+    ids=["clients_per_round", "block", "cnn"],
+)
+def test_a_mistake_does_not_spoil_the_run_folder(
+    make: Make, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any], right: dict[str, Any], complaint: str
+) -> None:
+    """Who corrects an impossible value may go on with the same folder."""
+    with pytest.raises(ValueError, match=complaint):
+        make(config={"value": "wrong"}, **wrong).run(console())
+    monkeypatch.setattr("fedlscl.experiment.Federation.run", lambda self: (_ for _ in ()).throw(StopAsyncIteration))
+    with pytest.raises(StopAsyncIteration):
+        make(config={"value": "right"}, **right).run(console())
+
+
+def test_skipped_clients_are_reported(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_end = FedLSCL.on_train_end
+
+    def fail(self: FedLSCL) -> None:
+        if (self.index, self.round) == (1, 2):
+            raise OSError("gone")
+        train_end(self)
+
+    monkeypatch.setattr(FedLSCL, "on_train_end", fail)
+    screen = console()
+    experiment = make()
+    summary = experiment.run(screen)
+    assert summary["skipped"] == [{"round": 2, "client": 1, "reason": "OSError: gone"}]
+    assert "without clients [1]" in text(screen)
+    assert summary["bytes_up"]["by_round"][1][1] is None
+    skipped = [(row["round"], row["metric"]) for row in rows(experiment.run_dir) if row["metric"].endswith("skipped")]
+    assert skipped == [("2", "client/1/skipped")]
+
+
+def test_few_clients_a_round_reach_the_summary(make: Make) -> None:
+    summary = make(schedule=Schedule(1, 2)).run(console())
+    for row in summary["bytes_up"]["by_round"]:
+        assert sum(count is None for count in row) == 1
+    assert len(summary["accuracy"]["seen"]["matrix"]) == 3
+
+
+def test_accuracy_arrays_take_the_last_round_of_each_task() -> None:
+    history = [
+        {"round": r, "task": (r + 1) // 2, "accuracy": {m: [[float(10 * r + t) for t in range((r + 1) // 2)]] for m in MASKS}}
+        for r in (1, 2, 3)
+    ]
+    np.testing.assert_array_equal(accuracy_arrays(history, 2, 2)["seen"], [[[20.0, np.nan], [np.nan, np.nan]]])
+
+
+# ---- killed for real
+
+DIGITS = """
+setting: digits
+method: fed_lscl
+seed_everything: 3
+threads: 1
+data:
+  source: {class_path: fedlscl.data.Digits}
+  split: {clients: 3, tasks: 2, classes_per_task: 2, private_classes: 1, public_classes: 3, min_public_images: 4,
+          train_per_class: 30, test_per_class: 10}
+backbone: {name: vit_tiny_patch16_224, image_size: 16,
+           model_args: {patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}}
+cnn: {name: resnet18, features: 16, image_size: 16, model_args: {channels: [4, 4, 8, 8], layers: [1, 1, 1, 1]}}
+federation: {rounds: 3}
+trainer: {accelerator: cpu}
+tracking: {wandb_mode: disabled}
+model:
+  class_path: fedlscl.methods.fed_lscl.FedLSCL
+  init_args: {epochs: 1, block: 1, rank: 2, buffer_size: 3,
+              continual: {class_path: fedlscl.continual.Replay, init_args: {passes: 1}}}
+server: {class_path: fedlscl.methods.fed_lscl.ExactO2D}
+"""
+
+# One interpreter imports everything once and forks a process per attempt: SIGKILL finds it in the middle of its work
+FORKS = """
+import os, random, signal, sys, time, warnings
+from pathlib import Path
+from fedlscl import cli
+import fedlscl.methods.fed_lscl, lightning.pytorch.loops, matplotlib.pyplot, timm, sklearn.datasets
+
+config, whole, killed, seed, record = sys.argv[1:]
+sys.argv[1:] = []
+folder = Path(killed)
+
+
+def start(run_dir):
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            cli.main(["fit", "--config", config, "--run_dir", run_dir])
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+began = time.monotonic()
+assert os.waitpid(start(whole), 0)[1] == 0
+took = time.monotonic() - began
+rng = random.Random(int(seed))
+for attempt in range(40):
+    child = start(killed)
+    # 8 attempts are cut short, wherever they are; each may live a little longer than a round takes
+    limit = time.monotonic() + (rng.uniform(0.1, 0.45) * took if attempt < 8 else 1e9)
+    while time.monotonic() < limit and os.waitpid(child, os.WNOHANG) == (0, 0):
+        time.sleep(0.005)
+    else:
+        if time.monotonic() < limit:
+            break
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    state = folder / "checkpoint" / "state.json"
+    with open(record, "a") as file:
+        file.write(f"{state.read_text() if state.exists() else '{}'}\\n")
+else:
+    raise SystemExit("never finished")
+"""
+
+
+def test_a_run_killed_again_and_again_gives_the_same_numbers(tmp_path: Path) -> None:
+    config, record = tmp_path / "digits.yaml", tmp_path / "kills"
+    config.write_text(DIGITS)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    seed = random.Random(0).randrange(1000)
+    subprocess.run(
+        [sys.executable, "-c", FORKS, str(config), str(whole), str(killed), str(seed), str(record)],
+        check=True,
+        timeout=400,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+    )
+    kills = [json.loads(line).get("progress", {}).get("round", 0) for line in record.read_text().splitlines()]
+    assert len(kills) >= 3
+    assert max(kills) >= 1
+    one, other = (json.loads((folder / "summary.json").read_text()) for folder in (whole, killed))
+    assert one["accuracy"] == other["accuracy"]
+    assert lasting(one) == lasting(other)
+    assert lasting_rows(whole) == lasting_rows(killed)
+    assert not list(killed.rglob("*.tmp"))
+    files = sorted((whole / "checkpoint").glob("*.safetensors"))
+    assert len(files) == 3
+    for path in files:
+        assert (killed / "checkpoint" / path.name).read_bytes() == path.read_bytes()

@@ -1,0 +1,526 @@
+"""Algorithm 1 with everything in it: who takes part, what travels, who is left out and why, and what must not matter."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    CNN,
+    Recorder,
+    copy_of,
+    enter_client,
+    make_client,
+    make_federation,
+    outcome,
+    run,
+    same,
+)
+from torch import Tensor
+
+from fedlscl.backbones import FrozenViT
+from fedlscl.data import FederatedDataModule
+from fedlscl.federation import Federation, RoundResult, Schedule
+from fedlscl.messages import Download, Message, Upload
+from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL, IterativeO2D
+from fedlscl.methods.frozen_vit import FrozenViTClient
+from fedlscl.methods.small_model import SmallModelClient
+from fedlscl.server import FedAvg, Isolated, Server
+
+Make = Callable[..., Federation]
+
+
+@pytest.fixture
+def make(tmp_path: Path, data: FederatedDataModule, vit: FrozenViT) -> Make:
+    """Build federations, each with a store of its own."""
+    count = iter(range(100))
+
+    def build(**options: Any) -> Federation:
+        return make_federation(tmp_path / str(next(count)), **{"data": data, "vit": vit, **options})
+
+    return build
+
+
+@pytest.fixture
+def wire(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Message, bytes]]:
+    """Every message that is serialised, with its bytes."""
+    sent = []
+    serialise = Message.to_bytes
+
+    def spy(self: Message) -> bytes:
+        data = serialise(self)
+        copy = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+        sent.append((type(self)(self.client, self.task, self.round, self.samples, copy), data))
+        return data
+
+    monkeypatch.setattr(Message, "to_bytes", spy)
+    return sent
+
+
+def contents(wire: list[tuple[Message, bytes]], kind: type[Message] = Message) -> dict[Any, Any]:
+    """What was sent, to the last bit; the order of a message's metadata is not part of it."""
+    return {
+        (m.kind, m.client, m.round): (
+            m.task,
+            m.samples,
+            len(data),
+            {name: (t.dtype, t.shape, t.contiguous().numpy().tobytes()) for name, t in m.tensors.items()},
+        )
+        for m, data in wire
+        if isinstance(m, kind)
+    }
+
+
+def states(federation: Federation) -> list[dict[str, Tensor]]:
+    """A copy of every client's state."""
+    return [copy_of(enter_client(federation, index).state()) for index in range(federation.clients)]
+
+
+def break_upload(monkeypatch: pytest.MonkeyPatch, client: int, change: Callable[[Upload], Upload | bytes]) -> None:
+    """Let one client send something else than what it should."""
+    serialise = Upload.to_bytes
+
+    def broken(self: Upload) -> bytes:
+        sent = change(self) if self.client == client else self
+        return sent if isinstance(sent, bytes) else serialise(sent)
+
+    monkeypatch.setattr(Upload, "to_bytes", broken)
+
+
+def with_tensors(upload: Upload, **tensors: Tensor) -> Upload:
+    return Upload(upload.client, upload.task, upload.round, upload.samples, {**upload.tensors, **tensors})
+
+
+# ---- what must not matter
+
+
+def test_equal_seeds_give_equal_runs(make: Make, wire: list[tuple[Message, bytes]]) -> None:
+    runs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(runs))  # global state has no say
+        np.random.seed(len(runs))
+        wire.clear()
+        results = outcome(run(make(rounds=2, seed=seed)))
+        runs.append((results, contents(wire)))
+    assert runs[0] == runs[1]
+    assert runs[0][1] != runs[2][1]
+
+
+@pytest.mark.parametrize("server", [ExactO2D(), IterativeO2D(epochs=1)], ids=["exact", "iterative"])
+def test_the_global_random_state_is_left_alone(make: Make, server: Server) -> None:
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    run(make(server=server))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_order_of_clients_does_not_matter(
+    make: Make, wire: list[tuple[Message, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = outcome(run(make()))
+    sent = contents(wire, Upload)
+    wire.clear()
+    participants = Schedule.participants
+    monkeypatch.setattr(Schedule, "participants", lambda *a: participants(*a)[::-1])
+    backward = outcome(run(make()))
+    assert [m.client for m, _ in wire if m.kind == "upload" and m.round == 1] == [2, 1, 0]
+    first = {key: value for key, value in sent.items() if key[2] == 1}
+    assert {key: value for key, value in contents(wire, Upload).items() if key[2] == 1} == first
+    for one, other in zip(forward, backward, strict=True):
+        assert one[2] == other[2]  # bytes
+        assert one[5] == other[5]  # accuracies
+
+
+def test_a_client_alone_sends_what_it_sends_among_others(
+    make: Make, wire: list[tuple[Message, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    next(make().run())
+    among = contents(wire, Upload)
+    wire.clear()
+    monkeypatch.setattr(Schedule, "participants", lambda *a: [2])
+    next(make().run())
+    assert contents(wire, Upload) == {("upload", 2, 1): among["upload", 2, 1]}
+
+
+# ---- the common start
+
+
+def test_all_start_with_one_generator_and_their_own_models(make: Make) -> None:
+    first, *others = states(make())
+    for state in others:
+        for name in first:
+            if name.startswith("model.generator."):
+                assert torch.equal(state[name], first[name])
+            elif name.endswith("conv1.weight") or name.startswith("model.head."):
+                assert not torch.equal(state[name], first[name]), name
+
+
+def test_the_common_start_is_that_of_the_seed(make: Make) -> None:
+    one, same_seed, other = (make(seed=seed).handout for seed in (0, 0, 1))
+    assert same(one, same_seed)
+    assert not same(one, other)
+
+
+# ---- what travels
+
+
+def private_values(federation: Federation) -> dict[str, bytes]:
+    """The contents, as bytes, of everything in the clients' states that is not to travel."""
+    found = {}
+    for index in range(federation.clients):
+        body = enter_client(federation, index)
+        shared = {tensor.data_ptr() for tensor in body.shared().values()}
+        for name, tensor in body.state_dict(keep_vars=True).items():
+            if tensor.data_ptr() not in shared and tensor.numel() > 1 and tensor.unique().numel() > 1:
+                found[f"client {index} {name}"] = tensor.detach().numpy().tobytes()
+    return found
+
+
+def test_nothing_private_travels(make: Make, wire: list[tuple[Message, bytes]], data: FederatedDataModule) -> None:
+    federation = make(rounds=2)
+    private: dict[str, bytes] = {}
+    for result in federation.run():
+        federation.store.commit({"round": result.round})
+        private |= {f"round {result.round} {name}": value for name, value in private_values(federation).items()}
+    assert len({name.split(" ", 4)[4] for name in private}) > 20  # all of CNN and head were looked at
+    images = torch.from_numpy(data.dataset.train.images)
+    for image in images:
+        for form in (image, image.float(), image.float() / 255):
+            private[f"image {len(private)}"] = form.numpy().tobytes()
+    for client in data.split.clients:
+        for part in client.tasks:
+            labels = torch.as_tensor(data.dataset.train.labels[part.train])
+            for form in (labels, labels.int(), labels.float()):
+                private[f"labels {len(private)}"] = form.numpy().tobytes()
+            for indices in (torch.as_tensor(part.train), torch.as_tensor(part.train).float()):
+                private[f"indices {len(private)}"] = indices.numpy().tobytes()
+    everything = b"".join(data for _, data in wire)
+    assert [name for name, value in private.items() if value in everything] == []
+    for message, _ in wire:
+        names = {"weight", "bias", "features"} if isinstance(message, Upload) else {"weight", "bias"}
+        assert set(message.tensors) == names
+
+
+def test_everyone_gets_one_answer_a_round_and_every_byte_counts(
+    make: Make, wire: list[tuple[Message, bytes]]
+) -> None:
+    results = run(make(rounds=2))
+    for result in results:
+        for kind, counted in ((Upload, result.bytes_up), (Download, result.bytes_down)):
+            sent = [(m.client, len(data)) for m, data in wire if isinstance(m, kind) and m.round == result.round]
+            assert sorted(client for client, _ in sent) == [0, 1, 2]
+            assert dict(sent) == counted
+    handouts = [m.client for m, _ in wire if m.round == 0]
+    assert sorted(handouts) == [0, 1, 2]  # one common start each, before the first round
+
+
+def test_an_answer_is_what_the_client_then_holds(make: Make, wire: list[tuple[Message, bytes]]) -> None:
+    federation = make()
+    next(federation.run())
+    for index in range(3):
+        (answer,) = [m for m, _ in wire if isinstance(m, Download) and (m.client, m.round) == (index, 1)]
+        stored = federation.store.read(f"client-{index}")
+        assert stored is not None
+        for name, tensor in answer.tensors.items():
+            assert torch.equal(stored[f"model.generator.{name}"], tensor)
+    answers = [m for m, _ in wire if isinstance(m, Download) and m.round == 1]
+    assert not torch.equal(answers[0].tensors["weight"], answers[1].tensors["weight"])  # one by one
+
+
+def test_without_exchange_nothing_travels(
+    make: Make, wire: list[tuple[Message, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted: dict[tuple[int, int], dict[str, Tensor]] = {}
+    on_train_end = FedLSCL.on_train_end
+
+    def spy(self: FedLSCL) -> None:
+        on_train_end(self)
+        fitted[self.index, self.round] = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+
+    monkeypatch.setattr(FedLSCL, "on_train_end", spy)
+    federation = make(server=Isolated())
+    for result in federation.run():
+        federation.store.commit({"round": result.round})
+        assert result.bytes_down == result.bytes_up == result.skipped == {}
+        for index, state in enumerate(states(federation)):
+            for name, tensor in fitted[index, result.round].items():
+                assert torch.equal(state[f"model.{name}"], tensor), name  # phi stays as it was trained here
+    assert {(m.kind, m.round) for m, _ in wire} == {("download", 0)}  # the common start
+
+
+def test_the_mean_reaches_all_even_the_absent(make: Make, wire: list[tuple[Message, bytes]]) -> None:
+    federation = make(client=make_client(SmallModelClient, share="cnn"), server=FedAvg("uniform"), clients_per_round=2)
+    result = next(federation.run())
+    uploads = [m for m, _ in wire if isinstance(m, Upload)]
+    assert len(uploads) == 2
+    assert sorted(result.bytes_down) == [0, 1, 2]
+    for state in states(federation):
+        for name, tensor in uploads[0].tensors.items():
+            one, two = tensor, uploads[1].tensors[name]
+            wanted = (one + two) / 2 if tensor.is_floating_point() else torch.maximum(one, two)
+            torch.testing.assert_close(state[f"model.{name}"], wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_the_weights_of_the_mean_are_the_numbers_of_images(make: Make, wire: list[tuple[Message, bytes]]) -> None:
+    federation = make(client=make_client(FrozenViTClient, share="head"), server=FedAvg())
+    next(federation.run())
+    uploads = {m.client: m for m, _ in wire if isinstance(m, Upload)}
+    images = {i: len(client.tasks[0].train) for i, client in enumerate(federation.data.split.clients)}
+    assert {i: m.samples for i, m in uploads.items()} == images
+    assert len(set(images.values())) > 1
+    wanted = sum(m.tensors["bias"] * images[i] for i, m in uploads.items()) / sum(images.values())
+    for state in states(federation):
+        torch.testing.assert_close(state["model.head.bias"], wanted)
+
+
+# ---- who takes part
+
+
+def test_drawn_clients_are_as_many_as_asked_and_change(make: Make) -> None:
+    federation = make(rounds=4, clients_per_round=2)
+    results = run(federation)
+    drawn = [tuple(sorted(result.bytes_up)) for result in results]
+    assert {len(clients) for clients in drawn} == {2}
+    assert len(set(drawn)) > 1
+    assert {client for clients in drawn for client in clients} == {0, 1, 2}
+    assert isinstance(federation.listener, Recorder)
+    visits = [(r.task, r.round, client) for r, clients in zip(results, drawn, strict=True) for client in clients]
+    assert federation.listener.visits == visits
+    assert federation.listener.turns == 16
+    for result in results:
+        assert sorted(result.bytes_down) == sorted(result.bytes_up)  # O2D answers who sent
+        for values in result.accuracy.values():
+            assert [len(row) for row in values] == [result.task] * 3  # the absent are evaluated as well
+
+
+def test_the_draw_is_the_same_for_the_same_seed() -> None:
+    schedule = Schedule(1, 4)
+    draws = [schedule.participants(10, round, seed=5) for round in range(1, 30)]
+    assert draws == [Schedule(1, 4).participants(10, round, seed=5) for round in range(1, 30)]
+    assert all(len(set(draw)) == 4 and draw == sorted(draw) for draw in draws)
+    counts = np.bincount(np.concatenate(draws), minlength=10)
+    assert counts.min() > 0
+    assert Schedule(1).participants(10, 1, seed=5) == list(range(10))
+
+
+@pytest.mark.parametrize("number", [0, -1, 4])
+def test_an_impossible_number_of_participants_is_refused(make: Make, number: int) -> None:
+    with pytest.raises(ValueError, match=rf"federation\.clients_per_round is {number}, .* 3 clients"):
+        make(clients_per_round=number)
+
+
+# ---- clients that fail
+
+
+class Fragile(FedLSCL):
+    """Fails in the fit of given (client, round) pairs, after it has begun to train."""
+
+    failures: frozenset[tuple[int, int]] = frozenset()
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if (self.index, self.round) in self.failures:
+            raise OSError("no space left on device")
+
+
+@pytest.fixture
+def quiet(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.WARNING, logger="fedlscl.federation")
+    return caplog
+
+
+def test_a_failing_client_is_left_out_and_comes_back(
+    make: Make, monkeypatch: pytest.MonkeyPatch, quiet: pytest.LogCaptureFixture
+) -> None:
+    federation = make(client=make_client(Fragile), rounds=3)
+    monkeypatch.setattr(Fragile, "failures", {(1, 2)})
+    before: dict[int, dict[str, Tensor] | None] = {}
+    results = []
+    for result in federation.run():
+        federation.store.commit({"round": result.round})
+        results.append(result)
+        stored = federation.store.read("client-1")
+        before[result.round] = stored and copy_of(stored)
+    assert results[1].skipped == {1: "OSError: no space left on device"}
+    assert sorted(results[1].bytes_up) == sorted(results[1].bytes_down) == [0, 2]
+    assert before[1] is not None
+    assert before[2] is not None
+    assert before[3] is not None
+    assert same(before[1], before[2])
+    assert not same(before[2], before[3])
+    for result in results[:1] + results[2:]:
+        assert result.skipped == {}
+        assert sorted(result.bytes_up) == [0, 1, 2]
+    assert isinstance(federation.listener, Recorder)
+    assert federation.listener.turns == 18
+    assert "client 1 is left out of round 2" in quiet.text
+
+
+def test_the_others_do_not_notice_who_failed(
+    make: Make, monkeypatch: pytest.MonkeyPatch, wire: list[tuple[Message, bytes]]
+) -> None:
+    """What a failing client leaves in the shared body must not reach the next one."""
+    monkeypatch.setattr(Fragile, "failures", {(0, 1), (1, 3)})
+    run(make(client=make_client(Fragile), rounds=2))
+    with_failures = contents(wire)
+    wire.clear()
+    participants = Schedule.participants
+    absent = {1: 0, 3: 1}
+    monkeypatch.setattr(Fragile, "failures", frozenset())
+    monkeypatch.setattr(
+        Schedule,
+        "participants",
+        lambda self, clients, round, seed: [i for i in participants(self, clients, round, seed) if absent.get(round) != i],
+    )
+    run(make(client=make_client(Fragile), rounds=2))
+    assert contents(wire) == with_failures
+
+
+def test_a_failure_in_the_first_round_leaves_the_common_start(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Fragile, "failures", {(1, 1)})
+    federation = make(client=make_client(Fragile))
+    start = copy_of(enter_client(federation, 1).state())
+    result = next(federation.run())
+    assert list(result.skipped) == [1]
+    assert same(enter_client(federation, 1).state(), start)
+    assert len(result.accuracy["task"]) == 3
+
+
+def test_without_anyone_the_run_stops(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Fragile, "failures", {(index, 1) for index in range(3)})
+    with pytest.raises(RuntimeError, match="no client finished round 1.*no space left"):
+        next(make(client=make_client(Fragile)).run())
+
+
+MALFORMED: dict[str, tuple[Callable[[Upload], Upload | bytes], str]] = {
+    "a tensor is missing": (
+        lambda u: Upload(u.client, u.task, u.round, u.samples, {"weight": u.tensors["weight"]}),
+        r"lacks tensors \['bias', 'features'\]",
+    ),
+    "an unknown tensor": (lambda u: with_tensors(u, labels=torch.zeros(3)), r"unknown tensors \['labels'\]"),
+    "not a number": (lambda u: with_tensors(u, bias=torch.full_like(u.tensors["bias"], torch.nan)), "'bias'.*NaN"),
+    "infinite": (
+        lambda u: with_tensors(u, features=torch.full_like(u.tensors["features"], -torch.inf)),
+        "'features'.*infinite",
+    ),
+    "wrong shape": (lambda u: with_tensors(u, weight=u.tensors["weight"].T), r"'weight' has shape \(16, 256\)"),
+    "wrong dtype": (lambda u: with_tensors(u, bias=u.tensors["bias"].double()), "'bias' has dtype"),
+    "no features": (lambda u: with_tensors(u, features=torch.zeros(0, 16)), "'features' has shape"),
+    "too many features": (lambda u: with_tensors(u, features=torch.zeros(25, 16)), "'features' has shape|bytes, at most"),
+    "cut off": (lambda u: Message.to_bytes(u)[:-5], "damaged"),
+    "empty": (lambda u: b"", "truncated"),
+    "noise": (lambda u: bytes(range(256)) * 8, "truncated|header"),
+    "of another client": (
+        lambda u: Upload(0, u.task, u.round, u.samples, u.tensors),
+        "claims to be of client 0, round 1",
+    ),
+    "of another round": (
+        lambda u: Upload(u.client, u.task, 7, u.samples, u.tensors),
+        "claims to be of client 1, round 7",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_upload_is_refused_by_name(make: Make, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    change, reason = MALFORMED[case]
+    seen: list[set[int]] = []
+    aggregate = ExactO2D.aggregate
+
+    def spy(self: ExactO2D, uploads: dict[int, Upload], *rest: Any) -> Any:
+        seen.append(set(uploads))
+        return aggregate(self, uploads, *rest)
+
+    monkeypatch.setattr(ExactO2D, "aggregate", spy)
+    break_upload(monkeypatch, 1, change)
+    federation = make()
+    start = copy_of(enter_client(federation, 1).state())
+    result: RoundResult = next(federation.run())
+    assert list(result.skipped) == [1]
+    assert result.skipped[1].startswith("MessageError: upload")
+    assert re.search(reason, result.skipped[1])
+    assert same(enter_client(federation, 1).state(), start)  # as after any other failure
+    assert seen == [{0, 2}]
+    assert sorted(result.bytes_down) == [0, 2]
+
+
+def test_a_client_that_diverged_once_can_come_back(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers that are not finite must not become the client's last good state."""
+    federation = make(rounds=2)
+    on_train_end = FedLSCL.on_train_end
+
+    def diverge(self: FedLSCL) -> None:
+        on_train_end(self)
+        if (self.index, self.round) == (1, 1):
+            with torch.no_grad():
+                self.generator.bias.fill_(torch.nan)
+                self.head.bias.fill_(torch.nan)
+
+    monkeypatch.setattr(FedLSCL, "on_train_end", diverge)
+    rounds = federation.run()
+    first = next(rounds)
+    federation.store.commit({"round": 1})
+    assert list(first.skipped) == [1]
+    second = next(rounds)
+    assert second.skipped == {}
+
+
+# ---- different CNNs
+
+
+DIFFERENT = {"name": ["resnet18", "mobilenetv3_small_050", "resnet18"], "features": 16, "image_size": 32}
+
+
+def test_clients_may_have_different_cnns(make: Make) -> None:
+    federation = make(cnn=DIFFERENT)
+    results = run(federation)
+    assert all(result.skipped == {} for result in results)
+    assert all(sorted(result.bytes_down) == [0, 1, 2] for result in results)
+    kinds = [enter_client(federation, index).cnn.backbone.__class__.__name__ for index in range(3)]
+    assert kinds == ["ResNet", "MobileNetV3", "ResNet"]
+
+
+def test_different_cnns_cannot_be_averaged(make: Make) -> None:
+    with pytest.raises(ValueError, match=r"cnn\.name lists different CNNs"):
+        make(client=make_client(SmallModelClient, share="cnn"), server=FedAvg(), cnn=DIFFERENT)
+
+
+@pytest.mark.parametrize("share", ["nothing", "cnn", "all"])
+def test_every_way_to_share_runs(make: Make, share: str) -> None:
+    federation = make(client=make_client(SmallModelClient, share=share), server=FedAvg() if share != "nothing" else Isolated())
+    assert [result.skipped for result in run(federation)] == [{}, {}]
+
+
+def test_there_is_one_cnn_or_one_per_client(make: Make) -> None:
+    with pytest.raises(ValueError, match=r"cnn\.name lists 2 models for 3 clients"):
+        make(cnn={**CNN, "name": ["resnet18", "resnet18"]})
+
+
+# ---- going on
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_resumed_federation_equals_an_uninterrupted_one(
+    make: Make, tmp_path: Path, data: FederatedDataModule, vit: FrozenViT, stop: int
+) -> None:
+    whole = make(rounds=2, clients_per_round=2)
+    expected = outcome(run(whole))
+    options = {"rounds": 2, "clients_per_round": 2}
+    first = make_federation(tmp_path / "cut", data, vit, **options)
+    results = []
+    for result in first.run():
+        if result.round > stop:
+            break  # its states are written, but not committed
+        first.store.commit({"round": result.round})
+        results.append(result)
+    again = make_federation(tmp_path / "cut", data, vit, **options)
+    results += run(again)
+    assert outcome(results) == expected
+    for one, other in zip(states(whole), states(again), strict=True):
+        assert same(one, other)

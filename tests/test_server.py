@@ -1,0 +1,118 @@
+"""The servers that every method can use, and the mean they take."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from fedlscl.messages import Upload
+from fedlscl.server import FedAvg, Isolated, Server, average
+
+
+def no_trainer() -> Trainer:
+    raise AssertionError("a mean needs no fit")
+
+
+def upload(client: int, samples: int, **tensors: Tensor) -> Upload:
+    return Upload(client, 1, 1, samples, tensors)
+
+
+UPLOADS = {
+    0: upload(0, 10, weight=torch.tensor([[1.0, 2.0]]), steps=torch.tensor(7)),
+    2: upload(2, 30, weight=torch.tensor([[5.0, -2.0]]), steps=torch.tensor(3)),
+}
+
+
+def test_the_weighted_mean_by_hand() -> None:
+    mean = average([upload.tensors for upload in UPLOADS.values()], [10, 30])
+    assert mean["weight"].tolist() == [[4.0, -1.0]]
+    assert mean["weight"].dtype == torch.float32
+    assert mean["steps"].tolist() == 7
+    assert mean["steps"].dtype == torch.int64
+
+
+def test_tensors_of_every_shape_and_counters_of_every_kind() -> None:
+    models = [
+        {"x": torch.tensor(1.0), "y": torch.zeros(0, 3), "z": torch.ones(2, 3, 4), "n": torch.tensor([1, 9]),
+         "b": torch.tensor([True, False])},
+        {"x": torch.tensor(4.0), "y": torch.zeros(0, 3), "z": 7 * torch.ones(2, 3, 4), "n": torch.tensor([5, 2]),
+         "b": torch.tensor([False, False])},
+    ]  # fmt: skip
+    mean = average(models, [2, 1])
+    assert float(mean["x"]) == pytest.approx(2)
+    assert mean["x"].shape == ()
+    assert mean["y"].shape == (0, 3)
+    torch.testing.assert_close(mean["z"], 3 * torch.ones(2, 3, 4))
+    assert mean["n"].tolist() == [5, 9]
+    assert mean["b"].tolist() == [True, False]
+
+
+@given(
+    st.lists(st.integers(0, 10**6), min_size=1, max_size=8).filter(any),
+    st.integers(0, 1000),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_holds_for_every_mean(weights: list[int], seed: int, dtype: torch.dtype) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    models = [{"x": torch.randn(3, 2, generator=rng, dtype=torch.float64).to(dtype)} for _ in weights]
+    before = [model["x"].clone() for model in models]
+    mean = average(models, weights)["x"]
+    assert all(torch.equal(model["x"], old) for model, old in zip(models, before, strict=True))
+    assert mean.dtype == dtype
+
+    wanted = sum(w / sum(weights) * model["x"].double() for w, model in zip(weights, models, strict=True))
+    torch.testing.assert_close(mean.double(), wanted, rtol=1e-5, atol=1e-6)
+    stacked = torch.stack(before)
+    assert bool((mean >= stacked.amin(0) - 1e-6).all())
+    assert bool((mean <= stacked.amax(0) + 1e-6).all())
+    same = average([models[0]] * len(weights), weights)["x"]
+    torch.testing.assert_close(same, models[0]["x"], rtol=1e-6, atol=1e-7)
+    scaled = average(models, [3 * w for w in weights])["x"]
+    torch.testing.assert_close(scaled, mean, rtol=1e-6, atol=1e-7)
+
+
+def test_a_weight_of_zero_is_no_vote() -> None:
+    models = [{"x": torch.tensor([1.0])}, {"x": torch.tensor([100.0])}]
+    assert average(models, [5, 0])["x"].tolist() == [1.0]
+
+
+@pytest.mark.parametrize("weights", [[0, 0], [-1, 2], [3, -1], [-1, -1]])
+def test_weights_that_make_no_mean_are_named(weights: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"weights \[.*\] must not be negative and must have a positive sum"):
+        average([{"x": torch.ones(1)}] * 2, weights)
+
+
+def test_fedavg_answers_everyone_with_the_mean_absent_clients_included() -> None:
+    answers = FedAvg().aggregate(UPLOADS, 4, 0, no_trainer)
+    assert sorted(answers) == [0, 1, 2, 3]
+    for answer in answers.values():
+        assert answer["weight"].tolist() == [[4.0, -1.0]]
+        assert answer["steps"] == 7
+    uniform = FedAvg("uniform").aggregate(UPLOADS, 4, 0, no_trainer)
+    assert sorted(uniform) == [0, 1, 2, 3]
+    assert uniform[1]["weight"].tolist() == [[3.0, 0.0]]
+    assert UPLOADS[0].tensors["weight"].tolist() == [[1.0, 2.0]]
+
+
+def test_the_mean_of_one_upload_is_that_upload() -> None:
+    answers = FedAvg().aggregate({2: UPLOADS[2]}, 3, 0, no_trainer)
+    assert torch.equal(answers[0]["weight"], UPLOADS[2].tensors["weight"])
+
+
+def test_isolated_clients_send_nothing_and_get_no_answer() -> None:
+    assert not Isolated.listens
+    assert FedAvg.listens
+    with pytest.raises(NotImplementedError, match="send nothing"):
+        Isolated().aggregate(UPLOADS, 4, 0, no_trainer)
+
+
+def test_a_server_has_no_numbers_of_its_own_before_it_has_worked() -> None:
+    assert inspect.isabstract(Server)
+    assert FedAvg().metrics == Isolated().metrics == {}
