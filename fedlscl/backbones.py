@@ -64,7 +64,6 @@ class FrozenViT(nn.Module):
         self.vit: Any = vit
         self.width, self.depth = int(vit.embed_dim), len(vit.blocks)
         statistics = resolve_model_data_config(vit)
-        self.interpolation: str = statistics["interpolation"]
         self.register_buffer("mean", torch.tensor(mean or statistics["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std or statistics["std"]).view(3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
@@ -162,7 +161,10 @@ def _create(group: str, name: str, pretrained: bool, model_args: Mapping[str, An
     if not timm.is_model(name):
         close = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
         raise ValueError(f"{group}.name: timm has no model '{name}'; similar names: {', '.join(close) or 'none'}")
-    model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **model_args)
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **model_args)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{group}.name, {group}.model_args: timm cannot make '{name}' ({error})") from error
     return model
 
 
@@ -194,10 +196,10 @@ def _load_vit(vit: VisionTransformer, path: Path) -> None:
         stored = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"backbone.weights: '{path}' is not a safetensors file ({error})") from error
-    # timm's own filter resamples patch and position embeddings and knows the layouts of other ViT releases
-    filtered = checkpoint_filter_fn({name: value.float() for name, value in stored.items()}, vit)
-    state = {name: value for name, value in filtered.items() if not name.startswith("head.")}
     try:
+        # timm's own filter resamples patch and position embeddings and knows the layouts of other ViT releases
+        filtered = checkpoint_filter_fn({name: value.float() for name, value in stored.items()}, vit)
+        state = {name: value for name, value in filtered.items() if not name.startswith("head.")}
         vit.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise ValueError(f"backbone.weights: '{path}' does not fit backbone.name and model_args: {error}") from error

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,8 @@ def main(args: list[str] | None = None) -> None:
     words = sys.argv[1:] if args is None else args
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    # Lightning 2.6 asks torch for a name that newer releases of torch deprecate; no user can do anything about it
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     if words[:1] == ["fit"]:
         FederatedCLI(args)
     elif words[:1] == ["predict"]:

@@ -400,7 +400,7 @@ class ImageBatches:
 
 def _batches(order: Tensor, largest: int) -> tuple[Tensor, ...]:
     """Parts of nearly equal size: no batch is left with a single image, which batch normalisation refuses."""
-    return order.tensor_split(-(-len(order) // largest))
+    return order.tensor_split(max(1, min(-(-len(order) // largest), len(order) // 2)))
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -80,7 +80,7 @@ class Replay(Continual):
         current: also draw, in each pass and class for class, as many current samples as the buffer holds of a class.
     """
 
-    def __init__(self, lambda_e: float = 1.0, lambda_w: float = 0.1, passes: int = 5, current: bool = True) -> None:
+    def __init__(self, lambda_e: float = 0.1, lambda_w: float = 0.01, passes: int = 5, current: bool = True) -> None:
         for name, value in (("lambda_e", lambda_e), ("lambda_w", lambda_w), ("passes", passes)):
             if value < 0:
                 raise ValueError(f"continual.{name} is {value}, must not be negative")

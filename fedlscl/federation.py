@@ -170,19 +170,21 @@ class Federation:
             body.begin_round(result.task, result.round, self.seed)
             with seeds.seeded(self.seed, "fit", index, result.round):
                 self.trainer(logger).fit(body)
+            upload = self._receive(body, result) if self.server.listens else None
             self.store.write(client_name(index), body.state())
-            if not self.server.listens:
-                return None
-            message = body.upload().to_bytes()
-            result.bytes_up[index] = len(message)
-            upload = Upload.from_bytes(message, body.upload_schema())
-            if (upload.client, upload.round) != (index, result.round):
-                raise MessageError(f"upload claims to be of client {upload.client}, round {upload.round}")
         except Exception as error:
             # One client must not stop the others; its state of the last round is still in the store
             log.warning("client %d is left out of round %d", index, result.round, exc_info=error)
             result.skipped[index] = f"{type(error).__name__}: {error}"
             return None
+        return upload
+
+    def _receive(self, body: Client, result: RoundResult) -> Upload:
+        message = body.upload().to_bytes()
+        result.bytes_up[body.index] = len(message)
+        upload = Upload.from_bytes(message, body.upload_schema())
+        if (upload.client, upload.round) != (body.index, result.round):
+            raise MessageError(f"upload claims to be of client {upload.client}, round {upload.round}")
         return upload
 
     def _answer_and_evaluate(self, index: int, answer: Mapping[str, Tensor] | None, result: RoundResult) -> None:

@@ -39,7 +39,7 @@ def continual_penalty(now: Tensor, before: Tensor, known: Tensor) -> Tensor:
         A scalar, 0 if no sample is known.
     """
     distances = (now.float() - before.float()).square().sum(dim=1)
-    return (distances * known).sum() / known.sum().clamp(min=1)
+    return torch.where(known > 0, distances, 0.0).sum() / known.sum().clamp(min=1)
 
 
 def o2d_objective(

@@ -95,7 +95,13 @@ class Message:
     def to_bytes(self) -> bytes:
         """The message as it travels: safetensors, with the four numbers in its metadata."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
-        return save(tensors, metadata={key: str(getattr(self, key)) for key in self._numbers})
+        data = save(tensors)
+        start = 8 + int.from_bytes(data[:8], "little")
+        numbers = {key: str(getattr(self, key)) for key in self._numbers}
+        # put into the header here because safetensors writes metadata in random order: equal messages are equal bytes
+        header = json.dumps({"__metadata__": numbers, **json.loads(data[8:start])}).encode()
+        header += b" " * (-len(header) % 8)
+        return len(header).to_bytes(8, "little") + header + data[start:]
 
     @classmethod
     def from_bytes(cls, data: bytes, schema: Schema) -> Self:
@@ -114,9 +120,10 @@ class Message:
             missing, unknown = sorted(set(schema) - set(header)), sorted(set(header) - set(schema))
             raise MessageError(f"{cls.kind} lacks tensors {missing} and has unknown tensors {unknown}")
         for name, entry in header.items():
-            if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list):
+            shape = entry.get("shape") if isinstance(entry, dict) else None
+            if not isinstance(entry, dict) or not isinstance(shape, list) or any(type(n) is not int for n in shape):
                 raise MessageError(f"{cls.kind}: tensor '{name}' has a damaged header")
-            problem = schema[name].problem(tuple(entry["shape"]), _DTYPES.get(entry.get("dtype", "")))
+            problem = schema[name].problem(tuple(shape), _DTYPES.get(str(entry.get("dtype"))))
             if problem:
                 raise MessageError(f"{cls.kind}: tensor '{name}' {problem}")
         try:
@@ -146,7 +153,7 @@ def _header(data: bytes, kind: str) -> dict[str, object]:
     if len(data) < 8 or length > min(len(data) - 8, _HEADER_LIMIT):
         raise MessageError(f"{kind} is truncated or not in the safetensors format ({len(data)} bytes)")
     try:
-        header = json.loads(data[8 : 8 + length])
+        header = json.loads(data[8 : 8 + length], object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise MessageError(f"{kind} has an unreadable header") from error
     if not isinstance(header, dict):
@@ -154,11 +161,18 @@ def _header(data: bytes, kind: str) -> dict[str, object]:
     return header
 
 
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):  # two parsers could disagree on which one counts
+        raise ValueError("a name occurs twice")
+    return entries
+
+
 def _read_numbers(metadata: object, names: tuple[str, ...], kind: str) -> dict[str, int]:
     numbers = {}
     for name in names:
         text = metadata.get(name) if isinstance(metadata, dict) else None
-        if not isinstance(text, str) or not text.isdecimal() or len(text) > 18:
+        if not isinstance(text, str) or not (text.isascii() and text.isdecimal()) or len(text) > 18:
             raise MessageError(f"{kind} has no valid number '{name}' (found {text!r})")
         numbers[name] = int(text)
     return numbers

@@ -17,7 +17,8 @@ import torch
 def derive(seed: int, *keys: int | str) -> int:
     """A 63-bit seed for the stream named by `keys`, independent of every other stream of `seed`."""
     words = [key if isinstance(key, int) else _number(key) for key in keys]
-    state = np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)
+    # their number comes first because SeedSequence takes missing words for zeros
+    state = np.random.SeedSequence([len(words), seed, *words]).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers import make_data, make_vit
+from helpers import enter_client, make_data, make_federation, make_vit
 
 from fedlscl.backbones import FrozenViT
 from fedlscl.data import FederatedDataModule
+from fedlscl.federation import Federation
+from fedlscl.messages import Message
+from fedlscl.methods.fed_lscl import FedLSCL
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,6 +44,45 @@ def long_data(cache: Path) -> FederatedDataModule:
 @pytest.fixture(scope="session")
 def vit() -> FrozenViT:
     return make_vit()
+
+
+@pytest.fixture
+def federation(tmp_path: Path, data: FederatedDataModule, vit: FrozenViT) -> Federation:
+    return make_federation(tmp_path, data, vit)
+
+
+@pytest.fixture
+def body(federation: Federation) -> FedLSCL:
+    """Client 0, which has learned nothing yet."""
+    client: FedLSCL = enter_client(federation, 0)
+    return client
+
+
+@pytest.fixture
+def make(tmp_path: Path, data: FederatedDataModule, vit: FrozenViT) -> Callable[..., Federation]:
+    """Build federations, each with a store of its own."""
+    count = iter(range(100))
+
+    def build(**options: Any) -> Federation:
+        return make_federation(tmp_path / str(next(count)), **{"data": data, "vit": vit, **options})
+
+    return build
+
+
+@pytest.fixture
+def wire(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Message, bytes]]:
+    """Every message that is serialised, with its bytes."""
+    sent = []
+    serialise = Message.to_bytes
+
+    def spy(self: Message) -> bytes:
+        data = serialise(self)
+        copy = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+        sent.append((type(self)(self.client, self.task, self.round, self.samples, copy), data))
+        return data
+
+    monkeypatch.setattr(Message, "to_bytes", spy)
+    return sent
 
 
 @pytest.fixture

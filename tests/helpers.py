@@ -20,6 +20,7 @@ from fedlscl.continual import Replay
 from fedlscl.data import FederatedDataModule
 from fedlscl.datasets import Dataset, ImageSet, Source
 from fedlscl.federation import Federation, RoundResult, Schedule
+from fedlscl.messages import Message
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL
 from fedlscl.server import Server
 from fedlscl.splits import SplitSpec
@@ -142,8 +143,8 @@ def outcome(results: list[RoundResult]) -> list[Any]:
     return [(r.task, r.round, r.bytes_up, r.bytes_down, r.skipped, r.accuracy, r.server) for r in results]
 
 
-def enter_client(federation: Federation, index: int) -> Client:
-    """A client's body in the client's last state."""
+def enter_client(federation: Federation, index: int) -> Any:
+    """A client's body in the client's last state; of the class that the federation was given."""
     return federation.visit(index)
 
 
@@ -152,6 +153,22 @@ def fit(body: Client, task: int, round: int, seed: int = 0) -> None:
     body.begin_round(task, round, seed)
     with seeds.seeded(seed, "fit", body.index, round):
         make_trainer().fit(body)
+
+
+def train_images(body: FedLSCL, indices: Tensor) -> tuple[Tensor, Tensor]:
+    return body.data.batch("train", indices)
+
+
+def outputs(body: FedLSCL, indices: Tensor) -> dict[str, Tensor]:
+    """What `generate` gives now on training images, in evaluation mode."""
+    body.eval()
+    with torch.no_grad():
+        return {name: value.clone() for name, value in body.generate(train_images(body, indices)[0]).items()}
+
+
+def task_images(body: FedLSCL, *tasks: int) -> Tensor:
+    split = body.data.split.clients[body.index].tasks
+    return torch.cat([torch.as_tensor(split[task - 1].train) for task in tasks])
 
 
 def parameters(body: Client) -> dict[str, Tensor]:
@@ -171,10 +188,33 @@ def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     )
 
 
+def contents(wire: list[tuple[Message, bytes]], kind: type[Message] = Message) -> dict[Any, Any]:
+    """What was sent, to the last bit; the order of a message's metadata is not part of it."""
+    return {
+        (m.kind, m.client, m.round): (
+            m.task,
+            m.samples,
+            len(data),
+            {name: (t.dtype, t.shape, t.contiguous().numpy().tobytes()) for name, t in m.tensors.items()},
+        )
+        for m, data in wire
+        if isinstance(m, kind)
+    }
+
+
 def rows(run_dir: Path) -> list[dict[str, str]]:
     """The rows of metrics.csv."""
     with (run_dir / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def lasting(summary: dict[str, Any]) -> dict[str, Any]:
+    """What must not depend on time or place."""
+    return {name: value for name, value in summary.items() if name not in ("seconds", "peak_memory_mib")}
+
+
+def lasting_rows(run_dir: Path) -> list[dict[str, str]]:
+    return [row for row in rows(run_dir) if not row["metric"].startswith("server/seconds/")]
 
 
 # A setting for the command line, without model and server

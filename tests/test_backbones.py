@@ -20,6 +20,7 @@ from fedlscl.backbones import SHIPPED, FrozenViT, SmallModel, SmallModelSpec, re
 
 TINY = {"patch_size": 8, "embed_dim": 12, "depth": 3, "num_heads": 3}
 NAME = "vit_tiny_patch16_224"
+NARROW = {"channels": [4, 4, 8, 8]}
 SHIPPED_FILE = "vit_glyph_patch8_32.fp16.safetensors"
 SHIPPED_ARGS = {"patch_size": 8, "embed_dim": 96, "depth": 12, "num_heads": 3}
 
@@ -189,7 +190,7 @@ def test_at_another_size_only_the_position_embedding_is_resampled(
 
 
 def bad_states(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    resnet = timm.create_model("resnet18", num_classes=0, channels=[4, 4, 4, 4]).state_dict()
+    resnet = timm.create_model("resnet18", num_classes=0, **NARROW).state_dict()
     return {
         "empty": {},
         "another model": {name: tensor.contiguous() for name, tensor in resnet.items()},
@@ -206,11 +207,10 @@ def bad_states(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def test_a_file_that_does_not_fit_is_named(tmp_path: Path, stored: dict[str, Tensor]) -> None:
-    for what, state in bad_states(stored).items():
+    for state in bad_states(stored).values():
         path = write(tmp_path, state)
         with pytest.raises(ValueError, match=r"^backbone\.weights: '.*vit\.safetensors' does not fit"):
             FrozenViT(NAME, weights=path, image_size=32, model_args=TINY)
-            pytest.fail(f"accepted: {what}")
 
 
 @pytest.mark.parametrize("content", [b"", b"hello " * 20, b"\xff" * 100, b"PK\x03\x04" + bytes(100)])
@@ -236,9 +236,6 @@ def test_an_unknown_name_is_named(name: str) -> None:
         FrozenViT(name)
     with pytest.raises(ValueError, match=rf"^cnn\.name: timm has no model '{name}'"):
         SmallModel(SmallModelSpec(), name)
-
-
-def test_an_unknown_name_comes_with_similar_ones() -> None:
     with pytest.raises(ValueError, match=r"similar names: \w*resnet"):
         SmallModel(SmallModelSpec(), "resnet_19")
 
@@ -247,11 +244,8 @@ def test_an_unknown_name_comes_with_similar_ones() -> None:
 def test_a_model_that_is_no_plain_vit_is_named(name: str) -> None:
     with pytest.raises(ValueError, match=rf"^backbone\.name.*'{name}'"):
         FrozenViT(name)
-
-
-def test_a_vit_with_parallel_blocks_has_no_qkv_to_adapt() -> None:
     with pytest.raises(ValueError, match=r"^backbone\.name: 'vit_small_patch16_18x2_224' is not a plain ViT"):
-        tiny_vit("vit_small_patch16_18x2_224")
+        tiny_vit("vit_small_patch16_18x2_224")  # its parallel blocks have no single attention to adapt
 
 
 def test_an_unknown_pretrained_tag_is_named() -> None:
@@ -286,8 +280,7 @@ def test_pretrained_weights_are_asked_for_only_where_configured(monkeypatch: pyt
     assert "timm" in FrozenViT(NAME, pretrained=True, image_size=16, model_args=TINY).source
     tiny_vit()
     for pretrained in (True, False):
-        spec = SmallModelSpec(image_size=16, pretrained=pretrained, model_args={"channels": [4, 4, 4, 4]})
-        SmallModel(spec, "resnet18")
+        SmallModel(SmallModelSpec(image_size=16, pretrained=pretrained, model_args=NARROW), "resnet18")
     assert asked == [(NAME, True), (NAME, False), ("resnet18", True), ("resnet18", False)]
 
 
@@ -308,15 +301,16 @@ def test_a_file_of_weights_stands_in_for_pretrained_ones(
 @pytest.mark.parametrize(
     ("name", "args"),
     [
-        ("resnet18", {"channels": [4, 4, 8, 24]}),
-        ("resnet18", {"channels": [4, 4, 8, 8]}),
+        ("resnet18", {"channels": [16, 16, 16, 24]}),
+        ("resnet18", {"channels": [16, 16, 16, 16]}),
         ("mobilenetv3_small_050", {}),
         ("regnetx_002", {}),
     ],
 )
 def test_every_cnn_gives_unit_vectors_of_the_common_width(name: str, args: dict[str, Any]) -> None:
-    spec = SmallModelSpec(features=24, image_size=32, model_args=args)
-    model = SmallModel(spec, name).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SmallModel(SmallModelSpec(features=24, image_size=32, model_args=args), name).eval()
     images = pictures(3, 20, 20)
     features = model(images)
     assert features.shape == (3, 24)
@@ -331,18 +325,16 @@ def test_every_cnn_gives_unit_vectors_of_the_common_width(name: str, args: dict[
 
 def test_a_linear_map_only_where_the_width_differs() -> None:
     def small(channels: list[int]) -> SmallModel:
-        spec = SmallModelSpec(features=24, image_size=16, model_args={"channels": channels})
-        return SmallModel(spec, "resnet18")
+        return SmallModel(SmallModelSpec(features=24, image_size=16, model_args={"channels": channels}), "resnet18")
 
     assert isinstance(small([4, 4, 8, 24]).project, nn.Identity)
     assert small([4, 4, 8, 8]).project.weight.shape == (24, 8)
     model = SmallModel(SmallModelSpec(features=24, image_size=32), "mobilenetv3_small_050")
-    assert model.backbone.num_features == 288  # what timm says ...
-    assert model.project.weight.shape == (24, 1024)  # ... and what comes out
+    assert (model.backbone.num_features, model.project.in_features) == (288, 1024)  # what timm says, what comes out
 
 
 def test_statistics_are_no_part_of_what_is_stored_or_sent() -> None:
-    model = SmallModel(SmallModelSpec(features=8, image_size=16, model_args={"channels": [4, 4, 8, 8]}), "resnet18")
+    model = SmallModel(SmallModelSpec(features=8, image_size=16, model_args=NARROW), "resnet18")
     assert not {"mean", "std"} & set(model.state_dict())
     assert not {"mean", "std"} & set(tiny_vit().state_dict())
     assert model.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
@@ -357,9 +349,7 @@ def test_images_too_small_for_the_cnn_are_named() -> None:
 
 def test_a_model_without_one_vector_per_image_is_named() -> None:
     with pytest.raises(ValueError, match=r"^cnn\.name: 'resnet18' gives an output of shape \(1, 8, 1, 1\)"):
-        SmallModel(
-            SmallModelSpec(image_size=16, model_args={"channels": [4, 4, 8, 8], "global_pool": ""}), "resnet18"
-        )
+        SmallModel(SmallModelSpec(image_size=16, model_args={**NARROW, "global_pool": ""}), "resnet18")
 
 
 def test_one_name_or_one_for_each_client() -> None:

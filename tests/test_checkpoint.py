@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedlscl import checkpoint
-from fedlscl.checkpoint import MANIFEST, Store, write_atomically
+from fedlscl.checkpoint import MANIFEST, Store, read, write_atomically
 
 
 def numbers(value: float) -> dict[str, Tensor]:
@@ -116,6 +116,15 @@ def test_progress_is_a_copy_of_what_was_given(tmp_path: Path) -> None:
     store.commit(progress)
     progress["round"] = 99
     assert store.progress == {"round": 1}
+
+
+def test_reading_beside_a_run_changes_nothing(committed: Path) -> None:
+    Store(committed).write("client-0", numbers(10))  # of a round that is not complete
+    before = listing(committed)
+    assert float(read(committed, "client-0")["weight"][0, 0]) == 1
+    assert listing(committed) == before
+    with pytest.raises(KeyError, match="client-7"):
+        read(committed, "client-7")
 
 
 # --------------------------------------------------------------- killed on the way

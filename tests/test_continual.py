@@ -23,8 +23,9 @@ CURRENT = torch.tensor([4, 4, 9, 4, 9, 4])  # four samples of class 4, two of cl
 
 def test_without_replay_there_is_no_pass() -> None:
     assert NoReplay().passes_over(10, CURRENT, 2, rng()) == []
+    output = Output(torch.zeros(1, 2), torch.zeros(1, 1))
     with pytest.raises(NotImplementedError, match="no replay phase"):
-        NoReplay().losses(Output(torch.zeros(1, 2), torch.zeros(1, 1)), torch.zeros(1), torch.ones(2), {}, torch.ones(1))
+        NoReplay().losses(output, torch.zeros(1), torch.ones(2), {}, torch.ones(1))
 
 
 def test_an_empty_buffer_gives_no_pass() -> None:

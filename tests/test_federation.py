@@ -1,9 +1,7 @@
-"""Algorithm 1 with everything in it: who takes part, what travels, who is left out and why, and what must not matter."""
+"""Algorithm 1 with everything in it: who takes part, what travels, what must not matter."""
 
 from __future__ import annotations
 
-import logging
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 from helpers import (
     CNN,
     Recorder,
+    contents,
     copy_of,
     enter_client,
     make_client,
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from fedlscl.backbones import FrozenViT
 from fedlscl.data import FederatedDataModule
-from fedlscl.federation import Federation, RoundResult, Schedule
+from fedlscl.federation import Federation, Schedule
 from fedlscl.messages import Download, Message, Upload
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL, IterativeO2D
 from fedlscl.methods.frozen_vit import FrozenViTClient
@@ -36,77 +35,21 @@ from fedlscl.server import FedAvg, Isolated, Server
 Make = Callable[..., Federation]
 
 
-@pytest.fixture
-def make(tmp_path: Path, data: FederatedDataModule, vit: FrozenViT) -> Make:
-    """Build federations, each with a store of its own."""
-    count = iter(range(100))
-
-    def build(**options: Any) -> Federation:
-        return make_federation(tmp_path / str(next(count)), **{"data": data, "vit": vit, **options})
-
-    return build
-
-
-@pytest.fixture
-def wire(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Message, bytes]]:
-    """Every message that is serialised, with its bytes."""
-    sent = []
-    serialise = Message.to_bytes
-
-    def spy(self: Message) -> bytes:
-        data = serialise(self)
-        copy = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
-        sent.append((type(self)(self.client, self.task, self.round, self.samples, copy), data))
-        return data
-
-    monkeypatch.setattr(Message, "to_bytes", spy)
-    return sent
-
-
-def contents(wire: list[tuple[Message, bytes]], kind: type[Message] = Message) -> dict[Any, Any]:
-    """What was sent, to the last bit; the order of a message's metadata is not part of it."""
-    return {
-        (m.kind, m.client, m.round): (
-            m.task,
-            m.samples,
-            len(data),
-            {name: (t.dtype, t.shape, t.contiguous().numpy().tobytes()) for name, t in m.tensors.items()},
-        )
-        for m, data in wire
-        if isinstance(m, kind)
-    }
-
-
 def states(federation: Federation) -> list[dict[str, Tensor]]:
     """A copy of every client's state."""
     return [copy_of(enter_client(federation, index).state()) for index in range(federation.clients)]
-
-
-def break_upload(monkeypatch: pytest.MonkeyPatch, client: int, change: Callable[[Upload], Upload | bytes]) -> None:
-    """Let one client send something else than what it should."""
-    serialise = Upload.to_bytes
-
-    def broken(self: Upload) -> bytes:
-        sent = change(self) if self.client == client else self
-        return sent if isinstance(sent, bytes) else serialise(sent)
-
-    monkeypatch.setattr(Upload, "to_bytes", broken)
-
-
-def with_tensors(upload: Upload, **tensors: Tensor) -> Upload:
-    return Upload(upload.client, upload.task, upload.round, upload.samples, {**upload.tensors, **tensors})
 
 
 # ---- what must not matter
 
 
 def test_equal_seeds_give_equal_runs(make: Make, wire: list[tuple[Message, bytes]]) -> None:
-    runs = []
+    runs: list[Any] = []
     for seed in (0, 0, 1):
         torch.manual_seed(len(runs))  # global state has no say
         np.random.seed(len(runs))
         wire.clear()
-        results = outcome(run(make(rounds=2, seed=seed)))
+        results = outcome(run(make(seed=seed)))
         runs.append((results, contents(wire)))
     assert runs[0] == runs[1]
     assert runs[0][1] != runs[2][1]
@@ -207,9 +150,7 @@ def test_nothing_private_travels(make: Make, wire: list[tuple[Message, bytes]], 
         assert set(message.tensors) == names
 
 
-def test_everyone_gets_one_answer_a_round_and_every_byte_counts(
-    make: Make, wire: list[tuple[Message, bytes]]
-) -> None:
+def test_everyone_gets_one_answer_a_round_and_every_byte_counts(make: Make, wire: list[tuple[Message, bytes]]) -> None:
     results = run(make(rounds=2))
     for result in results:
         for kind, counted in ((Upload, result.bytes_up), (Download, result.bytes_down)):
@@ -247,7 +188,7 @@ def test_without_exchange_nothing_travels(
     federation = make(server=Isolated())
     for result in federation.run():
         federation.store.commit({"round": result.round})
-        assert result.bytes_down == result.bytes_up == result.skipped == {}
+        assert (result.bytes_down, result.bytes_up, result.skipped) == ({}, {}, {})
         for index, state in enumerate(states(federation)):
             for name, tensor in fitted[index, result.round].items():
                 assert torch.equal(state[f"model.{name}"], tensor), name  # phi stays as it was trained here
@@ -315,162 +256,6 @@ def test_an_impossible_number_of_participants_is_refused(make: Make, number: int
         make(clients_per_round=number)
 
 
-# ---- clients that fail
-
-
-class Fragile(FedLSCL):
-    """Fails in the fit of given (client, round) pairs, after it has begun to train."""
-
-    failures: frozenset[tuple[int, int]] = frozenset()
-
-    def on_train_end(self) -> None:
-        super().on_train_end()
-        if (self.index, self.round) in self.failures:
-            raise OSError("no space left on device")
-
-
-@pytest.fixture
-def quiet(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    caplog.set_level(logging.WARNING, logger="fedlscl.federation")
-    return caplog
-
-
-def test_a_failing_client_is_left_out_and_comes_back(
-    make: Make, monkeypatch: pytest.MonkeyPatch, quiet: pytest.LogCaptureFixture
-) -> None:
-    federation = make(client=make_client(Fragile), rounds=3)
-    monkeypatch.setattr(Fragile, "failures", {(1, 2)})
-    before: dict[int, dict[str, Tensor] | None] = {}
-    results = []
-    for result in federation.run():
-        federation.store.commit({"round": result.round})
-        results.append(result)
-        stored = federation.store.read("client-1")
-        before[result.round] = stored and copy_of(stored)
-    assert results[1].skipped == {1: "OSError: no space left on device"}
-    assert sorted(results[1].bytes_up) == sorted(results[1].bytes_down) == [0, 2]
-    assert before[1] is not None
-    assert before[2] is not None
-    assert before[3] is not None
-    assert same(before[1], before[2])
-    assert not same(before[2], before[3])
-    for result in results[:1] + results[2:]:
-        assert result.skipped == {}
-        assert sorted(result.bytes_up) == [0, 1, 2]
-    assert isinstance(federation.listener, Recorder)
-    assert federation.listener.turns == 18
-    assert "client 1 is left out of round 2" in quiet.text
-
-
-def test_the_others_do_not_notice_who_failed(
-    make: Make, monkeypatch: pytest.MonkeyPatch, wire: list[tuple[Message, bytes]]
-) -> None:
-    """What a failing client leaves in the shared body must not reach the next one."""
-    monkeypatch.setattr(Fragile, "failures", {(0, 1), (1, 3)})
-    run(make(client=make_client(Fragile), rounds=2))
-    with_failures = contents(wire)
-    wire.clear()
-    participants = Schedule.participants
-    absent = {1: 0, 3: 1}
-    monkeypatch.setattr(Fragile, "failures", frozenset())
-    monkeypatch.setattr(
-        Schedule,
-        "participants",
-        lambda self, clients, round, seed: [i for i in participants(self, clients, round, seed) if absent.get(round) != i],
-    )
-    run(make(client=make_client(Fragile), rounds=2))
-    assert contents(wire) == with_failures
-
-
-def test_a_failure_in_the_first_round_leaves_the_common_start(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Fragile, "failures", {(1, 1)})
-    federation = make(client=make_client(Fragile))
-    start = copy_of(enter_client(federation, 1).state())
-    result = next(federation.run())
-    assert list(result.skipped) == [1]
-    assert same(enter_client(federation, 1).state(), start)
-    assert len(result.accuracy["task"]) == 3
-
-
-def test_without_anyone_the_run_stops(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Fragile, "failures", {(index, 1) for index in range(3)})
-    with pytest.raises(RuntimeError, match="no client finished round 1.*no space left"):
-        next(make(client=make_client(Fragile)).run())
-
-
-MALFORMED: dict[str, tuple[Callable[[Upload], Upload | bytes], str]] = {
-    "a tensor is missing": (
-        lambda u: Upload(u.client, u.task, u.round, u.samples, {"weight": u.tensors["weight"]}),
-        r"lacks tensors \['bias', 'features'\]",
-    ),
-    "an unknown tensor": (lambda u: with_tensors(u, labels=torch.zeros(3)), r"unknown tensors \['labels'\]"),
-    "not a number": (lambda u: with_tensors(u, bias=torch.full_like(u.tensors["bias"], torch.nan)), "'bias'.*NaN"),
-    "infinite": (
-        lambda u: with_tensors(u, features=torch.full_like(u.tensors["features"], -torch.inf)),
-        "'features'.*infinite",
-    ),
-    "wrong shape": (lambda u: with_tensors(u, weight=u.tensors["weight"].T), r"'weight' has shape \(16, 256\)"),
-    "wrong dtype": (lambda u: with_tensors(u, bias=u.tensors["bias"].double()), "'bias' has dtype"),
-    "no features": (lambda u: with_tensors(u, features=torch.zeros(0, 16)), "'features' has shape"),
-    "too many features": (lambda u: with_tensors(u, features=torch.zeros(25, 16)), "'features' has shape|bytes, at most"),
-    "cut off": (lambda u: Message.to_bytes(u)[:-5], "damaged"),
-    "empty": (lambda u: b"", "truncated"),
-    "noise": (lambda u: bytes(range(256)) * 8, "truncated|header"),
-    "of another client": (
-        lambda u: Upload(0, u.task, u.round, u.samples, u.tensors),
-        "claims to be of client 0, round 1",
-    ),
-    "of another round": (
-        lambda u: Upload(u.client, u.task, 7, u.samples, u.tensors),
-        "claims to be of client 1, round 7",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", MALFORMED)
-def test_a_malformed_upload_is_refused_by_name(make: Make, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    change, reason = MALFORMED[case]
-    seen: list[set[int]] = []
-    aggregate = ExactO2D.aggregate
-
-    def spy(self: ExactO2D, uploads: dict[int, Upload], *rest: Any) -> Any:
-        seen.append(set(uploads))
-        return aggregate(self, uploads, *rest)
-
-    monkeypatch.setattr(ExactO2D, "aggregate", spy)
-    break_upload(monkeypatch, 1, change)
-    federation = make()
-    start = copy_of(enter_client(federation, 1).state())
-    result: RoundResult = next(federation.run())
-    assert list(result.skipped) == [1]
-    assert result.skipped[1].startswith("MessageError: upload")
-    assert re.search(reason, result.skipped[1])
-    assert same(enter_client(federation, 1).state(), start)  # as after any other failure
-    assert seen == [{0, 2}]
-    assert sorted(result.bytes_down) == [0, 2]
-
-
-def test_a_client_that_diverged_once_can_come_back(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numbers that are not finite must not become the client's last good state."""
-    federation = make(rounds=2)
-    on_train_end = FedLSCL.on_train_end
-
-    def diverge(self: FedLSCL) -> None:
-        on_train_end(self)
-        if (self.index, self.round) == (1, 1):
-            with torch.no_grad():
-                self.generator.bias.fill_(torch.nan)
-                self.head.bias.fill_(torch.nan)
-
-    monkeypatch.setattr(FedLSCL, "on_train_end", diverge)
-    rounds = federation.run()
-    first = next(rounds)
-    federation.store.commit({"round": 1})
-    assert list(first.skipped) == [1]
-    second = next(rounds)
-    assert second.skipped == {}
-
-
 # ---- different CNNs
 
 
@@ -479,9 +264,9 @@ DIFFERENT = {"name": ["resnet18", "mobilenetv3_small_050", "resnet18"], "feature
 
 def test_clients_may_have_different_cnns(make: Make) -> None:
     federation = make(cnn=DIFFERENT)
-    results = run(federation)
-    assert all(result.skipped == {} for result in results)
-    assert all(sorted(result.bytes_down) == [0, 1, 2] for result in results)
+    result = next(federation.run())
+    assert result.skipped == {}
+    assert sorted(result.bytes_down) == [0, 1, 2]
     kinds = [enter_client(federation, index).cnn.backbone.__class__.__name__ for index in range(3)]
     assert kinds == ["ResNet", "MobileNetV3", "ResNet"]
 
@@ -493,7 +278,9 @@ def test_different_cnns_cannot_be_averaged(make: Make) -> None:
 
 @pytest.mark.parametrize("share", ["nothing", "cnn", "all"])
 def test_every_way_to_share_runs(make: Make, share: str) -> None:
-    federation = make(client=make_client(SmallModelClient, share=share), server=FedAvg() if share != "nothing" else Isolated())
+    federation = make(
+        client=make_client(SmallModelClient, share=share), server=FedAvg() if share != "nothing" else Isolated()
+    )
     assert [result.skipped for result in run(federation)] == [{}, {}]
 
 
@@ -505,13 +292,13 @@ def test_there_is_one_cnn_or_one_per_client(make: Make) -> None:
 # ---- going on
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.parametrize("stop", [1, 2])
 def test_a_resumed_federation_equals_an_uninterrupted_one(
     make: Make, tmp_path: Path, data: FederatedDataModule, vit: FrozenViT, stop: int
 ) -> None:
     whole = make(rounds=2, clients_per_round=2)
     expected = outcome(run(whole))
-    options = {"rounds": 2, "clients_per_round": 2}
+    options: dict[str, Any] = {"rounds": 2, "clients_per_round": 2}
     first = make_federation(tmp_path / "cut", data, vit, **options)
     results = []
     for result in first.run():

@@ -60,6 +60,12 @@ def test_a_class_outside_the_mask_gets_no_gradient_and_moves_nothing() -> None:
     assert torch.equal(masked_cross_entropy(moved, labels, classes), loss)
 
 
+def test_logits_of_any_size_are_masked() -> None:
+    logits = torch.tensor([[-(2.0**20), 1 - 2.0**20, 0.0]])  # the two that compete are far below the one that does not
+    loss = masked_cross_entropy(logits, torch.tensor([0]), torch.tensor([True, True, False]))
+    assert float(loss) == pytest.approx(math.log(1 + math.e))
+
+
 def test_one_class_alone_costs_nothing() -> None:
     loss = masked_cross_entropy(torch.tensor([[3.0, 9.0]]), torch.tensor([0]), torch.tensor([True, False]))
     assert loss == 0

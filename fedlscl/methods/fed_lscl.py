@@ -98,7 +98,7 @@ class O2D(Server):
         strength: lambda, which holds a student to its own generator.
     """
 
-    def __init__(self, strength: float = 0.1) -> None:
+    def __init__(self, strength: float = 0.5) -> None:
         super().__init__()
         if strength < 0:
             raise ValueError(f"server.strength is {strength}, must not be negative")
@@ -167,7 +167,7 @@ class IterativeO2D(O2D):
     """
 
     def __init__(
-        self, strength: float = 0.1, epochs: int = 20, learning_rate: float = 1e-3, batch_size: int = 32
+        self, strength: float = 0.5, epochs: int = 20, learning_rate: float = 1e-3, batch_size: int = 32
     ) -> None:
         super().__init__(strength)
         self.epochs, self.learning_rate, self.batch_size = epochs, learning_rate, batch_size
@@ -195,18 +195,15 @@ class Distillation(LightningModule):
     def __init__(self, own: Generator, teachers: list[Generator], settings: IterativeO2D, rng: torch.Generator) -> None:
         super().__init__()
         self.settings, self.rng, self.teachers = settings, rng, teachers
-        self.student = nn.Linear(own.weight.shape[1], own.weight.shape[0])
+        self.student = nn.utils.skip_init(nn.Linear, own.weight.shape[1], own.weight.shape[0])
         self.register_buffer("own_weight", own.weight)
         self.register_buffer("own_bias", own.bias)
         with torch.no_grad():
             self.student.weight.copy_(own.weight)
             self.student.bias.copy_(own.bias)
 
-    def train_dataloader(self) -> list[tuple[Tensor, Tensor]]:
+    def train_dataloader(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Features (B, e) with their teacher's outputs (B, P), teacher after teacher."""
-        return list(self._batches())
-
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         for teacher in self.teachers:
             for _ in range(self.settings.epochs):
                 order = torch.randperm(len(teacher.features), generator=self.rng)

@@ -1,0 +1,202 @@
+"""Clients that fail, diverge or send what cannot be used: left out by name, and nobody else notices."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    Recorder,
+    contents,
+    copy_of,
+    enter_client,
+    make_client,
+    run,
+    same,
+)
+from torch import Tensor
+
+from fedlscl.federation import Federation, RoundResult, Schedule
+from fedlscl.messages import Message, Upload
+from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL
+from fedlscl.trainer import RoundTrainer
+
+Make = Callable[..., Federation]
+
+
+def break_upload(monkeypatch: pytest.MonkeyPatch, client: int, change: Callable[[Upload], Upload | bytes]) -> None:
+    """Let one client send something else than what it should."""
+    serialise = Upload.to_bytes
+
+    def broken(self: Upload) -> bytes:
+        sent = change(self) if self.client == client else self
+        return sent if isinstance(sent, bytes) else serialise(sent)
+
+    monkeypatch.setattr(Upload, "to_bytes", broken)
+
+
+def with_tensors(upload: Upload, **tensors: Tensor) -> Upload:
+    return Upload(upload.client, upload.task, upload.round, upload.samples, {**upload.tensors, **tensors})
+
+
+class Fragile(FedLSCL):
+    """Fails in the fit of given (client, round) pairs, after it has begun to train."""
+
+    failures: frozenset[tuple[int, int]] = frozenset()
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if (self.index, self.round) in self.failures:
+            raise OSError("no space left on device")
+
+
+@pytest.fixture
+def quiet(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.WARNING, logger="fedlscl.federation")
+    return caplog
+
+
+def test_a_failing_client_is_left_out_and_comes_back(
+    make: Make, monkeypatch: pytest.MonkeyPatch, quiet: pytest.LogCaptureFixture
+) -> None:
+    federation = make(client=make_client(Fragile), rounds=3)
+    monkeypatch.setattr(Fragile, "failures", {(1, 2)})
+    before: dict[int, dict[str, Tensor] | None] = {}
+    results = []
+    for result in federation.run():
+        federation.store.commit({"round": result.round})
+        results.append(result)
+        stored = federation.store.read("client-1")
+        before[result.round] = stored and copy_of(stored)
+    assert results[1].skipped == {1: "OSError: no space left on device"}
+    assert sorted(results[1].bytes_up) == sorted(results[1].bytes_down) == [0, 2]
+    assert before[1] is not None
+    assert before[2] is not None
+    assert before[3] is not None
+    assert same(before[1], before[2])
+    assert not same(before[2], before[3])
+    for result in results[:1] + results[2:]:
+        assert result.skipped == {}
+        assert sorted(result.bytes_up) == [0, 1, 2]
+    assert isinstance(federation.listener, Recorder)
+    assert federation.listener.turns == 18
+    assert "client 1 is left out of round 2" in quiet.text
+
+
+def test_the_others_do_not_notice_who_failed(
+    make: Make, monkeypatch: pytest.MonkeyPatch, wire: list[tuple[Message, bytes]]
+) -> None:
+    """What a failing client leaves in the shared body must not reach the next one."""
+    monkeypatch.setattr(Fragile, "failures", {(0, 1), (1, 3)})
+    run(make(client=make_client(Fragile), rounds=2))
+    with_failures = contents(wire)
+    wire.clear()
+    participants = Schedule.participants
+    absent = {1: 0, 3: 1}
+    monkeypatch.setattr(Fragile, "failures", frozenset())
+    monkeypatch.setattr(
+        Schedule,
+        "participants",
+        lambda self, clients, round, seed: [
+            i for i in participants(self, clients, round, seed) if absent.get(round) != i
+        ],
+    )
+    run(make(client=make_client(Fragile), rounds=2))
+    assert contents(wire) == with_failures
+
+
+def test_a_failure_in_the_first_round_leaves_the_common_start(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Fragile, "failures", frozenset({(1, 1)}))
+    federation = make(client=make_client(Fragile))
+    start = copy_of(enter_client(federation, 1).state())
+    result = next(federation.run())
+    assert list(result.skipped) == [1]
+    assert same(enter_client(federation, 1).state(), start)
+    assert len(result.accuracy["task"]) == 3
+
+
+def test_without_anyone_the_run_stops(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Fragile, "failures", {(index, 1) for index in range(3)})
+    with pytest.raises(RuntimeError, match=r"no client finished round 1.*no space left"):
+        next(make(client=make_client(Fragile)).run())
+
+
+MALFORMED: dict[str, tuple[Callable[[Upload], Upload | bytes], str]] = {
+    "a tensor is missing": (
+        lambda u: Upload(u.client, u.task, u.round, u.samples, {"weight": u.tensors["weight"]}),
+        r"lacks tensors \['bias', 'features'\]",
+    ),
+    "an unknown tensor": (lambda u: with_tensors(u, labels=torch.zeros(3)), r"unknown tensors \['labels'\]"),
+    "not a number": (lambda u: with_tensors(u, bias=torch.full_like(u.tensors["bias"], torch.nan)), "'bias'.*NaN"),
+    "infinite": (
+        lambda u: with_tensors(u, features=torch.full_like(u.tensors["features"], -torch.inf)),
+        "'features'.*infinite",
+    ),
+    "wrong shape": (lambda u: with_tensors(u, weight=u.tensors["weight"].T), r"'weight' has shape \(16, 256\)"),
+    "wrong dtype": (lambda u: with_tensors(u, bias=u.tensors["bias"].double()), "'bias' has dtype"),
+    "no features": (lambda u: with_tensors(u, features=torch.zeros(0, 16)), "'features' has shape"),
+    "too many features": (
+        lambda u: with_tensors(u, features=torch.zeros(25, 16)),
+        "'features' has shape|bytes, at most",
+    ),
+    "cut off": (lambda u: Message.to_bytes(u)[:-5], "damaged"),
+    "empty": (lambda u: b"", "truncated"),
+    "noise": (lambda u: bytes(range(256)) * 8, "truncated|header"),
+    "of another client": (
+        lambda u: Upload(0, u.task, u.round, u.samples, u.tensors),
+        "claims to be of client 0, round 1",
+    ),
+    "of another round": (
+        lambda u: Upload(u.client, u.task, 7, u.samples, u.tensors),
+        "claims to be of client 1, round 7",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_upload_is_refused_by_name(make: Make, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    change, reason = MALFORMED[case]
+    seen: list[set[int]] = []
+    aggregate = ExactO2D.aggregate
+
+    def spy(self: ExactO2D, uploads: dict[int, Upload], *rest: Any) -> Any:
+        seen.append(set(uploads))
+        return aggregate(self, uploads, *rest)
+
+    monkeypatch.setattr(ExactO2D, "aggregate", spy)
+    break_upload(monkeypatch, 1, change)
+    monkeypatch.setattr(RoundTrainer, "test", lambda *a, **k: [])  # the accuracy is not asked for here
+    federation = make()
+    start = copy_of(enter_client(federation, 1).state())
+    result: RoundResult = next(federation.run())
+    assert list(result.skipped) == [1]
+    assert result.skipped[1].startswith("MessageError: upload")
+    assert re.search(reason, result.skipped[1])
+    assert same(enter_client(federation, 1).state(), start)  # as after any other failure
+    assert seen == [{0, 2}]
+    assert sorted(result.bytes_down) == [0, 2]
+
+
+def test_a_client_that_diverged_once_can_come_back(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers that are not finite must not become the client's last good state."""
+    federation = make(rounds=2)
+    on_train_end = FedLSCL.on_train_end
+
+    def diverge(self: FedLSCL) -> None:
+        on_train_end(self)
+        if (self.index, self.round) == (1, 1):
+            with torch.no_grad():
+                self.generator.bias.fill_(torch.nan)
+                self.head.bias.fill_(torch.nan)
+
+    monkeypatch.setattr(FedLSCL, "on_train_end", diverge)
+    rounds = federation.run()
+    first = next(rounds)
+    federation.store.commit({"round": 1})
+    assert list(first.skipped) == [1]
+    second = next(rounds)
+    assert second.skipped == {}
