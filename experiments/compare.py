@@ -50,9 +50,8 @@ def main() -> None:
         settings[summary["setting"]][summary["method"]].append(summary)
     for setting, methods in settings.items():
         some = next(iter(methods.values()))[0]
-        print(
-            f"**{setting}** ({some['backbone']}; {some['evaluated_on']}; {some['machine']}; torch {some['versions']['torch']})\n"
-        )
+        conditions = (some["backbone"], some["evaluated_on"], some["machine"], f"torch {some['versions']['torch']}")
+        print(f"**{setting}** ({'; '.join(conditions)})\n")
         print("| " + " | ".join(HEADER) + " |\n|" + " --- |" * len(HEADER))
         for method, runs in methods.items():
             print("| " + " | ".join(row(method, sorted(runs, key=lambda run: int(run["seed"])))) + " |")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -22,7 +26,7 @@ from rich.table import Table
 from fedlscl.backbones import FrozenViT, SmallModelSpec
 from fedlscl.client import Client
 from fedlscl.data import FederatedDataModule
-from fedlscl.experiment import Experiment, Tracking
+from fedlscl.experiment import Experiment, ImpossibleRun, Tracking
 from fedlscl.federation import Schedule
 from fedlscl.predict import predict
 from fedlscl.server import Server
@@ -54,7 +58,7 @@ class FederatedCLI(LightningCLI):
             save_config_callback=None,
             seed_everything_default=42,
             auto_configure_optimizers=False,
-            parser_kwargs={"prog": "fedlscl"},
+            parser_kwargs={"prog": "fedlscl", "allow_abbrev": False},
             args=args,
         )
 
@@ -81,7 +85,12 @@ class FederatedCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A fresh Trainer with the configured settings."""
-        return RoundTrainer(**{**self._get(self.config_init, "trainer"), **kwargs})
+        return RoundTrainer(**self._get(self.config_init, "trainer"))
+
+    def instantiate_classes(self) -> None:
+        """Build models and data, or say in a line what is wrong."""
+        with _in_a_line():
+            super().instantiate_classes()
 
     def before_instantiate_classes(self) -> None:
         """Set what must hold before any model is built."""
@@ -93,8 +102,17 @@ class FederatedCLI(LightningCLI):
 
     def fit(self, model: Client, datamodule: FederatedDataModule) -> None:
         """Run or continue the federation."""
-        experiment = self.experiment(model, datamodule)
-        experiment.run(Console())
+        with _in_a_line():
+            experiment = self.experiment(model, datamodule)
+        try:
+            experiment.run(Console())
+        except ImpossibleRun as error:
+            sys.exit(f"fedlscl: {error}")
+
+    def _trainer(self, logger: Logger | None) -> Trainer:
+        trainer = self.instantiate_trainer()
+        trainer.logger = logger
+        return trainer
 
     def experiment(self, model: Client, datamodule: FederatedDataModule) -> Experiment:
         """The experiment that the configuration describes, its data loaded and split."""
@@ -116,7 +134,7 @@ class FederatedCLI(LightningCLI):
             data=datamodule,
             vit=values.backbone,
             cnn=values.cnn,
-            trainer=lambda logger: self.instantiate_trainer(logger=logger),
+            trainer=self._trainer,
             tracking=values.tracking,
         )
 
@@ -135,6 +153,8 @@ def main(args: list[str] | None = None) -> None:
     # Lightning 2.6 asks torch for a name that newer releases of torch deprecate; no user can do anything about it
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     if words[:1] == ["fit"]:
+        # Lightning's own handler only notes the signal, so that a run would go on for up to a round
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         FederatedCLI(args)
     elif words[:1] == ["predict"]:
         _predict(words[1:])
@@ -152,11 +172,18 @@ def _predict(words: list[str]) -> None:
     parser.add_argument("images", type=str, nargs="+", help="image files")
     parser.add_argument("--client", type=int, default=0, help="whose model, and whose classes")
     options = parser.parse_args(words)
-    try:
+    with _in_a_line():
         predictions = predict(Path(options.run_dir), options.images, options.client)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"fedlscl: {error}")
     table = Table("image", "class", "probability", box=box.SIMPLE_HEAD)
     for image, label, probability in predictions:
         table.add_row(image, label, f"{probability:.3f}")
     Console().print(table)
+
+
+@contextmanager
+def _in_a_line() -> Iterator[None]:
+    """Show wrong input as one line instead of a traceback."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"fedlscl: {error}")

@@ -52,6 +52,10 @@ class Tracking:
     project: str = "fedlscl"
 
 
+class ImpossibleRun(ValueError):
+    """A run that cannot begin as configured; the text says which field is wrong and what would be right."""
+
+
 @dataclass(frozen=True)
 class Experiment:
     """What a configuration describes.
@@ -80,37 +84,69 @@ class Experiment:
             What `summary.json` holds.
 
         Raises:
-            ValueError: the run folder belongs to another configuration, or the configuration is impossible.
+            ImpossibleRun: the configuration is impossible, or the run folder belongs to another one; nothing is
+                written then.
         """
         with ExitStack() as stack:
             stack.enter_context(_locked(self.run_dir))
             finished = self.run_dir / "summary.json"
-            self._check_same_run()
-            if finished.exists():
+            try:
+                self._check_same_run()
+                federation = None if finished.exists() else self._federation()
+            except ValueError as error:
+                raise ImpossibleRun(str(error)) from error
+            if federation is None:
                 summary: dict[str, Any] = json.loads(finished.read_text())
                 console.print("This run is finished; its numbers follow. Give another --run_dir to run it again.")
             else:
-                summary = self._go_on(console, stack)
+                summary = self._go_on(federation, console, stack)
             summary_table(summary, console, picture=self.run_dir / PICTURE, run_dir=self.run_dir)
         return summary
 
     def _check_same_run(self) -> None:
-        """Write the configuration into a new run folder, or compare it with the one that is there."""
+        """Compare configuration and split with those that the run folder began with."""
         path = self.run_dir / "config.yaml"
-        if path.exists():
-            if different := differences(yaml.safe_load(path.read_text()), self.config):
-                raise ValueError(
-                    f"run_dir '{self.run_dir}' holds a run with another configuration ({'; '.join(different)}); "
-                    "give another run_dir, or the same configuration to continue it"
-                )
-        else:
-            write_atomically(path, yaml.safe_dump(dict(self.config), sort_keys=False).encode())
+        if path.exists() and (different := differences(yaml.safe_load(path.read_text()), self.config)):
+            raise ValueError(
+                f"run_dir '{self.run_dir}' holds a run with another configuration ({'; '.join(different)}); "
+                "give another run_dir, or the same configuration to continue it"
+            )
+        path = self.run_dir / "split.json"
+        if path.exists() and (before := json.loads(path.read_text())["sha256"]) != self.data.split.sha256:
+            raise ValueError(
+                f"the data give another split ({self.data.split.sha256[:12]}) than this run began with "
+                f"({before[:12]}); put the same images in place or give another run_dir"
+            )
 
-    def _go_on(self, console: Console, stack: ExitStack) -> dict[str, Any]:
+    def _federation(self) -> Federation:
+        return Federation(
+            schedule=self.schedule,
+            client=self.client,
+            server=self.server,
+            data=self.data,
+            vit=self.vit,
+            cnn=self.cnn,
+            seed=self.seed,
+            store=Store(self.run_dir / "checkpoint"),
+            trainer=self.trainer,
+        )
+
+    def _save_beginning(self) -> None:
+        """Write what names the run: its configuration and its split."""
+        split = {
+            "sha256": self.data.split.sha256,
+            "data": self.data.dataset.name,
+            "classes": list(self.data.class_names),
+            "image_size": self.data.dataset.train.images.shape[-1],
+            "split": json.loads(self.data.split.to_json()),
+        }
+        write_atomically(self.run_dir / "split.json", json.dumps(split).encode())
+        write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(dict(self.config), sort_keys=False).encode())
+
+    def _go_on(self, federation: Federation, console: Console, stack: ExitStack) -> dict[str, Any]:
         started = time.perf_counter()
-        self._save_split()
-        store = Store(self.run_dir / "checkpoint")
-        progress: dict[str, Any] = store.progress or {
+        self._save_beginning()
+        progress: dict[str, Any] = federation.store.progress or {
             "round": 0,
             "history": [],
             "seconds": {"total": 0.0},
@@ -135,19 +171,7 @@ class Experiment:
             FederationProgress(tasks, rounds, taking_part, completed=progress["round"] * taking_part, console=console)
         )
         listener = _Listener(tracker, bar, rounds)
-        federation = Federation(
-            schedule=self.schedule,
-            client=self.client,
-            server=self.server,
-            data=self.data,
-            vit=self.vit,
-            cnn=self.cnn,
-            seed=self.seed,
-            store=store,
-            trainer=self.trainer,
-            listener=listener,
-        )
-        for result in federation.run():
+        for result in federation.run(listener):
             progress["history"].append(asdict(result))
             progress["round"] = result.round
             acc = accuracy_arrays(progress["history"], tasks, rounds)
@@ -158,43 +182,22 @@ class Experiment:
             started = now
             progress["memory"] = max(progress["memory"], _peak_memory_mib())
             progress |= {"wandb_id": tracker.run_id, "metrics_bytes": tracker.flush()}
-            store.commit(progress)
+            federation.store.commit(progress)
             seen = np.mean([np.mean(values) for values in result.accuracy["seen"]])
             left_out = f", without clients {sorted(result.skipped)}" if result.skipped else ""
             bar.round_done(
                 f"task {result.task}/{tasks}  round {(result.round - 1) % rounds + 1}/{rounds}  "
                 f"accuracy on the classes seen so far {seen:.1f} %{left_out}"
             )
-        summary = self._summarise(progress, tasks, rounds)
+        summary = self._summarise(progress, federation)
         self._draw(summary, progress["history"], tracker)
         tracker.summary({f"{mask}/{k}": v for mask in MASKS for k, v in _scalars(summary["accuracy"][mask]).items()})
         write_atomically(self.run_dir / "summary.json", json.dumps(summary, indent=1).encode())
         return summary
 
-    def _save_split(self) -> None:
-        """Save the split with its hash, or make sure that it is still the one the run began with."""
-        path = self.run_dir / "split.json"
-        split = self.data.split
-        content = {
-            "sha256": split.sha256,
-            "data": self.data.dataset.name,
-            "classes": list(self.data.class_names),
-            "image_size": self.data.dataset.train.images.shape[-1],
-            "split": json.loads(split.to_json()),
-        }
-        if path.exists():
-            before = json.loads(path.read_text())["sha256"]
-            if before != split.sha256:
-                raise ValueError(
-                    f"the data give another split ({split.sha256[:12]}) than this run began with ({before[:12]}); "
-                    "put the same images in place or give another run_dir"
-                )
-        else:
-            write_atomically(path, json.dumps(content).encode())
-
-    def _summarise(self, progress: Mapping[str, Any], tasks: int, rounds: int) -> dict[str, Any]:
-        history, clients = progress["history"], len(self.data.split.clients)
-        acc = accuracy_arrays(history, tasks, rounds)
+    def _summarise(self, progress: Mapping[str, Any], federation: Federation) -> dict[str, Any]:
+        history, clients = progress["history"], federation.clients
+        acc = accuracy_arrays(history, self.data.split.spec.tasks, self.schedule.rounds)
         return {
             "method": self.method,
             "setting": self.setting,
@@ -206,6 +209,7 @@ class Experiment:
             "accuracy": {mask: summarise(values) for mask, values in acc.items()},
             "bytes_up": _traffic([entry["bytes_up"] for entry in history], clients),
             "bytes_down": _traffic([entry["bytes_down"] for entry in history], clients),
+            "bytes_setup": federation.setup_bytes,
             "skipped": [
                 {"round": entry["round"], "client": int(client), "reason": reason}
                 for entry in history

@@ -112,7 +112,6 @@ class Federation:
     seed: int
     store: Store
     trainer: MakeTrainer
-    listener: Listener
 
     def __post_init__(self) -> None:
         """Build a body for each architecture, and what the server hands to everyone at the start."""
@@ -132,8 +131,9 @@ class Federation:
                     "cnn.name lists different CNNs, but this method exchanges tensors of the CNN, which then do not fit"
                 )
         self.handout = {name: tensor.detach().clone() for name, tensor in first.shared().items()}
+        self.setup_bytes = len(Download(0, 0, 0, 0, self.handout).to_bytes()) if self.server.listens else 0
 
-    def run(self) -> Iterator[RoundResult]:
+    def run(self, listener: Listener) -> Iterator[RoundResult]:
         """Algorithm 1 from the first round that `store` does not hold; commit the store after each result."""
         rounds, tasks = self.schedule.rounds, self.data.split.spec.tasks
         for done in range(self.store.progress.get("round", 0), tasks * rounds):
@@ -141,11 +141,12 @@ class Federation:
             uploads = {}
             participants = self.schedule.participants(self.clients, result.round, self.seed)
             for index in participants:
+                logger = listener.visiting(result.task, result.round, index)
                 with result.timed("fit"):
-                    upload = self._fit(index, result)
+                    upload = self._fit(index, result, logger)
                 if upload is not None:
                     uploads[index] = upload
-                self.listener.visited()
+                listener.visited()
             if len(result.skipped) == len(participants):
                 raise RuntimeError(f"no client finished round {result.round}: {result.skipped}")
             answers: Answers = {}
@@ -159,12 +160,11 @@ class Federation:
                     self._answer_and_evaluate(index, answers.get(index), result)
             yield result
 
-    def _fit(self, index: int, result: RoundResult) -> Upload | None:
+    def _fit(self, index: int, result: RoundResult, logger: Logger | None) -> Upload | None:
         """One client's round and its upload, if the server wants one.
 
         A client that fails, or sends what cannot be used, is left out with the reason on record.
         """
-        logger = self.listener.visiting(result.task, result.round, index)
         try:
             body = self.visit(index)
             body.begin_round(result.task, result.round, self.seed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger
 
 
 class RoundTrainer(Trainer):
@@ -15,7 +14,6 @@ class RoundTrainer(Trainer):
         accelerator: cpu, gpu, mps or auto, as in Lightning.
         precision: 32-true, bf16-mixed or 16-mixed; bf16-mixed is faster where the hardware has bf16 units.
         deterministic: only deterministic algorithms, for equal numbers on a GPU.
-        logger: where a fit's metrics go; the federation sets it.
     """
 
     def __init__(
@@ -23,14 +21,13 @@ class RoundTrainer(Trainer):
         accelerator: str = "auto",
         precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
         deterministic: bool = True,
-        logger: Logger | None = None,
     ) -> None:
         super().__init__(
             accelerator=accelerator,
             devices=1,
             precision=precision,
             deterministic=deterministic,
-            logger=logger or False,
+            logger=False,
             max_epochs=1,
             log_every_n_steps=1,
             num_sanity_val_steps=0,

@@ -82,7 +82,9 @@ class Recorder:
 
 
 def make_trainer(logger: Any = None) -> RoundTrainer:
-    return RoundTrainer("cpu", logger=logger)
+    trainer = RoundTrainer("cpu")
+    trainer.logger = logger
+    return trainer
 
 
 def make_data(cache: Path, **changes: Any) -> FederatedDataModule:
@@ -125,14 +127,13 @@ def make_federation(
         seed=seed,
         store=Store(folder),
         trainer=make_trainer,
-        listener=Recorder(),
     )
 
 
-def run(federation: Federation) -> list[RoundResult]:
+def run(federation: Federation, listener: Recorder | None = None) -> list[RoundResult]:
     """All rounds, each committed as an experiment does it."""
     results = []
-    for result in federation.run():
+    for result in federation.run(listener or Recorder()):
         federation.store.commit({"round": result.round})
         results.append(result)
     return results

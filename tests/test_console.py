@@ -18,9 +18,7 @@ NAN = float("nan")
 
 def screen(*, terminal: bool, width: int = 100) -> Console:
     """A console that writes into memory."""
-    return Console(
-        file=io.StringIO(), width=width, force_terminal=terminal, color_system=None, legacy_windows=False
-    )
+    return Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None, legacy_windows=False)
 
 
 def printed(console: Console) -> str:

@@ -93,7 +93,6 @@ def federation_of(experiment: Experiment, folder: Path, still: dict[int, set[str
         seed=experiment.seed,
         store=Store(folder),
         trainer=trainer,
-        listener=Recorder(),
     )
 
 
@@ -124,7 +123,7 @@ def observed(federation: Federation, stop: int | None = None) -> Run:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Message, "to_bytes", spy)
-        for result in federation.run():
+        for result in federation.run(Recorder()):
             federation.store.commit({"round": result.round})
             results.append(result)
             heard = len(sent)

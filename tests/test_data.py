@@ -65,9 +65,7 @@ def test_cifar100_unpacks_only_the_published_archive(tmp_path: Path, monkeypatch
     _write_cifar(tmp_path / "made" / "cifar-100-binary")
     archive = tmp_path / "cache" / "cifar-100-binary.tar.gz"
     source = CIFAR100(download=False)
-    with pytest.raises(
-        FileNotFoundError, match=r"cifar-100-binary\.tar\.gz is missing or damaged.*download to true"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"cifar-100-binary\.tar\.gz is missing or damaged.*download to true"):
         source.load(archive.parent)
     archive.parent.mkdir()
     with tarfile.open(archive, "w:gz") as tar:
@@ -81,16 +79,12 @@ def test_cifar100_unpacks_only_the_published_archive(tmp_path: Path, monkeypatch
     assert source.load(archive.parent).test.labels.tolist() == [1, 2, 0]
 
 
-def test_cifar100_that_cannot_be_downloaded_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cifar100_that_cannot_be_downloaded_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object) -> None:
         raise OSError("no route to host")
 
     monkeypatch.setattr("torchvision.datasets.utils.download_url", offline)
-    with pytest.raises(
-        FileNotFoundError, match=r"no route to host: fetch https://.* elsewhere and put it at"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no route to host: fetch https://.* elsewhere and put it at"):
         CIFAR100().load(tmp_path)
 
 
@@ -160,9 +154,7 @@ def test_the_module_is_a_lightning_data_module_that_can_be_set_up_twice(tmp_path
 
 
 def test_batches_hold_the_images_asked_for(tmp_path: Path) -> None:
-    module = FederatedDataModule(
-        ImageFolder(str(write_folder(tmp_path / "pets")), 8), SPEC, 0, str(tmp_path)
-    )
+    module = FederatedDataModule(ImageFolder(str(write_folder(tmp_path / "pets")), 8), SPEC, 0, str(tmp_path))
     module.dataset = module.source.load(tmp_path)
     images, labels = module.batch("train", np.array([4, 0, 4]))
     assert images.dtype == torch.uint8
@@ -247,9 +239,7 @@ def test_yaml_builds_the_module(tmp_path: Path) -> None:
 )
 def test_every_source_can_be_named_in_yaml(source: str, expected: type) -> None:
     parser = _parser()
-    config = parser.parse_string(
-        f"data: {{source: {source}, split: {{dirichlet_alpha: 3, train_per_class: 40}}}}"
-    )
+    config = parser.parse_string(f"data: {{source: {source}, split: {{dirichlet_alpha: 3, train_per_class: 40}}}}")
     module = parser.instantiate(config).data
     assert type(module.source) is expected
     assert module.split_spec == SplitSpec(dirichlet_alpha=3.0, train_per_class=40)

@@ -159,9 +159,7 @@ def test_an_unreadable_image_stops_the_build_and_leaves_nothing(tmp_path: Path) 
     assert list(cache.iterdir()) == []
 
 
-def test_many_images_are_decoded_in_order_under_a_progress_bar(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_images_are_decoded_in_order_under_a_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "_PROGRESS_FROM", 1)
     root = write_folder(tmp_path / "pets", names=("a", "b", "c"), train=70, test=1)
     images = ImageFolder(str(root), 8).load(tmp_path).train.images

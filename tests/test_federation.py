@@ -83,11 +83,11 @@ def test_the_order_of_clients_does_not_matter(
 def test_a_client_alone_sends_what_it_sends_among_others(
     make: Make, wire: list[tuple[Message, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    next(make().run())
+    next(make().run(Recorder()))
     among = contents(wire, Upload)
     wire.clear()
     monkeypatch.setattr(Schedule, "participants", lambda *a: [2])
-    next(make().run())
+    next(make().run(Recorder()))
     assert contents(wire, Upload) == {("upload", 2, 1): among["upload", 2, 1]}
 
 
@@ -128,7 +128,7 @@ def private_values(federation: Federation) -> dict[str, bytes]:
 def test_nothing_private_travels(make: Make, wire: list[tuple[Message, bytes]], data: FederatedDataModule) -> None:
     federation = make(rounds=2)
     private: dict[str, bytes] = {}
-    for result in federation.run():
+    for result in federation.run(Recorder()):
         federation.store.commit({"round": result.round})
         private |= {f"round {result.round} {name}": value for name, value in private_values(federation).items()}
     assert len({name.split(" ", 4)[4] for name in private}) > 20  # all of CNN and head were looked at
@@ -163,7 +163,7 @@ def test_everyone_gets_one_answer_a_round_and_every_byte_counts(make: Make, wire
 
 def test_an_answer_is_what_the_client_then_holds(make: Make, wire: list[tuple[Message, bytes]]) -> None:
     federation = make()
-    next(federation.run())
+    next(federation.run(Recorder()))
     for index in range(3):
         (answer,) = [m for m, _ in wire if isinstance(m, Download) and (m.client, m.round) == (index, 1)]
         stored = federation.store.read(f"client-{index}")
@@ -186,7 +186,7 @@ def test_without_exchange_nothing_travels(
 
     monkeypatch.setattr(FedLSCL, "on_train_end", spy)
     federation = make(server=Isolated())
-    for result in federation.run():
+    for result in federation.run(Recorder()):
         federation.store.commit({"round": result.round})
         assert (result.bytes_down, result.bytes_up, result.skipped) == ({}, {}, {})
         for index, state in enumerate(states(federation)):
@@ -197,7 +197,7 @@ def test_without_exchange_nothing_travels(
 
 def test_the_mean_reaches_all_even_the_absent(make: Make, wire: list[tuple[Message, bytes]]) -> None:
     federation = make(client=make_client(SmallModelClient, share="cnn"), server=FedAvg("uniform"), clients_per_round=2)
-    result = next(federation.run())
+    result = next(federation.run(Recorder()))
     uploads = [m for m, _ in wire if isinstance(m, Upload)]
     assert len(uploads) == 2
     assert sorted(result.bytes_down) == [0, 1, 2]
@@ -210,7 +210,7 @@ def test_the_mean_reaches_all_even_the_absent(make: Make, wire: list[tuple[Messa
 
 def test_the_weights_of_the_mean_are_the_numbers_of_images(make: Make, wire: list[tuple[Message, bytes]]) -> None:
     federation = make(client=make_client(FrozenViTClient, share="head"), server=FedAvg())
-    next(federation.run())
+    next(federation.run(Recorder()))
     uploads = {m.client: m for m, _ in wire if isinstance(m, Upload)}
     images = {i: len(client.tasks[0].train) for i, client in enumerate(federation.data.split.clients)}
     assert {i: m.samples for i, m in uploads.items()} == images
@@ -225,15 +225,15 @@ def test_the_weights_of_the_mean_are_the_numbers_of_images(make: Make, wire: lis
 
 def test_drawn_clients_are_as_many_as_asked_and_change(make: Make) -> None:
     federation = make(rounds=4, clients_per_round=2)
-    results = run(federation)
+    recorder = Recorder()
+    results = run(federation, recorder)
     drawn = [tuple(sorted(result.bytes_up)) for result in results]
     assert {len(clients) for clients in drawn} == {2}
     assert len(set(drawn)) > 1
     assert {client for clients in drawn for client in clients} == {0, 1, 2}
-    assert isinstance(federation.listener, Recorder)
     visits = [(r.task, r.round, client) for r, clients in zip(results, drawn, strict=True) for client in clients]
-    assert federation.listener.visits == visits
-    assert federation.listener.turns == 16
+    assert recorder.visits == visits
+    assert recorder.turns == 16
     for result in results:
         assert sorted(result.bytes_down) == sorted(result.bytes_up)  # O2D answers who sent
         for values in result.accuracy.values():
@@ -264,7 +264,7 @@ DIFFERENT = {"name": ["resnet18", "mobilenetv3_small_050", "resnet18"], "feature
 
 def test_clients_may_have_different_cnns(make: Make) -> None:
     federation = make(cnn=DIFFERENT)
-    result = next(federation.run())
+    result = next(federation.run(Recorder()))
     assert result.skipped == {}
     assert sorted(result.bytes_down) == [0, 1, 2]
     kinds = [enter_client(federation, index).cnn.backbone.__class__.__name__ for index in range(3)]

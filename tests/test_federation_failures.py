@@ -67,7 +67,8 @@ def test_a_failing_client_is_left_out_and_comes_back(
     monkeypatch.setattr(Fragile, "failures", {(1, 2)})
     before: dict[int, dict[str, Tensor] | None] = {}
     results = []
-    for result in federation.run():
+    recorder = Recorder()
+    for result in federation.run(recorder):
         federation.store.commit({"round": result.round})
         results.append(result)
         stored = federation.store.read("client-1")
@@ -82,8 +83,7 @@ def test_a_failing_client_is_left_out_and_comes_back(
     for result in results[:1] + results[2:]:
         assert result.skipped == {}
         assert sorted(result.bytes_up) == [0, 1, 2]
-    assert isinstance(federation.listener, Recorder)
-    assert federation.listener.turns == 18
+    assert recorder.turns == 18
     assert "client 1 is left out of round 2" in quiet.text
 
 
@@ -113,7 +113,7 @@ def test_a_failure_in_the_first_round_leaves_the_common_start(make: Make, monkey
     monkeypatch.setattr(Fragile, "failures", frozenset({(1, 1)}))
     federation = make(client=make_client(Fragile))
     start = copy_of(enter_client(federation, 1).state())
-    result = next(federation.run())
+    result = next(federation.run(Recorder()))
     assert list(result.skipped) == [1]
     assert same(enter_client(federation, 1).state(), start)
     assert len(result.accuracy["task"]) == 3
@@ -122,7 +122,7 @@ def test_a_failure_in_the_first_round_leaves_the_common_start(make: Make, monkey
 def test_without_anyone_the_run_stops(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Fragile, "failures", {(index, 1) for index in range(3)})
     with pytest.raises(RuntimeError, match=r"no client finished round 1.*no space left"):
-        next(make(client=make_client(Fragile)).run())
+        next(make(client=make_client(Fragile)).run(Recorder()))
 
 
 MALFORMED: dict[str, tuple[Callable[[Upload], Upload | bytes], str]] = {
@@ -172,7 +172,7 @@ def test_a_malformed_upload_is_refused_by_name(make: Make, monkeypatch: pytest.M
     monkeypatch.setattr(RoundTrainer, "test", lambda *a, **k: [])  # the accuracy is not asked for here
     federation = make()
     start = copy_of(enter_client(federation, 1).state())
-    result: RoundResult = next(federation.run())
+    result: RoundResult = next(federation.run(Recorder()))
     assert list(result.skipped) == [1]
     assert result.skipped[1].startswith("MessageError: upload")
     assert re.search(reason, result.skipped[1])
@@ -194,7 +194,7 @@ def test_a_client_that_diverged_once_can_come_back(make: Make, monkeypatch: pyte
                 self.head.bias.fill_(torch.nan)
 
     monkeypatch.setattr(FedLSCL, "on_train_end", diverge)
-    rounds = federation.run()
+    rounds = federation.run(Recorder())
     first = next(rounds)
     federation.store.commit({"round": 1})
     assert list(first.skipped) == [1]

@@ -40,9 +40,7 @@ HISTORY = [
 ]
 
 
-def test_curves_are_means_over_clients_of_means_over_learned_tasks(
-    tmp_path: Path, drawn: list[Figure]
-) -> None:
+def test_curves_are_means_over_clients_of_means_over_learned_tasks(tmp_path: Path, drawn: list[Figure]) -> None:
     accuracy_over_rounds(HISTORY, tmp_path / "rounds.png")
     (axes,) = drawn[0].axes
     curves = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in axes.lines}
@@ -78,9 +76,7 @@ def test_the_heat_maps_show_the_client_mean_and_the_final_row(tmp_path: Path, dr
     nan = np.nan
     expected = [[60, nan, nan], [45, 91, nan], [nan, nan, nan]]
     np.testing.assert_array_equal(np.ma.filled(mean.images[0].get_array(), nan), expected)
-    np.testing.assert_array_equal(
-        np.ma.filled(final.images[0].get_array(), nan), [[60, 91, nan], [30, nan, nan]]
-    )
+    np.testing.assert_array_equal(np.ma.filled(final.images[0].get_array(), nan), [[60, 91, nan], [30, nan, nan]])
     assert [text.get_text() for text in mean.texts] == ["60", "45", "91"]
     assert [text.get_text() for text in final.texts] == ["60", "91", "30"]
     assert final.get_title() == "after task 2"
@@ -94,9 +90,7 @@ def test_many_clients_are_drawn_without_numbers(tmp_path: Path, drawn: list[Figu
     assert not final.texts
 
 
-def test_a_png_appears_under_its_name_only_once_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_png_appears_under_its_name_only_once_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rounds.png"
     accuracy_over_rounds(HISTORY, path, title="a title")
     with Image.open(path) as image:

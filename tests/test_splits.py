@@ -1,7 +1,5 @@
 """Tests of fedlscl.splits: the rules of the protocol hold for any spec, labels and seed."""
 
-# ruff: noqa: D103 - the names of the tests are their descriptions
-
 from __future__ import annotations
 
 import json
@@ -119,9 +117,7 @@ def test_defaults_are_the_papers_cifar100_setting() -> None:
     split = make_split(np.repeat(np.arange(100), 500), np.repeat(np.arange(100), 100), SplitSpec(), 42)
     assert sum(task.train.size for client in split.clients for task in client.tasks) == 50_000
     assert {task.test.size for client in split.clients for task in client.tasks} == {800}
-    shares = [
-        np.isin(task.train // 500, client.public).sum() for client in split.clients for task in client.tasks
-    ]
+    shares = [np.isin(task.train // 500, client.public).sum() for client in split.clients for task in client.tasks]
     assert sum(shares) == 25 * 500
     assert split.clients[0].tasks[0].classes != split.clients[1].tasks[0].classes
 
@@ -172,9 +168,7 @@ def test_changing_one_setting_leaves_the_rest_alone() -> None:
     # One client fewer: the others keep their private classes and images.
     fewer = _shares(SplitSpec(clients=4))
     assert all(fewer[key] == base[key] for key in fewer if key[1] not in public)
-    assert {key for key in fewer if key[1] not in public} == {
-        k for k in base if k[0] < 4 and k[1] not in public
-    }
+    assert {key for key in fewer if key[1] not in public} == {k for k in base if k[0] < 4 and k[1] not in public}
     skewed = _shares(SplitSpec(dirichlet_alpha=0.5, min_public_images=1))
     assert all(skewed[key] == base[key] for key in base if key[1] not in public)
 
@@ -205,8 +199,7 @@ def test_dirichlet_shares_have_the_expected_spread() -> None:
 def test_the_order_of_tasks_is_each_clients_own() -> None:
     spec = SplitSpec(private_classes=0, public_classes=40, dirichlet_alpha=100)
     orders = {
-        tuple(task.classes for task in client.tasks)
-        for client in make_split(PAPER_TRAIN, PAPER_TEST, spec, 0).clients
+        tuple(task.classes for task in client.tasks) for client in make_split(PAPER_TRAIN, PAPER_TEST, spec, 0).clients
     }
     assert len(orders) == 5
 
