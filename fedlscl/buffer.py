@@ -1,8 +1,9 @@
-"""Which samples of the current task a client keeps for replay: class-balanced, at most M of each class."""
+"""What a client remembers: samples for replay, class-balanced and at most M of each class, and how far it is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -69,3 +70,55 @@ def select(
         members = (labels == label).nonzero().squeeze(1)
         kept.append(members[ranking(losses[members], features[members], rng)[:per_class]])
     return torch.cat(kept).sort().values
+
+
+def _no_samples() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
+
+
+@dataclass
+class Memory:
+    """What a client keeps between rounds besides its networks.
+
+    A task counts as learned once its samples are in the buffer. Tasks from `learned` + 1 to `begun` are current: one
+    in general, several for a client that was absent meanwhile and catches up.
+    """
+
+    learned: int = 0
+    begun: int = 0
+    buffer: Tensor = field(default_factory=_no_samples)  # (m,) indices of training images
+    candidates: Tensor = field(default_factory=_no_samples)  # those that join it when the next task begins
+    snapshot: dict[str, Tensor] = field(default_factory=dict)  # (m, ...) what the last task's model generated
+    upcoming: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # the next snapshot, where it is taken before the download
+
+    def begin(self, task: int) -> None:
+        """Move on to `task` (1-based) if it is new: the candidates join the buffer, the snapshot is renewed."""
+        if task > self.begun:
+            self.buffer = torch.cat([self.buffer, self.candidates])
+            self.candidates = _no_samples()
+            self.snapshot, self.upcoming = self.upcoming, {}
+            self.learned, self.begun = self.begun, task
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """All of it as named tensors."""
+        return {
+            "progress": torch.tensor([self.learned, self.begun]),
+            "buffer": self.buffer,
+            "candidates": self.candidates,
+            **{f"snapshot.{name}": value for name, value in self.snapshot.items()},
+            **{f"upcoming.{name}": value for name, value in self.upcoming.items()},
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Memory:
+        """The reverse of `to_tensors`."""
+        learned, begun = tensors["progress"].tolist()
+        snapshot, upcoming = below(tensors, "snapshot."), below(tensors, "upcoming.")
+        return cls(learned, begun, tensors["buffer"], tensors["candidates"], snapshot, upcoming)
+
+
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Self
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from fedlscl import seeds
 from fedlscl.backbones import FrozenViT, SmallModelSpec
-from fedlscl.buffer import SELECTIONS, select
+from fedlscl.buffer import SELECTIONS, Memory, below, select
 from fedlscl.continual import Continual, Output
 from fedlscl.data import FederatedDataModule
 from fedlscl.evaluation import MASKS, masked_correct
@@ -37,53 +36,6 @@ class Batch(NamedTuple):
     labels: Tensor  # (B,)
     known: Tensor  # (B,) 1.0 for buffered samples, 0.0 for samples of the current task
     snapshot: dict[str, Tensor]  # (B, ...) each, arbitrary where not known
-
-
-def _no_samples() -> Tensor:
-    return torch.empty(0, dtype=torch.int64)
-
-
-@dataclass
-class Memory:
-    """What a client keeps between rounds besides its networks.
-
-    A task counts as learned once its samples are in the buffer. Tasks from `learned` + 1 to `begun` are current: one
-    in general, several for a client that was absent meanwhile and catches up.
-    """
-
-    learned: int = 0
-    begun: int = 0
-    buffer: Tensor = field(default_factory=_no_samples)  # (m,) indices of training images
-    candidates: Tensor = field(default_factory=_no_samples)  # those that join it when the next task begins
-    snapshot: dict[str, Tensor] = field(default_factory=dict)  # (m, ...) what the last task's model generated
-    upcoming: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # the next snapshot, where it is taken before the download
-
-    def begin(self, task: int) -> None:
-        """Move on to `task` (1-based) if it is new: the candidates join the buffer, the snapshot is renewed."""
-        if task > self.begun:
-            self.buffer = torch.cat([self.buffer, self.candidates])
-            self.candidates = _no_samples()
-            self.snapshot, self.upcoming = self.upcoming, {}
-            self.learned, self.begun = self.begun, task
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """All of it as named tensors."""
-        return {
-            "progress": torch.tensor([self.learned, self.begun]),
-            "buffer": self.buffer,
-            "candidates": self.candidates,
-            **{f"snapshot.{name}": value for name, value in self.snapshot.items()},
-            **{f"upcoming.{name}": value for name, value in self.upcoming.items()},
-        }
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Memory:
-        """The reverse of `to_tensors`."""
-        learned, begun = tensors["progress"].tolist()
-        snapshot, upcoming = _below(tensors, "snapshot."), _below(tensors, "upcoming.")
-        return cls(learned, begun, tensors["buffer"], tensors["candidates"], snapshot, upcoming)
 
 
 class Client(LightningModule, ABC):
@@ -197,8 +149,8 @@ class Client(LightningModule, ABC):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over networks and memory from what `state` returned."""
-        self.load_state_dict(_below(state, "model."))
-        self.memory = Memory.from_tensors(_below(state, "memory."))
+        self.load_state_dict(below(state, "model."))
+        self.memory = Memory.from_tensors(below(state, "memory."))
 
     # ---- one round
 
@@ -401,7 +353,3 @@ class ImageBatches:
 def _batches(order: Tensor, largest: int) -> tuple[Tensor, ...]:
     """Parts of nearly equal size: no batch is left with a single image, which batch normalisation refuses."""
     return order.tensor_split(max(1, min(-(-len(order) // largest), len(order) // 2)))
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -182,7 +182,7 @@ class IterativeO2D(O2D):
             student = Distillation(own, teachers, self, seeds.generator(seed, "distillation", index))
             if teachers:
                 trainer().fit(student)
-            fused[index] = (student.student.weight.detach(), student.student.bias.detach())
+            fused[index] = (student.weight.detach(), student.bias.detach())
         return fused
 
 
@@ -195,12 +195,9 @@ class Distillation(LightningModule):
     def __init__(self, own: Generator, teachers: list[Generator], settings: IterativeO2D, rng: torch.Generator) -> None:
         super().__init__()
         self.settings, self.rng, self.teachers = settings, rng, teachers
-        self.student = nn.utils.skip_init(nn.Linear, own.weight.shape[1], own.weight.shape[0])
+        self.weight, self.bias = nn.Parameter(own.weight.clone()), nn.Parameter(own.bias.clone())
         self.register_buffer("own_weight", own.weight)
         self.register_buffer("own_bias", own.bias)
-        with torch.no_grad():
-            self.student.weight.copy_(own.weight)
-            self.student.bias.copy_(own.bias)
 
     def train_dataloader(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Features (B, e) with their teacher's outputs (B, P), teacher after teacher."""
@@ -214,12 +211,12 @@ class Distillation(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Eq. 5 with one teacher."""
         x, wanted = batch
-        distance = (self.student(x) - wanted).square().sum(dim=1).mean()
-        drift_weight = (self.student.weight - self.own_weight).square().sum()
-        drift_bias = (self.student.bias - self.own_bias).square().sum()
+        distance = (F.linear(x, self.weight, self.bias) - wanted).square().sum(dim=1).mean()
+        drift_weight = (self.weight - self.own_weight).square().sum()
+        drift_bias = (self.bias - self.own_bias).square().sum()
         loss: Tensor = distance + self.settings.strength * (drift_weight + drift_bias)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam."""
-        return torch.optim.Adam(self.student.parameters(), lr=self.settings.learning_rate)
+        return torch.optim.Adam(self.parameters(), lr=self.settings.learning_rate)
