@@ -20,6 +20,7 @@ from timm.data.config import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from fedlscl import seeds
 from fedlscl.adapters import LoRA, per_sample_lora
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -54,7 +55,10 @@ class FrozenViT(nn.Module):
         std: list[float] | None = None,
     ) -> None:
         super().__init__()
-        vit = _create("backbone", name, pretrained and weights is None, {"img_size": image_size, **(model_args or {})})
+        with seeds.seeded(0, "backbone"):  # untrained weights too are the same in every run, and when predicting
+            vit = _create(
+                "backbone", name, pretrained and weights is None, {"img_size": image_size, **(model_args or {})}
+            )
         if not isinstance(vit, VisionTransformer) or not hasattr(vit.blocks[0], "attn"):
             raise ValueError(f"backbone.name: '{name}' is not a plain ViT; take a vit_* or deit_* model of timm")
         if weights is not None:
