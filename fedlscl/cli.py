@@ -43,6 +43,12 @@ Settings (data, models, schedule) are in experiments/*.yaml, methods in experime
 and single fields override what came before. `fedlscl fit --help` lists every field, `--print_config` shows the result.
 """
 
+FIT = (
+    "Run a federation, or continue the one in its run folder. Begin with --config experiments/digits.yaml; a later "
+    "--config and single fields override what came before. The fields of a method: --model.help CLASS_PATH, for "
+    "instance fedlscl.methods.fed_lscl.FedLSCL; likewise --server.help and --data.source.help."
+)
+
 NOT_PART_OF_A_RUN = ("run_dir", "tracking", "config")
 
 
@@ -58,7 +64,11 @@ class FederatedCLI(LightningCLI):
             save_config_callback=None,
             seed_everything_default=42,
             auto_configure_optimizers=False,
-            parser_kwargs={"prog": "fedlscl", "allow_abbrev": False},
+            parser_kwargs={
+                "prog": "fedlscl",
+                "allow_abbrev": False,
+                "fit": {"description": FIT, "allow_abbrev": False},
+            },
             args=args,
         )
 
@@ -159,7 +169,7 @@ def main(args: list[str] | None = None) -> None:
     elif words[:1] == ["predict"]:
         _predict(words[1:])
     else:
-        Console().print(OVERVIEW, highlight=False, markup=False)
+        Console().print(OVERVIEW, highlight=False, markup=False, soft_wrap=True, end="")
         if words and words[0] not in ("-h", "--help"):
             sys.exit(f"fedlscl: unknown command '{words[0]}'")
 
