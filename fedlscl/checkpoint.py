@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 MANIFEST = "state.json"
+_OURS = re.compile(r"[\w-]+\.\d+\.safetensors|\..+\.tmp")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -60,6 +62,8 @@ class Store:
         state: dict[str, Any] = {"version": 0, "files": {}, "progress": {}}
         if manifest.exists():
             state = json.loads(manifest.read_text())
+        elif foreign := [path.name for path in folder.iterdir() if not _OURS.fullmatch(path.name)]:
+            raise ValueError(f"'{folder}' holds other files ({foreign[0]}); a checkpoint needs a folder of its own")
         self.version: int = state["version"]
         self.files: dict[str, str] = state["files"]
         self.progress: dict[str, Any] = state["progress"]
@@ -84,7 +88,8 @@ class Store:
         self._remove_others()
 
     def _remove_others(self) -> None:
+        """Remove what an interrupted round and earlier rounds have left, and nothing that is not ours."""
         current = {MANIFEST, *self.files.values()}
         for path in self.folder.iterdir():
-            if path.name not in current:
+            if path.name not in current and _OURS.fullmatch(path.name):
                 path.unlink()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import ArgumentParser
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
@@ -107,7 +108,7 @@ class FederatedCLI(LightningCLI):
         threads = self._get(self.config, "threads")
         if threads is not None:
             if threads < 1:
-                raise ValueError(f"threads is {threads}, must be at least 1")
+                sys.exit(f"fedlscl: threads is {threads}, must be at least 1")
             torch.set_num_threads(threads)
 
     def fit(self, model: Client, datamodule: FederatedDataModule) -> None:
@@ -195,5 +196,5 @@ def _in_a_line() -> Iterator[None]:
     """Show wrong input as one line instead of a traceback."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, MisconfigurationException) as error:
         sys.exit(f"fedlscl: {error}")

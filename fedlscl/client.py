@@ -84,7 +84,7 @@ class Client(LightningModule, ABC):
             ("batch_size", batch_size, 2),  # batch normalisation cannot train on one image
             ("buffer_size", buffer_size, 0),
         ):
-            if value < least:
+            if not value >= least:
                 raise ValueError(f"model.{name} is {value}, must be at least {least}")
         self.continual = continual
         self.learning_rate, self.epochs, self.batch_size = learning_rate, epochs, batch_size
@@ -188,7 +188,8 @@ class Client(LightningModule, ABC):
         """Take the snapshot's outputs on the buffer once a task, and set the mode, which Lightning leaves alone."""
         self.vit.to(self.device)
         replays = any(phase == "replay" for phase, _ in self.plan)
-        if replays and not self.memory.snapshot:
+        generates = type(self).generate is not Client.generate
+        if replays and generates and not self.memory.snapshot:
             self.memory.snapshot = self.observe(self.memory.buffer, self.generate)
         self.train()
 
@@ -351,5 +352,5 @@ class ImageBatches:
 
 
 def _batches(order: Tensor, largest: int) -> tuple[Tensor, ...]:
-    """Parts of nearly equal size: no batch is left with a single image, which batch normalisation refuses."""
+    """Parts of nearly equal size, none of a single image if there are more: batch normalisation refuses that."""
     return order.tensor_split(max(1, min(-(-len(order) // largest), len(order) // 2)))

@@ -82,7 +82,7 @@ class Replay(Continual):
 
     def __init__(self, lambda_e: float = 0.1, lambda_w: float = 0.01, passes: int = 5, current: bool = True) -> None:
         for name, value in (("lambda_e", lambda_e), ("lambda_w", lambda_w), ("passes", passes)):
-            if value < 0:
+            if not value >= 0:
                 raise ValueError(f"continual.{name} is {value}, must not be negative")
         self.weights = {"features": lambda_e, "weights": lambda_w}
         self.passes, self.current = passes, current

@@ -84,22 +84,23 @@ class Experiment:
             What `summary.json` holds.
 
         Raises:
-            ImpossibleRun: the configuration is impossible, or the run folder belongs to another one; nothing is
-                written then.
+            ImpossibleRun: the configuration is impossible, or the run folder belongs to another one or is in use.
         """
         with ExitStack() as stack:
-            stack.enter_context(_locked(self.run_dir))
             finished = self.run_dir / "summary.json"
             try:
+                stack.enter_context(_locked(self.run_dir))
                 self._check_same_run()
-                federation = None if finished.exists() else self._federation()
-            except ValueError as error:
+                if not finished.exists():
+                    federation = self._federation()
+                    tracker = stack.enter_context(self._tracker(federation.store.progress))
+            except (ValueError, OSError) as error:
                 raise ImpossibleRun(str(error)) from error
-            if federation is None:
+            if finished.exists():
                 summary: dict[str, Any] = json.loads(finished.read_text())
                 console.print("This run is finished; its numbers follow. Give another --run_dir to run it again.")
             else:
-                summary = self._go_on(federation, console, stack)
+                summary = self._go_on(federation, tracker, console)
             summary_table(summary, console, picture=self.run_dir / PICTURE, run_dir=self.run_dir)
         return summary
 
@@ -131,6 +132,17 @@ class Experiment:
             trainer=self.trainer,
         )
 
+    def _tracker(self, progress: Mapping[str, Any]) -> Tracker:
+        return Tracker(
+            self.run_dir,
+            wandb_mode=self.tracking.wandb_mode,
+            project=self.tracking.project,
+            name=self.run_dir.name,
+            config=self.config,
+            run_id=progress.get("wandb_id"),
+            metrics_bytes=progress.get("metrics_bytes"),
+        )
+
     def _save_beginning(self) -> None:
         """Write what names the run: its configuration and its split."""
         split = {
@@ -143,7 +155,7 @@ class Experiment:
         write_atomically(self.run_dir / "split.json", json.dumps(split).encode())
         write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(dict(self.config), sort_keys=False).encode())
 
-    def _go_on(self, federation: Federation, console: Console, stack: ExitStack) -> dict[str, Any]:
+    def _go_on(self, federation: Federation, tracker: Tracker, console: Console) -> dict[str, Any]:
         started = time.perf_counter()
         self._save_beginning()
         progress: dict[str, Any] = federation.store.progress or {
@@ -154,41 +166,29 @@ class Experiment:
         }
         if progress["round"]:
             console.print(f"Continuing after round {progress['round']}.")
-        tracker = stack.enter_context(
-            Tracker(
-                self.run_dir,
-                wandb_mode=self.tracking.wandb_mode,
-                project=self.tracking.project,
-                name=self.run_dir.name,
-                config=self.config,
-                run_id=progress.get("wandb_id"),
-                metrics_bytes=progress.get("metrics_bytes"),
-            )
-        )
         tasks, rounds = self.data.split.spec.tasks, self.schedule.rounds
         taking_part = self.schedule.clients_per_round or len(self.data.split.clients)
-        bar = stack.enter_context(
-            FederationProgress(tasks, rounds, taking_part, completed=progress["round"] * taking_part, console=console)
-        )
-        listener = _Listener(tracker, bar, rounds)
-        for result in federation.run(listener):
-            progress["history"].append(asdict(result))
-            progress["round"] = result.round
-            acc = accuracy_arrays(progress["history"], tasks, rounds)
-            _record(tracker, result, acc if result.round % rounds == 0 else None)
-            now = time.perf_counter()
-            for phase, seconds in {**result.seconds, "total": now - started}.items():
-                progress["seconds"][phase] = progress["seconds"].get(phase, 0.0) + seconds
-            started = now
-            progress["memory"] = max(progress["memory"], _peak_memory_mib())
-            progress |= {"wandb_id": tracker.run_id, "metrics_bytes": tracker.flush()}
-            federation.store.commit(progress)
-            seen = np.mean([np.mean(values) for values in result.accuracy["seen"]])
-            left_out = f", without clients {sorted(result.skipped)}" if result.skipped else ""
-            bar.round_done(
-                f"task {result.task}/{tasks}  round {(result.round - 1) % rounds + 1}/{rounds}  "
-                f"accuracy on the classes seen so far {seen:.1f} %{left_out}"
-            )
+        behind = progress["round"] * taking_part
+        with FederationProgress(tasks, rounds, taking_part, completed=behind, console=console) as bar:
+            listener = _Listener(tracker, bar, rounds)
+            for result in federation.run(listener):
+                progress["history"].append(asdict(result))
+                progress["round"] = result.round
+                acc = accuracy_arrays(progress["history"], tasks, rounds)
+                _record(tracker, result, acc if result.round % rounds == 0 else None)
+                now = time.perf_counter()
+                for phase, seconds in {**result.seconds, "total": now - started}.items():
+                    progress["seconds"][phase] = progress["seconds"].get(phase, 0.0) + seconds
+                started = now
+                progress["memory"] = max(progress["memory"], _peak_memory_mib())
+                progress |= {"wandb_id": tracker.run_id, "metrics_bytes": tracker.flush()}
+                federation.store.commit(progress)
+                seen = np.mean([np.mean(values) for values in result.accuracy["seen"]])
+                left_out = f", without clients {sorted(result.skipped)}" if result.skipped else ""
+                bar.round_done(
+                    f"task {result.task}/{tasks}  round {(result.round - 1) % rounds + 1}/{rounds}  "
+                    f"accuracy on the classes seen so far {seen:.1f} %{left_out}"
+                )
         summary = self._summarise(progress, federation)
         self._draw(summary, progress["history"], tracker)
         tracker.summary({f"{mask}/{k}": v for mask in MASKS for k, v in _scalars(summary["accuracy"][mask]).items()})

@@ -130,6 +130,7 @@ class Federation:
                 raise ValueError(
                     "cnn.name lists different CNNs, but this method exchanges tensors of the CNN, which then do not fit"
                 )
+        self.server.begin(first.upload_schema(), first.download_schema())
         self.handout = {name: tensor.detach().clone() for name, tensor in first.shared().items()}
         self.setup_bytes = len(Download(0, 0, 0, 0, self.handout).to_bytes()) if self.server.listens else 0
 
@@ -170,13 +171,16 @@ class Federation:
             body.begin_round(result.task, result.round, self.seed)
             with seeds.seeded(self.seed, "fit", index, result.round):
                 self.trainer(logger).fit(body)
+            state = body.state()
+            if broken := [n for n, t in state.items() if t.is_floating_point() and not bool(t.isfinite().all())]:
+                raise FloatingPointError(f"training diverged: '{broken[0]}' holds NaN or infinite values")
             upload = self._receive(body, result) if self.server.listens else None
-            self.store.write(client_name(index), body.state())
         except Exception as error:
             # One client must not stop the others; its state of the last round is still in the store
             log.warning("client %d is left out of round %d", index, result.round, exc_info=error)
             result.skipped[index] = f"{type(error).__name__}: {error}"
             return None
+        self.store.write(client_name(index), state)
         return upload
 
     def _receive(self, body: Client, result: RoundResult) -> Upload:
@@ -213,7 +217,3 @@ class Federation:
         message = Download(index, task, round, 0, tensors).to_bytes()
         body.download(Download.from_bytes(message, body.download_schema()))
         return len(message)
-
-
-def _name(index: int) -> str:
-    return f"client-{index}"

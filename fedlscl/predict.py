@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser
 
 from fedlscl import checkpoint
 from fedlscl.backbones import FrozenViT, SmallModelSpec
-from fedlscl.client import Client
+from fedlscl.client import EVALUATION_BATCH, Client
 from fedlscl.data import decode_image
 from fedlscl.splits import Split
 
@@ -46,10 +46,13 @@ def predict(run_dir: Path, images: Sequence[str], client: int = 0) -> list[Predi
         raise ValueError(f"client is {client}, but the run has clients 0 to {len(split.clients) - 1}")
     body = _load(run_dir, client, len(stored["classes"]))
     learned = sorted(label for task in split.clients[client].tasks for label in task.classes)
-    pixels = torch.stack([torch.from_numpy(decode_image(Path(path), stored["image_size"])) for path in images])
-    with torch.no_grad():
-        probabilities = body(pixels).logits[:, learned].softmax(dim=1)
-    best = probabilities.max(dim=1)
+    logits = []
+    for first in range(0, len(images), EVALUATION_BATCH):
+        part = images[first : first + EVALUATION_BATCH]
+        pixels = torch.stack([torch.from_numpy(decode_image(Path(path), stored["image_size"])) for path in part])
+        with torch.no_grad():
+            logits.append(body(pixels).logits[:, learned])
+    best = torch.cat(logits).softmax(dim=1).max(dim=1)
     return [
         Prediction(path, stored["classes"][learned[index]], probability)
         for path, index, probability in zip(images, best.indices.tolist(), best.values.tolist(), strict=True)

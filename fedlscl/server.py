@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from fedlscl.messages import Upload
+from fedlscl.messages import Schema, Upload
 
 Answers = dict[int, dict[str, Tensor]]
 
@@ -22,6 +22,13 @@ class Server(ABC):
 
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}  # of the last aggregation, by name, for the record
+
+    def begin(self, uploads: Schema, downloads: Schema) -> None:  # noqa: B027 - most servers have nothing to check
+        """Hear, before any training, what clients will send and take back.
+
+        Raises:
+            ValueError: if the server cannot work with these messages.
+        """
 
     @abstractmethod
     def aggregate(
@@ -63,16 +70,25 @@ class FedAvg(Server):
         super().__init__()
         self.weighting = weighting
 
+    def begin(self, uploads: Schema, downloads: Schema) -> None:
+        """Average what clients take back; of what else they send FedAvg makes no use."""
+        if not downloads:
+            raise ValueError(
+                "server: FedAvg has nothing to average, since model shares no tensor; take fedlscl.server.Isolated"
+            )
+        self.names = tuple(downloads)
+
     def aggregate(
         self, uploads: Mapping[int, Upload], clients: int, seed: int, trainer: Callable[[], Trainer]
     ) -> Answers:
         """One mean for all clients."""
         shares = [upload.samples if self.weighting == "samples" else 1 for upload in uploads.values()]
-        mean = average([upload.tensors for upload in uploads.values()], shares)
+        models = [{name: upload.tensors[name] for name in self.names} for upload in uploads.values()]
+        mean = average(models, shares)
         return dict.fromkeys(range(clients), mean)
 
 
-def average(models: list[Mapping[str, Tensor]], weights: list[int]) -> dict[str, Tensor]:
+def average(models: Sequence[Mapping[str, Tensor]], weights: Sequence[int]) -> dict[str, Tensor]:
     """Tensor by tensor the weighted mean; of integer tensors (counters) the maximum.
 
     Args:

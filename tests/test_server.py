@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Literal
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from fedlscl.messages import Upload
+from fedlscl.messages import TensorSpec, Upload
 from fedlscl.server import FedAvg, Isolated, Server, average
 
 
@@ -89,20 +90,37 @@ def test_weights_that_make_no_mean_are_named(weights: list[int]) -> None:
         average([{"x": torch.ones(1)}] * 2, weights)
 
 
+def fedavg(weighting: Literal["samples", "uniform"] = "samples") -> FedAvg:
+    """A server whose clients take back all that they send."""
+    server = FedAvg(weighting)
+    schema = {name: TensorSpec.like(tensor) for name, tensor in UPLOADS[0].tensors.items()}
+    server.begin(schema, schema)
+    return server
+
+
+def test_fedavg_averages_what_clients_take_back_and_needs_something_to_average() -> None:
+    schema = {name: TensorSpec.like(tensor) for name, tensor in UPLOADS[0].tensors.items()}
+    server = FedAvg()
+    server.begin(schema, {"weight": schema["weight"]})
+    assert set(server.aggregate(UPLOADS, 1, 0, no_trainer)[0]) == {"weight"}
+    with pytest.raises(ValueError, match="nothing to average"):
+        server.begin(schema, {})
+
+
 def test_fedavg_answers_everyone_with_the_mean_absent_clients_included() -> None:
-    answers = FedAvg().aggregate(UPLOADS, 4, 0, no_trainer)
+    answers = fedavg().aggregate(UPLOADS, 4, 0, no_trainer)
     assert sorted(answers) == [0, 1, 2, 3]
     for answer in answers.values():
         assert answer["weight"].tolist() == [[4.0, -1.0]]
         assert answer["steps"] == 7
-    uniform = FedAvg("uniform").aggregate(UPLOADS, 4, 0, no_trainer)
+    uniform = fedavg("uniform").aggregate(UPLOADS, 4, 0, no_trainer)
     assert sorted(uniform) == [0, 1, 2, 3]
     assert uniform[1]["weight"].tolist() == [[3.0, 0.0]]
     assert UPLOADS[0].tensors["weight"].tolist() == [[1.0, 2.0]]
 
 
 def test_the_mean_of_one_upload_is_that_upload() -> None:
-    answers = FedAvg().aggregate({2: UPLOADS[2]}, 3, 0, no_trainer)
+    answers = fedavg().aggregate({2: UPLOADS[2]}, 3, 0, no_trainer)
     assert torch.equal(answers[0]["weight"], UPLOADS[2].tensors["weight"])
 
 

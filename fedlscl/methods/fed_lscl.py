@@ -6,7 +6,10 @@ buffered samples; no image, label, CNN or head. The server answers every client 
 one-by-one distillation, O2D), in closed form (`ExactO2D`) or by gradient descent as published (`IterativeO2D`).
 
 The paper leaves open, and the defaults here are: LoRA on the fused qkv projection of block 3, rank 4, alpha = rank; E
-of unit length; the classes that compete in training (`train_mask`); lambda, lambda_E, lambda_W.
+of unit length; all seen classes compete in both phases (`train_mask`); the snapshot is the model after the last task's
+last download (`snapshot`); lambda = 0.5, lambda_E = 0.1, lambda_W = 0.01; epochs and passes over the buffer. Beyond the
+paper, the replay phase also draws current samples, as many of each class as the buffer holds (`continual.current`):
+without them it only teaches "not the new classes". The features travel in random order.
 
 Logged: collaborate/cross_entropy; replay/cross_entropy, replay/features (lambda_E ||E - E'||^2), replay/weights
 (lambda_W ||W - W'||^2); server/objective_before and server/objective_after (Eq. 5, mean over the students).
@@ -29,7 +32,7 @@ from fedlscl.client import Client
 from fedlscl.continual import Output
 from fedlscl.distillation import Generator
 from fedlscl.losses import o2d_objective
-from fedlscl.messages import AtMost, TensorSpec, Upload
+from fedlscl.messages import AtMost, Schema, TensorSpec, Upload
 from fedlscl.server import Answers, Server
 
 
@@ -84,7 +87,9 @@ class FedLSCL(Client):
 
     def extras(self) -> dict[str, Tensor]:
         """FS (n, e)."""
-        return {"features": self.feature_set}
+        # in random order: that of the buffer would tell the server which features are of one class
+        rng = seeds.generator(self.seed, "features", self.index, self.round)
+        return {"features": self.feature_set[torch.randperm(len(self.feature_set), generator=rng)]}
 
     def extras_schema(self) -> dict[str, TensorSpec]:
         """FS holds at most M features of each class."""
@@ -100,9 +105,17 @@ class O2D(Server):
 
     def __init__(self, strength: float = 0.5) -> None:
         super().__init__()
-        if strength < 0:
+        if not strength >= 0:
             raise ValueError(f"server.strength is {strength}, must not be negative")
         self.strength = strength
+
+    def begin(self, uploads: Schema, downloads: Schema) -> None:
+        """O2D is for clients that share a linear generator and send features with it."""
+        if set(uploads) != {"weight", "bias", "features"}:
+            raise ValueError(
+                f"server: one-by-one distillation needs uploads of weight, bias and features, but model sends "
+                f"{sorted(uploads)}; take fedlscl.server.FedAvg or Isolated"
+            )
 
     def fuse(
         self, clients: Mapping[int, Generator], seed: int, trainer: Callable[[], Trainer]
@@ -170,6 +183,13 @@ class IterativeO2D(O2D):
         self, strength: float = 0.5, epochs: int = 20, learning_rate: float = 1e-3, batch_size: int = 32
     ) -> None:
         super().__init__(strength)
+        for name, value, least in (
+            ("epochs", epochs, 1),
+            ("learning_rate", learning_rate, 0.0),
+            ("batch_size", batch_size, 1),
+        ):
+            if not value >= least:
+                raise ValueError(f"server.{name} is {value}, must be at least {least}")
         self.epochs, self.learning_rate, self.batch_size = epochs, learning_rate, batch_size
 
     def fuse(
@@ -209,12 +229,13 @@ class Distillation(LightningModule):
                     yield x, F.linear(x, teacher.weight, teacher.bias)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Eq. 5 with one teacher."""
+        """Eq. 5 with one teacher and its share of lambda."""
         x, wanted = batch
         distance = (F.linear(x, self.weight, self.bias) - wanted).square().sum(dim=1).mean()
         drift_weight = (self.weight - self.own_weight).square().sum()
         drift_bias = (self.bias - self.own_bias).square().sum()
-        loss: Tensor = distance + self.settings.strength * (drift_weight + drift_bias)
+        # Eq. 5 has lambda once for all teachers, and each of them gets as many steps as its features need
+        loss: Tensor = distance + self.settings.strength / len(self.teachers) * (drift_weight + drift_bias)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
