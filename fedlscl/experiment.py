@@ -209,7 +209,7 @@ class Experiment:
             "accuracy": {mask: summarise(values) for mask, values in acc.items()},
             "bytes_up": _traffic([entry["bytes_up"] for entry in history], clients),
             "bytes_down": _traffic([entry["bytes_down"] for entry in history], clients),
-            "bytes_setup": federation.setup_bytes,
+            "bytes_setup_per_client": federation.setup_bytes,
             "skipped": [
                 {"round": entry["round"], "client": int(client), "reason": reason}
                 for entry in history

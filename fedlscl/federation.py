@@ -132,7 +132,7 @@ class Federation:
                 )
         self.server.begin(first.upload_schema(), first.download_schema())
         self.handout = {name: tensor.detach().clone() for name, tensor in first.shared().items()}
-        self.setup_bytes = len(Download(0, 0, 0, 0, self.handout).to_bytes()) if self.server.listens else 0
+        self.setup_bytes = sum(tensor.nbytes for tensor in self.handout.values())
 
     def run(self, listener: Listener) -> Iterator[RoundResult]:
         """Algorithm 1 from the first round that `store` does not hold; commit the store after each result."""

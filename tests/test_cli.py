@@ -334,7 +334,9 @@ def test_a_missing_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
 def test_another_configuration_for_the_same_folder(
     setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedlscl.experiment.Federation.run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "fedlscl.experiment.Federation.run", lambda self, listener: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     words = ["fit", "--config", setting, "--run_dir", str(tmp_path / "run")]
     with pytest.raises(KeyboardInterrupt):
         main(words)

@@ -266,7 +266,7 @@ def test_other_images_are_refused(
     make: Make, tmp_path: Path, cache: Path, data: FederatedDataModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(FedLSCL, "on_train_end", lambda self, listener: (_ for _ in ()).throw(SystemExit))
+        patch.setattr(FedLSCL, "on_train_end", lambda self: (_ for _ in ()).throw(SystemExit))
         with pytest.raises(SystemExit):
             make().run(console())
     changed = FederatedDataModule(Patterns(train=11), data.split_spec, seed=0, cache_dir=str(cache))

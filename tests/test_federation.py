@@ -301,7 +301,7 @@ def test_a_resumed_federation_equals_an_uninterrupted_one(
     options: dict[str, Any] = {"rounds": 2, "clients_per_round": 2}
     first = make_federation(tmp_path / "cut", data, vit, **options)
     results = []
-    for result in first.run():
+    for result in first.run(Recorder()):
         if result.round > stop:
             break  # its states are written, but not committed
         first.store.commit({"round": result.round})
