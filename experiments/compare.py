@@ -34,24 +34,29 @@ def row(method: str, runs: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def spread(values: list[float]) -> str:
-    """Mean and sample deviation; a single value alone."""
-    mean = f"{statistics.mean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+def spread(values: list[float | None]) -> str:
+    """Mean and sample deviation; a single value alone; a dash where a metric is not defined."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    mean = f"{statistics.mean(known):.1f}"
+    return f"{mean} ± {statistics.stdev(known):.1f}" if len(known) > 1 else mean
 
 
 def main() -> None:
     """Group the given runs and print one table for each setting."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or their summary.json")
-    settings: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for path in parser.parse_args().runs:
         summary = json.loads((path / "summary.json" if path.is_dir() else path).read_text())
-        settings[summary["setting"]][summary["method"]].append(summary)
-    for setting, methods in settings.items():
-        some = next(iter(methods.values()))[0]
-        conditions = (some["backbone"], some["evaluated_on"], some["machine"], f"torch {some['versions']['torch']}")
-        print(f"**{setting}** ({'; '.join(conditions)})\n")
+        conditions = tuple(str(summary[key]) for key in ("setting", "backbone", "evaluated_on", "machine"))
+        runs = groups[(*conditions, f"torch {summary['versions']['torch']}")][summary["method"]]
+        if any(run["seed"] == summary["seed"] for run in runs):
+            parser.error(f"{path}: another run of {summary['method']} with seed {summary['seed']} is in the table")
+        runs.append(summary)
+    for (setting, *others), methods in groups.items():
+        print(f"**{setting}** ({'; '.join(others)})\n")
         print("| " + " | ".join(HEADER) + " |\n|" + " --- |" * len(HEADER))
         for method, runs in methods.items():
             print("| " + " | ".join(row(method, sorted(runs, key=lambda run: int(run["seed"])))) + " |")
