@@ -22,7 +22,7 @@ from fedlscl.datasets import Dataset, ImageSet, Source
 from fedlscl.federation import Federation, RoundResult, Schedule
 from fedlscl.messages import Message
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL
-from fedlscl.server import Server
+from fedlscl.server import Isolated, Server
 from fedlscl.splits import SplitSpec
 from fedlscl.trainer import RoundTrainer
 
@@ -117,10 +117,11 @@ def make_federation(
     seed: int = 0,
     cnn: Mapping[str, Any] = CNN,
 ) -> Federation:
+    client = client or make_client()
     return Federation(
         schedule=Schedule(rounds, clients_per_round),
-        client=client or make_client(),
-        server=server or ExactO2D(),
+        client=client,
+        server=server or (ExactO2D() if isinstance(client, FedLSCL) else Isolated()),
         data=data,
         vit=vit,
         cnn=SmallModelSpec(**cnn),

@@ -114,7 +114,7 @@ class O2D(Server):
         if set(uploads) != {"weight", "bias", "features"}:
             raise ValueError(
                 f"server: one-by-one distillation needs uploads of weight, bias and features, but model sends "
-                f"{sorted(uploads)}; take fedlscl.server.FedAvg or Isolated"
+                f"{', '.join(sorted(uploads)[:3]) or 'nothing'}; take fedlscl.server.FedAvg or Isolated"
             )
 
     def fuse(
