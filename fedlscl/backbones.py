@@ -39,6 +39,7 @@ class FrozenViT(nn.Module):
         model_args: further arguments of timm.create_model, for instance embed_dim and depth of a model of your own.
         mean: per-channel mean of the input pixels in 0..1; by default what timm states for this name.
         std: per-channel deviation of the input pixels in 0..1; by default what timm states for this name.
+        cache_mib: memory for what the frozen blocks compute, once for each image; 0 computes it in every step.
     """
 
     mean: Tensor
@@ -53,8 +54,12 @@ class FrozenViT(nn.Module):
         model_args: dict[str, Any] | None = None,
         mean: list[float] | None = None,
         std: list[float] | None = None,
+        cache_mib: float = 4096,
     ) -> None:
         super().__init__()
+        if not cache_mib >= 0:
+            raise ValueError(f"backbone.cache_mib is {cache_mib}, must not be negative")
+        self.cache_mib = cache_mib
         with seeds.seeded(0, "backbone"):  # untrained weights too are the same in every run, and when predicting
             vit = _create(
                 "backbone", name, pretrained and weights is None, {"img_size": image_size, **(model_args or {})}

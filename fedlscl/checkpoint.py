@@ -21,14 +21,21 @@ MANIFEST = "state.json"
 _OURS = re.compile(r"[\w-]+\.\d+\.safetensors|\..+\.tmp")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `path` under a temporary name beside it, then rename: a reader sees the old file or the new one."""
+def write_atomically(path: Path, content: bytes, lasting: bool = True) -> None:
+    """Write `path` under a temporary name beside it, then rename: a reader sees the old file or the new one.
+
+    Args:
+        path: the file.
+        content: all of it.
+        lasting: wait until it would also survive a power failure.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if lasting:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -67,6 +74,7 @@ class Store:
         self.version: int = state["version"]
         self.files: dict[str, str] = state["files"]
         self.progress: dict[str, Any] = state["progress"]
+        self._unsaved: set[Path] = set()
         self._remove_others()
 
     def read(self, name: str) -> dict[str, Tensor] | None:
@@ -75,12 +83,21 @@ class Store:
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors under `name`; they count once `commit` is called."""
-        file = f"{name}.{self.version + 1}.safetensors"
-        write_atomically(self.folder / file, save({key: tensor.contiguous() for key, tensor in tensors.items()}))
-        self.files[name] = file
+        path = self.put_aside(name, save({key: tensor.contiguous() for key, tensor in tensors.items()}))
+        self.files[name] = path.name
+        self._unsaved.add(path)
+
+    def put_aside(self, name: str, content: bytes) -> Path:
+        """Write a file in the safetensors format that is there until the next `commit`, and return its path."""
+        path = self.folder / f"{name}.{self.version + 1}.safetensors"
+        write_atomically(path, content, lasting=False)
+        return path
 
     def commit(self, progress: Mapping[str, Any]) -> None:
         """Make all that was written, and `progress`, the current state, in one step."""
+        while self._unsaved:  # at the end, since a client's state is written twice in a round
+            with self._unsaved.pop().open("rb") as file:
+                os.fsync(file.fileno())
         self.version += 1
         self.progress = dict(progress)
         state = {"version": self.version, "files": self.files, "progress": self.progress}

@@ -9,9 +9,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, NamedTuple, Self
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlscl import seeds
@@ -22,18 +24,26 @@ from fedlscl.data import FederatedDataModule
 from fedlscl.evaluation import MASKS, masked_correct
 from fedlscl.losses import masked_cross_entropy
 from fedlscl.messages import Download, Schema, TensorSpec, Upload
+from fedlscl.precomputed import Part, Precomputed
 
 EVALUATION_BATCH = 128
 
 Phase = Literal["collaborate", "replay"]
 
 
+class Images(NamedTuple):
+    """Some images of the data set, with their places in it."""
+
+    indices: NDArray[np.int64]  # (B,); an array, which stays on the CPU when the tensors go to a device
+    pixels: Tensor  # (B, 3, H, W) uint8
+    labels: Tensor  # (B,)
+
+
 class Batch(NamedTuple):
     """One training step's samples."""
 
     phase: Phase
-    images: Tensor  # (B, 3, H, W) uint8
-    labels: Tensor  # (B,)
+    images: Images
     known: Tensor  # (B,) 1.0 for buffered samples, 0.0 for samples of the current task
     snapshot: dict[str, Tensor]  # (B, ...) each, arbitrary where not known
 
@@ -59,6 +69,7 @@ class Client(LightningModule, ABC):
 
     automatic_optimization = False
     vit: FrozenViT
+    precomputed: Precomputed
     current_mask: Tensor  # (K,) true for the classes of the current task
     seen_mask: Tensor  # (K,) true for all classes of this client up to the current task
     task_masks: Tensor  # (tasks, K) true for the classes of each task under evaluation
@@ -101,8 +112,12 @@ class Client(LightningModule, ABC):
         """Create, or create anew, the networks that are trained, as submodules."""
 
     @abstractmethod
-    def forward(self, images: Tensor) -> Output:
-        """Outputs for uint8 images (B, 3, H, W)."""
+    def forward(self, images: Tensor, frozen: Mapping[str, Tensor]) -> Output:
+        """Outputs for uint8 images (B, 3, H, W), given what `precompute` returned for them."""
+
+    def precompute(self, images: Tensor) -> dict[str, Tensor]:
+        """What of `forward` depends on nothing trained, (B, ...) each by name: computed once per image."""
+        return {}
 
     def generate(self, images: Tensor) -> dict[str, Tensor]:
         """What Eq. 4 keeps in place for these images, (B, ...) each by name; nothing by default."""
@@ -142,9 +157,11 @@ class Client(LightningModule, ABC):
         model = {f"model.{name}": tensor.detach().cpu() for name, tensor in self.state_dict().items()}
         return model | {f"memory.{name}": tensor for name, tensor in self.memory.to_tensors().items()}
 
-    def enter(self, index: int, data: FederatedDataModule, state: Mapping[str, Tensor]) -> None:
+    def enter(
+        self, index: int, data: FederatedDataModule, precomputed: Precomputed, state: Mapping[str, Tensor]
+    ) -> None:
         """Become client `index` in the state that `state` returned for it."""
-        self.index, self.data = index, data
+        self.index, self.data, self.precomputed = index, data, precomputed
         self.load(state)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -190,28 +207,28 @@ class Client(LightningModule, ABC):
         replays = any(phase == "replay" for phase, _ in self.plan)
         generates = type(self).generate is not Client.generate
         if replays and generates and not self.memory.snapshot:
-            self.memory.snapshot = self.observe(self.memory.buffer, self.generate)
+            self.memory.snapshot = self.observe(self.memory.buffer, self._generate)
         self.train()
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One step of manual optimization, in the phase to which the batch belongs."""
         losses = self.collaborative_losses if batch.phase == "collaborate" else self.replay_losses
-        terms = losses(self(batch.images), batch)
+        terms = losses(self._output(batch.images, "train"), batch)
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)  # there is one
         optimizer.zero_grad()
         self.manual_backward(torch.stack(list(terms.values())).sum())
         optimizer.step()
         logged = {f"{batch.phase}/{name}": term.detach() for name, term in terms.items()}
-        self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(batch.labels))
+        self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(batch.images.labels))
 
     def collaborative_losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         """The terms of stage 1 by name (Fed-LSCL, Eq. 3)."""
-        return {"cross_entropy": masked_cross_entropy(output.logits, batch.labels, self._training_classes())}
+        return {"cross_entropy": masked_cross_entropy(output.logits, batch.images.labels, self._training_classes())}
 
     def replay_losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         """The terms of stage 2 by name (Fed-LSCL, Eq. 4)."""
-        return self.continual.losses(output, batch.labels, self.seen_mask, batch.snapshot, batch.known)
+        return self.continual.losses(output, batch.images.labels, self.seen_mask, batch.snapshot, batch.known)
 
     def on_train_end(self) -> None:
         """Choose the current samples that would enter the buffer now (Fed-LSCL, section 4.3.2)."""
@@ -225,20 +242,21 @@ class Client(LightningModule, ABC):
         kept = select(ranking, losses, outputs["representation"], labels, self.buffer_size, rng)
         self.memory.candidates = self.current[kept]
         if self.snapshot == "local":
-            self.memory.upcoming = self.observe(self.kept, self.generate)
+            self.memory.upcoming = self.observe(self.kept, self._generate)
 
     @property
     def kept(self) -> Tensor:
         """Indices of the training images in the buffer, and of those that would enter it now."""
         return torch.cat([self.memory.buffer, self.memory.candidates])
 
-    def observe(self, indices: Tensor, compute: Callable[[Tensor], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def observe(self, indices: Tensor, compute: Callable[[Images], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Outputs of `compute` on training images during a fit: evaluation mode, float32, on the CPU."""
         self.eval()
         parts = []
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            for images, _ in ImageBatches(self.data, "train", indices):
-                parts.append({name: t.float().cpu() for name, t in compute(images.to(self.device)).items()})
+            for images in ImageBatches(self.data, "train", indices):
+                outputs = compute(images._replace(pixels=images.pixels.to(self.device)))
+                parts.append({name: t.float().cpu() for name, t in outputs.items()})
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     # ---- messages
@@ -283,11 +301,11 @@ class Client(LightningModule, ABC):
         self.vit.to(self.device)
         self.eval()
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: Images, batch_idx: int) -> None:
         """Count the hits in each task under each mask."""
-        images, labels = batch
-        tasks = self.task_of_class[labels]
-        hits = masked_correct(self(images).logits, labels, self.task_masks[tasks], self.seen_mask)
+        tasks = self.task_of_class[batch.labels]
+        logits = self._output(batch, self.data.split.evaluate_on).logits
+        hits = masked_correct(logits, batch.labels, self.task_masks[tasks], self.seen_mask)
         self.tested.index_add_(0, tasks, torch.ones_like(tasks, dtype=torch.float32))
         self.hits.index_add_(1, tasks, torch.stack([hits[mask] for mask in MASKS]).float())
 
@@ -305,8 +323,15 @@ class Client(LightningModule, ABC):
             mask[list(part.classes)] = True
         return mask
 
-    def _classify(self, images: Tensor) -> dict[str, Tensor]:
-        output = self(images)
+    def _output(self, images: Images, part: Part) -> Output:
+        output: Output = self(images.pixels, self.precomputed(part, images.indices, self.device))
+        return output
+
+    def _generate(self, images: Images) -> dict[str, Tensor]:
+        return self.generate(images.pixels)
+
+    def _classify(self, images: Images) -> dict[str, Tensor]:
+        output = self._output(images, "train")
         return {"logits": output.logits, "representation": output.representation}
 
     def _training_classes(self) -> Tensor:
@@ -329,26 +354,30 @@ class TrainingBatches:
         memory, data = self.client.memory, self.client.data
         samples = torch.cat([memory.buffer, self.client.current])
         for phase, positions in self.client.plan:
-            images, labels = data.batch("train", samples[positions])
+            images = _images(data, "train", samples[positions])
             known = positions < len(memory.buffer)
             rows = torch.where(known, positions, 0)
             snapshot = {name: outputs[rows] for name, outputs in memory.snapshot.items() if phase == "replay"}
-            yield Batch(phase, images, labels, known.float(), snapshot)
+            yield Batch(phase, images, known.float(), snapshot)
 
 
 class ImageBatches:
     """Images and labels of some samples in their order, in large batches."""
 
-    def __init__(self, data: FederatedDataModule, part: Literal["train", "test"], indices: Tensor) -> None:
+    def __init__(self, data: FederatedDataModule, part: Part, indices: Tensor) -> None:
         self.data, self.part = data, part
         self.batches = torch.split(indices, EVALUATION_BATCH)
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Images]:
         for indices in self.batches:
-            yield self.data.batch(self.part, indices)
+            yield _images(self.data, self.part, indices)
+
+
+def _images(data: FederatedDataModule, part: Part, indices: Tensor) -> Images:
+    return Images(indices.numpy(), *data.batch(part, indices))
 
 
 def _batches(order: Tensor, largest: int) -> tuple[Tensor, ...]:

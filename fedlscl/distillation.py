@@ -5,14 +5,18 @@ phi_j (transposed weight above bias), C_j = X_j^T X_j / n_j and G_j = C_j Phi_j,
 
     (sum_{j != i} C_j + lambda I) Phi = sum_{j != i} G_j + lambda Phi_i.
 
-The sums over all clients are shared by the students, so the cost grows with the number of clients, not its square.
+The sums over all clients are shared by the students: take them once (`total`), take out each student's own part
+(`others`), solve. The cost grows with the number of clients, not its square, and the memory not at all.
+
+Where the left side is badly conditioned (few features, a small lambda), a Cholesky factor would lose the step in
+rounding; the solution of least norm is then taken from the eigenvalues instead (`ridge`), at some ten times the cost.
 
 Shapes: e feature width, P generated numbers per sample, n_j features of client j.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -28,10 +32,11 @@ class Generator(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What a client, or a sum of clients, contributes to the normal equations, in float64."""
+    """What a client, or a sum of clients, contributes to Eq. 5, in float64."""
 
     gram: Tensor  # (e + 1, e + 1), C
     target: Tensor  # (e + 1, P), G
+    energy: Tensor  # (), tr(Phi^T C Phi): the mean square of the generated numbers of one sample
 
 
 def matrix(weight: Tensor, bias: Tensor) -> Tensor:
@@ -40,38 +45,51 @@ def matrix(weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def statistics(client: Generator) -> Statistics:
-    """C_j and G_j."""
+    """C_j, G_j and the mean square of what phi_j generates."""
     x = torch.cat([client.features, torch.ones_like(client.features[:, :1])], dim=1).double()
+    phi = matrix(client.weight, client.bias)
     gram = x.T @ x / len(x)
-    return Statistics(gram, gram @ matrix(client.weight, client.bias))
+    target = gram @ phi
+    return Statistics(gram, target, (phi * target).sum())
 
 
-def exact(clients: Mapping[int, Generator], strength: float) -> dict[int, tuple[Tensor, Tensor]]:
-    """The minimiser of Eq. 5 for every client.
+def total(clients: Iterable[Generator]) -> Statistics:
+    """The sums over at least one client; goes through them once."""
+    parts = map(statistics, clients)
+    sums = next(parts)
+    for part in parts:
+        for value, added in zip(sums, part, strict=True):
+            value.add_(added)
+    return sums
+
+
+def others(everyone: Statistics, client: Generator) -> Statistics:
+    """The sums over the teachers of a client, from those over all clients."""
+    return Statistics(*(value - own for value, own in zip(everyone, statistics(client), strict=True)))
+
+
+def exact(client: Generator, teachers: Statistics, strength: float) -> tuple[Tensor, Tensor]:
+    """The minimiser of Eq. 5 for one client.
 
     Args:
-        clients: the generators and feature sets, by client.
+        client: the student's own generator.
+        teachers: the sums over the other clients.
         strength: lambda, not negative. With 0 the solution nearest to the client's own generator is taken.
 
     Returns:
-        weight (P, e) and bias (P,) for each client, in the dtype of its upload.
+        weight (P, e) and bias (P,), in the dtype of the client's generator.
     """
-    parts = (statistics(client) for client in clients.values())
-    first = next(parts)
-    total = Statistics(first.gram.clone(), first.target.clone())
-    for part in parts:
-        total.gram.add_(part.gram)
-        total.target.add_(part.target)
-    return {index: _solve(client, total, strength) for index, client in clients.items()}
-
-
-def _solve(client: Generator, total: Statistics, strength: float) -> tuple[Tensor, Tensor]:
-    own, phi = statistics(client), matrix(client.weight, client.bias)
-    gram = total.gram - own.gram
+    phi = matrix(client.weight, client.bias)
     # Solve for the step away from phi_i: then lambda -> infinity, or no teacher, gives phi_i itself without rounding
-    residual = total.target - own.target - gram @ phi
-    solution = phi + ridge(gram, residual, strength)
+    solution = phi + ridge(teachers.gram, teachers.target - teachers.gram @ phi, strength)
     return solution[:-1].T.to(client.weight.dtype), solution[-1].to(client.bias.dtype)
+
+
+def objective(client: Generator, teachers: Statistics, weight: Tensor, bias: Tensor, strength: float) -> float:
+    """Eq. 5 of a student with this weight and bias, from the sums over its teachers: no feature is gone through."""
+    phi = matrix(weight, bias)
+    distance = (phi * (teachers.gram @ phi - 2 * teachers.target)).sum() + teachers.energy
+    return float(distance + strength * (phi - matrix(client.weight, client.bias)).square().sum())
 
 
 def ridge(gram: Tensor, target: Tensor, strength: float) -> Tensor:

@@ -24,7 +24,8 @@ from fedlscl.checkpoint import Store, client_name
 from fedlscl.client import Client
 from fedlscl.data import FederatedDataModule
 from fedlscl.evaluation import MASKS
-from fedlscl.messages import Download, MessageError, Upload
+from fedlscl.messages import Download, MessageError, Received, Upload
+from fedlscl.precomputed import Precomputed
 from fedlscl.server import Answers, Server
 
 log = logging.getLogger(__name__)
@@ -125,6 +126,7 @@ class Federation:
                 body = copy.deepcopy(self.client).assemble(self.vit, self.cnn, name, self.data.num_classes)
             self.bodies[name] = body
         first, *others = self.bodies.values()
+        self.precomputed = Precomputed(self.data, first.precompute, self.vit.cache_mib)
         for body in others:
             if body.download_schema() != first.download_schema():
                 raise ValueError(
@@ -139,14 +141,12 @@ class Federation:
         rounds, tasks = self.schedule.rounds, self.data.split.spec.tasks
         for done in range(self.store.progress.get("round", 0), tasks * rounds):
             result = RoundResult(task=done // rounds + 1, round=done + 1)
-            uploads = {}
+            uploads = Received()
             participants = self.schedule.participants(self.clients, result.round, self.seed)
             for index in participants:
                 logger = listener.visiting(result.task, result.round, index)
                 with result.timed("fit"):
-                    upload = self._fit(index, result, logger)
-                if upload is not None:
-                    uploads[index] = upload
+                    self._fit(index, result, logger, uploads)
                 listener.visited()
             if len(result.skipped) == len(participants):
                 raise RuntimeError(f"no client finished round {result.round}: {result.skipped}")
@@ -155,14 +155,16 @@ class Federation:
                 with result.timed("aggregate"):
                     seed = seeds.derive(self.seed, "aggregate", result.round)
                     answers = self.server.aggregate(uploads, self.clients, seed, lambda: self.trainer(None))
-                    result.server = dict(self.server.metrics)
             for index in range(self.clients):
+                with result.timed("aggregate"):
+                    answer = answers.get(index)
                 with result.timed("evaluate"):
-                    self._answer_and_evaluate(index, answers.get(index), result)
+                    self._answer_and_evaluate(index, answer, result)
+            result.server = dict(self.server.metrics) if uploads else {}
             yield result
 
-    def _fit(self, index: int, result: RoundResult, logger: Logger | None) -> Upload | None:
-        """One client's round and its upload, if the server wants one.
+    def _fit(self, index: int, result: RoundResult, logger: Logger | None, uploads: Received) -> None:
+        """One client's round, with its upload put among the others if the server wants one.
 
         A client that fails, or sends what cannot be used, is left out with the reason on record.
         """
@@ -174,22 +176,22 @@ class Federation:
             state = body.state()
             if broken := [n for n, t in state.items() if t.is_floating_point() and not bool(t.isfinite().all())]:
                 raise FloatingPointError(f"training diverged: '{broken[0]}' holds NaN or infinite values")
-            upload = self._receive(body, result) if self.server.listens else None
+            if self.server.listens:
+                self._receive(body, result, uploads)
         except Exception as error:
             # One client must not stop the others; its state of the last round is still in the store
             log.warning("client %d is left out of round %d", index, result.round, exc_info=error)
             result.skipped[index] = f"{type(error).__name__}: {error}"
-            return None
+            return
         self.store.write(client_name(index), state)
-        return upload
 
-    def _receive(self, body: Client, result: RoundResult) -> Upload:
-        message = body.upload().to_bytes()
+    def _receive(self, body: Client, result: RoundResult, uploads: Received) -> None:
+        message, schema = body.upload().to_bytes(), body.upload_schema()
         result.bytes_up[body.index] = len(message)
-        upload = Upload.from_bytes(message, body.upload_schema())
+        upload = Upload.from_bytes(message, schema)
         if (upload.client, upload.round) != (body.index, result.round):
             raise MessageError(f"upload claims to be of client {upload.client}, round {upload.round}")
-        return upload
+        uploads.add(body.index, self.store.put_aside(f"upload-{body.index}", message), schema)
 
     def _answer_and_evaluate(self, index: int, answer: Mapping[str, Tensor] | None, result: RoundResult) -> None:
         body = self.visit(index)
@@ -207,10 +209,10 @@ class Federation:
         state = self.store.read(client_name(index))
         if state is None:
             state = body.initial_state(seeds.derive(self.seed, "client", index))
-            body.enter(index, self.data, state)
+            body.enter(index, self.data, self.precomputed, state)
             self._deliver(body, index, self.handout, task=0, round=0)
         else:
-            body.enter(index, self.data, state)
+            body.enter(index, self.data, self.precomputed, state)
         return body
 
     def _deliver(self, body: Client, index: int, tensors: Mapping[str, Tensor], task: int, round: int) -> int:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
@@ -140,6 +141,30 @@ class Upload(Message):
     """What a client sends to the server after its round."""
 
     kind = "upload"
+
+
+class Received(Mapping[int, Upload]):
+    """The valid uploads of one round by client, on the disk: each is read when it is asked for."""
+
+    def __init__(self) -> None:
+        self._files: dict[int, tuple[Path, Schema]] = {}
+
+    def add(self, client: int, file: Path, schema: Schema) -> None:
+        """Take in the upload that `file` holds."""
+        self._files[client] = file, schema
+
+    def __getitem__(self, client: int) -> Upload:
+        """Read a client's upload."""
+        file, schema = self._files[client]
+        return Upload.from_bytes(file.read_bytes(), schema)
+
+    def __iter__(self) -> Iterator[int]:
+        """All clients that sent one."""
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        """How many they are."""
+        return len(self._files)
 
 
 class Download(Message):

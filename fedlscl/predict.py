@@ -51,7 +51,7 @@ def predict(run_dir: Path, images: Sequence[str], client: int = 0) -> list[Predi
         part = images[first : first + EVALUATION_BATCH]
         pixels = torch.stack([torch.from_numpy(decode_image(Path(path), stored["image_size"])) for path in part])
         with torch.no_grad():
-            logits.append(body(pixels).logits[:, learned])
+            logits.append(body(pixels, body.precompute(pixels)).logits[:, learned])
     best = torch.cat(logits).softmax(dim=1).max(dim=1)
     return [
         Prediction(path, stored["classes"][learned[index]], probability)

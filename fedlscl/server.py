@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -12,7 +12,33 @@ from torch import Tensor
 
 from fedlscl.messages import Schema, Upload
 
-Answers = dict[int, dict[str, Tensor]]
+Answers = Mapping[int, Mapping[str, Tensor]]
+
+
+class OnDemand(Mapping[int, Mapping[str, Tensor]]):
+    """Answers of which each is computed when it is asked for, so that there is one in memory at a time.
+
+    Args:
+        clients: who gets an answer.
+        answer: computes it.
+    """
+
+    def __init__(self, clients: Iterable[int], answer: Callable[[int], Mapping[str, Tensor]]) -> None:
+        self._clients, self._answer = dict.fromkeys(clients), answer
+
+    def __getitem__(self, client: int) -> Mapping[str, Tensor]:
+        """The answer to a client."""
+        if client not in self._clients:
+            raise KeyError(client)
+        return self._answer(client)
+
+    def __iter__(self) -> Iterator[int]:
+        """All clients that get an answer."""
+        return iter(self._clients)
+
+    def __len__(self) -> int:
+        """How many they are."""
+        return len(self._clients)
 
 
 class Server(ABC):
@@ -37,13 +63,14 @@ class Server(ABC):
         """Fuse what the clients sent.
 
         Args:
-            uploads: the valid uploads of this round, by client; at least one.
+            uploads: the valid uploads of this round, by client; at least one. Each access reads one from the disk,
+                so a server that goes through them one by one needs no more memory for more clients.
             clients: number of clients in the federation, absent ones included.
             seed: of this round, for what is drawn.
             trainer: makes a fresh Trainer for each model that the server fits.
 
         Returns:
-            The tensors for each client that gets an answer.
+            The tensors for each client that gets an answer; each is asked for once.
         """
 
 
@@ -82,31 +109,40 @@ class FedAvg(Server):
         self, uploads: Mapping[int, Upload], clients: int, seed: int, trainer: Callable[[], Trainer]
     ) -> Answers:
         """One mean for all clients."""
-        shares = [upload.samples if self.weighting == "samples" else 1 for upload in uploads.values()]
-        models = [{name: upload.tensors[name] for name in self.names} for upload in uploads.values()]
-        mean = average(models, shares)
+        mean = average(
+            (
+                {name: upload.tensors[name] for name in self.names},
+                upload.samples if self.weighting == "samples" else 1,
+            )
+            for upload in uploads.values()
+        )
         return dict.fromkeys(range(clients), mean)
 
 
-def average(models: Sequence[Mapping[str, Tensor]], weights: Sequence[int]) -> dict[str, Tensor]:
-    """Tensor by tensor the weighted mean; of integer tensors (counters) the maximum.
+def average(models: Iterable[tuple[Mapping[str, Tensor], int]]) -> dict[str, Tensor]:
+    """Tensor by tensor the weighted mean, summed up in float64; of integer tensors (counters) the maximum.
 
     Args:
-        models: the same names and shapes in each.
-        weights: one per model, not negative, not all zero; they are divided by their sum.
+        models: named tensors, the same names and shapes in each, with their weight. No weight is negative and not all
+            are zero; they are divided by their sum. Gone through once.
 
     Raises:
-        ValueError: if no weight is positive.
+        ValueError: if the weights make no mean.
     """
+    weights: list[int] = []
+    sums: dict[str, Tensor] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for model, weight in models:
+        weights.append(weight)
+        for name, tensor in model.items():
+            if name not in sums:
+                dtypes[name] = tensor.dtype
+                sums[name] = tensor.double() * weight if tensor.is_floating_point() else tensor.clone()
+            elif tensor.is_floating_point():
+                sums[name].add_(tensor, alpha=weight)
+            else:
+                torch.maximum(sums[name], tensor, out=sums[name])
     total = sum(weights)
     if total <= 0 or min(weights) < 0:
         raise ValueError(f"weights {weights} must not be negative and must have a positive sum")
-    mean = {}
-    for name, first in models[0].items():
-        stacked = torch.stack([model[name] for model in models])
-        if first.is_floating_point():
-            shares = torch.tensor(weights, dtype=torch.float64).div(total).to(first.dtype)
-            mean[name] = torch.tensordot(shares, stacked, dims=1)
-        else:
-            mean[name] = stacked.max(dim=0).values
-    return mean
+    return {n: (s / total).to(dtypes[n]) if dtypes[n].is_floating_point else s for n, s in sums.items()}

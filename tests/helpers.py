@@ -16,7 +16,7 @@ from fedlscl import seeds
 from fedlscl.backbones import FrozenViT, SmallModelSpec
 from fedlscl.checkpoint import Store
 from fedlscl.client import Client
-from fedlscl.continual import Replay
+from fedlscl.continual import Output, Replay
 from fedlscl.data import FederatedDataModule
 from fedlscl.datasets import Dataset, ImageSet, Source
 from fedlscl.federation import Federation, RoundResult, Schedule
@@ -159,6 +159,12 @@ def fit(body: Client, task: int, round: int, seed: int = 0) -> None:
 
 def train_images(body: FedLSCL, indices: Tensor) -> tuple[Tensor, Tensor]:
     return body.data.batch("train", indices)
+
+
+def output_of(body: Client, images: Tensor) -> Output:
+    """The forward pass on uint8 images, nothing of it computed before."""
+    output: Output = body(images, body.precompute(images))
+    return output
 
 
 def outputs(body: FedLSCL, indices: Tensor) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from helpers import (
     make_client,
     make_federation,
     make_trainer,
+    output_of,
     parameters,
     same,
     task_images,
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from fedlscl import seeds
 from fedlscl.backbones import FrozenViT
-from fedlscl.client import Batch, Client
+from fedlscl.client import Batch, Client, Images
 from fedlscl.continual import Output, Replay
 from fedlscl.data import FederatedDataModule
 from fedlscl.federation import Federation
@@ -49,12 +51,12 @@ def test_at_the_start_the_adapted_vit_is_the_frozen_one(body: FedLSCL, vit: Froz
     images, _ = train_images(body, task_images(body, 1, 2))
     body.eval()
     with torch.no_grad():
-        output = body(images)
+        output = output_of(body, images)
         assert torch.equal(output.representation, vit(images))
         # not because generator and hook do nothing: any B matrix unlike zero shows
         size_a = body.generator.rank * body.generator.width
         body.generator.bias[size_a:] += 0.1
-        assert not torch.allclose(body(images).representation, output.representation, atol=1e-4)
+        assert not torch.allclose(output_of(body, images).representation, output.representation, atol=1e-4)
 
 
 def test_a_fit_moves_all_three_parts_and_not_the_vit(body: FedLSCL, vit: FrozenViT) -> None:
@@ -112,7 +114,9 @@ def test_an_epoch_lowers_the_loss(body: FedLSCL) -> None:
     def loss() -> float:
         body.eval()
         with torch.no_grad():
-            return float(F.cross_entropy(body(images).logits[:, mask], torch.unique(labels, return_inverse=True)[1]))
+            return float(
+                F.cross_entropy(output_of(body, images).logits[:, mask], torch.unique(labels, return_inverse=True)[1])
+            )
 
     before = loss()
     fit(body, 1, 1)
@@ -153,9 +157,10 @@ def test_what_a_batch_holds(federation: Federation) -> None:
         pixels[image.numpy().tobytes()] = (index, int(of_class))
     drawn: list[int] = []
     for batch in body.train_dataloader():
-        for row in range(len(batch.labels)):
-            index, label = pixels[batch.images[row].numpy().tobytes()]
-            assert int(batch.labels[row]) == label
+        for row, image in enumerate(batch.images.pixels):
+            index, label = pixels[image.numpy().tobytes()]
+            assert int(batch.images.indices[row]) == index
+            assert int(batch.images.labels[row]) == label
             known = index in buffered
             assert bool(batch.known[row]) is known
             if batch.phase == "collaborate":
@@ -195,7 +200,7 @@ def test_accuracy_under_each_mask(body: FedLSCL) -> None:
     # Everywhere: foreign > three > one > two > four
     scores = torch.zeros(64, 8)
     scores[:, [foreign, three, one, two, four]] = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
-    body.forward = lambda images: Output(scores[: len(images)], scores)  # type: ignore[method-assign]
+    body.forward = lambda images, frozen: Output(scores[: len(images)], scores)  # type: ignore[method-assign]
     body.begin_evaluation(2)
     make_trainer().test(body, verbose=False)
     # each class has 4 test images; task: `one` wins task 1 and `three` task 2; seen: `three` wins; none: `foreign` wins
@@ -263,11 +268,11 @@ def test_the_terms_of_a_replay_step_by_hand(federation: Federation) -> None:
     images, _ = train_images(body, task_images(body, 1, 2)[:4])
     body.eval()
     with torch.no_grad():
-        output = body(images)
+        output = output_of(body, images)
     labels = torch.tensor(classes)
     before = {name: value + 1 for name, value in output.generated.items()}
     known = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    terms = body.replay_losses(output, Batch("replay", images, labels, known, before))
+    terms = body.replay_losses(output, Batch("replay", Images(np.arange(4), images, labels), known, before))
     logits = output.logits[:, classes]
     assert set(terms) == {"cross_entropy", "features", "weights"}
     torch.testing.assert_close(terms["cross_entropy"], F.cross_entropy(logits, torch.arange(4)))

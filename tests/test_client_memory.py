@@ -12,6 +12,7 @@ from helpers import (
     fit,
     make_client,
     make_federation,
+    output_of,
     outputs,
     run,
     same,
@@ -45,7 +46,7 @@ def count_snapshots(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     observe = Client.observe
 
     def spy(self: Client, indices: Tensor, compute: Any) -> dict[str, Tensor]:
-        if compute == self.generate:
+        if compute == self._generate:
             counts.append(len(indices))
         return observe(self, indices, compute)
 
@@ -112,7 +113,7 @@ def test_the_buffer_holds_the_samples_of_lowest_loss(federation: Federation) -> 
     classes = body.data.split.clients[0].tasks[0].classes
     body.eval()
     with torch.no_grad():
-        logits = body(images).logits
+        logits = output_of(body, images).logits
     wanted = set()
     for label in classes:
         mine = (labels == label).nonzero().flatten().tolist()
@@ -181,7 +182,7 @@ def test_a_client_goes_on_from_its_state_to_the_last_bit(
     state = {name: tensor.clone() for name, tensor in body.state().items()}
     stranger = enter_client(other, 2)  # another client, with another past
     fit(stranger, 1, 1)
-    stranger.enter(1, data, state)
+    stranger.enter(1, data, other.precomputed, state)
     assert same(stranger.state(), state)
     assert stranger.memory.begun == 2
     assert stranger.memory.learned == 1

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlscl.distillation import Generator, Statistics, exact, matrix, ridge, statistics
+from fedlscl import distillation
+from fedlscl.distillation import Generator, Statistics, matrix, others, ridge, statistics, total
 from fedlscl.losses import o2d_objective
 from fedlscl.messages import Upload
 from fedlscl.methods.fed_lscl import ExactO2D, IterativeO2D
@@ -36,6 +37,12 @@ def federation(
         )
         for index in range(clients)
     }
+
+
+def exact(clients: Federation, strength: float) -> dict[int, tuple[Tensor, Tensor]]:
+    """The solutions of all clients."""
+    sums = total(clients.values())
+    return {index: distillation.exact(client, others(sums, client), strength) for index, client in clients.items()}
 
 
 def objective(clients: Federation, student: int, solution: tuple[Tensor, Tensor], strength: float) -> float:
@@ -142,7 +149,7 @@ def test_gradient_descent_with_the_trainer_never_gets_below_it_and_comes_close()
     strength = 0.1
     iterative = IterativeO2D(strength, epochs=10, learning_rate=0.02, batch_size=8)
     closed = ExactO2D(strength)
-    answers = {server: server.aggregate(uploads, 3, 7, trainer) for server in (iterative, closed)}
+    answers = {server: dict(server.aggregate(uploads, 3, 7, trainer)) for server in (iterative, closed)}
     for index in clients:
         start, descended, solved = (
             objective(clients, index, solution, strength)
@@ -160,7 +167,8 @@ def test_gradient_descent_with_the_trainer_never_gets_below_it_and_comes_close()
               for index in clients]  # fmt: skip
     assert closed.metrics["objective_after"] == pytest.approx(sum(values) / len(values), rel=1e-5)
 
-    again = IterativeO2D(strength, epochs=10, learning_rate=0.02, batch_size=8).aggregate(uploads, 3, 7, trainer)
+    server = IterativeO2D(strength, epochs=10, learning_rate=0.02, batch_size=8)
+    again = dict(server.aggregate(uploads, 3, 7, trainer))
     assert all(torch.equal(again[k]["weight"], answers[iterative][k]["weight"]) for k in clients)
     for index, upload in uploads.items():  # what the clients sent is as it was
         assert torch.equal(upload.tensors["weight"], clients[index].weight)
@@ -289,7 +297,28 @@ def test_statistics_by_hand() -> None:
     assert got.gram.tolist() == [[5, 2], [2, 1]]  # means of x x, x and 1
     assert got.target.tolist() == [[12], [5]]  # means of x (2 x + 1) and 2 x + 1
     assert matrix(client.weight, client.bias).tolist() == [[2], [1]]
-    assert got.gram.dtype == got.target.dtype == torch.float64
+    assert got.energy == 29  # mean of (2 x + 1)^2
+    assert got.gram.dtype == got.target.dtype == got.energy.dtype == torch.float64
+
+
+def test_sums_go_through_the_clients_once_and_leave_one_out() -> None:
+    clients = federation(clients=4)
+    sums = total(iter(clients.values()))
+    for value, *parts in zip(sums, *map(statistics, clients.values()), strict=True):
+        torch.testing.assert_close(value, torch.stack(parts).sum(dim=0))
+    for value, wanted in zip(others(sums, clients[2]), total(clients[k] for k in (0, 1, 3)), strict=True):
+        torch.testing.assert_close(value, wanted)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3])
+def test_the_objective_from_sums_is_that_of_eq_5(strength: float) -> None:
+    clients = federation(clients=4)
+    sums = total(clients.values())
+    for index, client in clients.items():
+        teachers = others(sums, client)
+        for other in clients.values():
+            value = distillation.objective(client, teachers, other.weight, other.bias, strength)
+            assert value == pytest.approx(objective(clients, index, (other.weight, other.bias), strength), rel=1e-10)
 
 
 def test_ridge_by_hand() -> None:

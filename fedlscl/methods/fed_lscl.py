@@ -17,6 +17,7 @@ Logged: collaborate/cross_entropy; replay/cross_entropy, replay/features (lambda
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -30,10 +31,9 @@ from fedlscl.adapters import ParameterGenerator
 from fedlscl.backbones import FrozenViT, SmallModel, SmallModelSpec
 from fedlscl.client import Client
 from fedlscl.continual import Output
-from fedlscl.distillation import Generator
-from fedlscl.losses import o2d_objective
+from fedlscl.distillation import Generator, Statistics
 from fedlscl.messages import AtMost, Schema, TensorSpec, Upload
-from fedlscl.server import Answers, Server
+from fedlscl.server import Answers, OnDemand, Server
 
 
 class FedLSCL(Client):
@@ -68,12 +68,15 @@ class FedLSCL(Client):
         features = self.cnn(images)
         return {"features": features, "weights": self.generator(features)}
 
-    def forward(self, images: Tensor) -> Output:
+    def precompute(self, images: Tensor) -> dict[str, Tensor]:
+        """The tokens that enter the adapted block (B, T, d)."""
+        return {"tokens": self.vit.prefix(self.vit.prepare(images), self.block)}
+
+    def forward(self, images: Tensor, frozen: Mapping[str, Tensor]) -> Output:
         """H(Theta adapted by phi(theta(x)))."""
         generated = self.generate(images)
-        tokens = self.vit.prefix(self.vit.prepare(images), self.block)
         lora = self.generator.split(generated["weights"])
-        adapted = self.vit.suffix(tokens, self.block, lora, self.scale)
+        adapted = self.vit.suffix(frozen["tokens"], self.block, lora, self.scale)
         return Output(self.head(adapted), adapted, generated)
 
     def shared(self) -> dict[str, Tensor]:
@@ -83,7 +86,7 @@ class FedLSCL(Client):
     def on_train_end(self) -> None:
         """Also compute FS, the features of the buffered samples and of those that would enter the buffer now."""
         super().on_train_end()
-        self.feature_set = self.observe(self.kept, lambda images: {"features": self.cnn(images)})["features"]
+        self.feature_set = self.observe(self.kept, lambda images: {"features": self.cnn(images.pixels)})["features"]
 
     def extras(self) -> dict[str, Tensor]:
         """FS (n, e)."""
@@ -117,56 +120,44 @@ class O2D(Server):
                 f"{', '.join(sorted(uploads)[:3]) or 'nothing'}; take fedlscl.server.FedAvg or Isolated"
             )
 
+    @abstractmethod
     def fuse(
-        self, clients: Mapping[int, Generator], seed: int, trainer: Callable[[], Trainer]
-    ) -> dict[int, tuple[Tensor, Tensor]]:
-        """Weight and bias for each student."""
-        raise NotImplementedError
+        self, index: int, uploads: Mapping[int, Upload], teachers: Statistics, seed: int, trainer: Callable[[], Trainer]
+    ) -> tuple[Tensor, Tensor]:
+        """Weight and bias for one student, given the sums over its teachers."""
 
     def aggregate(
         self, uploads: Mapping[int, Upload], clients: int, seed: int, trainer: Callable[[], Trainer]
     ) -> Answers:
         """A generator for each client that sent one; about the absent ones the server knows nothing."""
-        received = {
-            index: Generator(upload.tensors["weight"], upload.tensors["bias"], upload.tensors["features"])
-            for index, upload in uploads.items()
-        }
-        fused = self.fuse(received, seed, trainer)
-        own = {index: (client.weight, client.bias) for index, client in received.items()}
-        self.metrics = {
-            "objective_before": self._mean_objective(own, received),
-            "objective_after": self._mean_objective(fused, received),
-        }
-        return {index: {"weight": weight, "bias": bias} for index, (weight, bias) in fused.items()}
+        everyone = distillation.total(_generator(upload) for upload in uploads.values())
+        objectives = []
 
-    def _mean_objective(
-        self, students: Mapping[int, tuple[Tensor, Tensor]], received: Mapping[int, Generator]
-    ) -> float:
-        values = []
-        for index, (weight, bias) in students.items():
-            teachers = [client for other, client in received.items() if other != index]
-            own = received[index]
-            values.append(
-                o2d_objective(
-                    weight,
-                    bias,
-                    (own.weight, own.bias),
-                    [(teacher.weight, teacher.bias) for teacher in teachers],
-                    [teacher.features for teacher in teachers],
-                    self.strength,
-                )
-            )
-        return float(torch.stack(values).mean())
+        def answer(index: int) -> dict[str, Tensor]:
+            own = _generator(uploads[index])
+            teachers = distillation.others(everyone, own)
+            weight, bias = self.fuse(index, uploads, teachers, seed, trainer)
+            students = ((own.weight, own.bias), (weight, bias))
+            objectives.append([distillation.objective(own, teachers, *phi, self.strength) for phi in students])
+            before, after = torch.tensor(objectives).mean(dim=0).tolist()
+            self.metrics = {"objective_before": before, "objective_after": after}
+            return {"weight": weight, "bias": bias}
+
+        return OnDemand(uploads, answer)
+
+
+def _generator(upload: Upload) -> Generator:
+    return Generator(**upload.tensors)
 
 
 class ExactO2D(O2D):
     """O2D solved as the ridge regression that it is."""
 
     def fuse(
-        self, clients: Mapping[int, Generator], seed: int, trainer: Callable[[], Trainer]
-    ) -> dict[int, tuple[Tensor, Tensor]]:
-        """The minimisers of Eq. 5."""
-        return distillation.exact(clients, self.strength)
+        self, index: int, uploads: Mapping[int, Upload], teachers: Statistics, seed: int, trainer: Callable[[], Trainer]
+    ) -> tuple[Tensor, Tensor]:
+        """The minimiser of Eq. 5."""
+        return distillation.exact(_generator(uploads[index]), teachers, self.strength)
 
 
 class IterativeO2D(O2D):
@@ -193,17 +184,15 @@ class IterativeO2D(O2D):
         self.epochs, self.learning_rate, self.batch_size = epochs, learning_rate, batch_size
 
     def fuse(
-        self, clients: Mapping[int, Generator], seed: int, trainer: Callable[[], Trainer]
-    ) -> dict[int, tuple[Tensor, Tensor]]:
-        """The students after their fits; a client without teachers keeps its own generator."""
-        fused = {}
-        for index, own in clients.items():
-            teachers = [client for other, client in clients.items() if other != index]
-            student = Distillation(own, teachers, self, seeds.generator(seed, "distillation", index))
-            if teachers:
-                trainer().fit(student)
-            fused[index] = (student.weight.detach(), student.bias.detach())
-        return fused
+        self, index: int, uploads: Mapping[int, Upload], teachers: Statistics, seed: int, trainer: Callable[[], Trainer]
+    ) -> tuple[Tensor, Tensor]:
+        """The student after its fit; a client without teachers keeps its own generator."""
+        sent = [_generator(upload) for other, upload in uploads.items() if other != index]
+        rng = seeds.generator(seed, "distillation", index)
+        student = Distillation(_generator(uploads[index]), sent, self, rng)
+        if sent:
+            trainer().fit(student)
+        return student.weight.detach(), student.bias.detach()
 
 
 class Distillation(LightningModule):

@@ -5,6 +5,7 @@ With the server `Isolated` every client trains its head alone; with `FedAvg` and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -30,10 +31,13 @@ class FrozenViTClient(Client):
         """The head."""
         self.head = nn.Linear(vit.width, num_classes)
 
-    def forward(self, images: Tensor) -> Output:
+    def precompute(self, images: Tensor) -> dict[str, Tensor]:
+        """The frozen features (B, d)."""
+        return {"features": self.vit(images)}
+
+    def forward(self, images: Tensor, frozen: Mapping[str, Tensor]) -> Output:
         """The head on the frozen features."""
-        features = self.vit(images)
-        return Output(self.head(features), features)
+        return Output(self.head(frozen["features"]), frozen["features"])
 
     def shared(self) -> dict[str, Tensor]:
         """As `share` says."""

@@ -9,6 +9,7 @@ Logged: collaborate/cross_entropy, replay/cross_entropy, replay/features (lambda
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class SmallModelClient(Client):
         """E (B, e)."""
         return {"features": self.cnn(images)}
 
-    def forward(self, images: Tensor) -> Output:
+    def forward(self, images: Tensor, frozen: Mapping[str, Tensor]) -> Output:
         """The head on E."""
         generated = self.generate(images)
         features = generated["features"]
