@@ -92,7 +92,7 @@ class Experiment:
                 stack.enter_context(_locked(self.run_dir))
                 self._check_same_run()
                 if not finished.exists():
-                    federation = self._federation()
+                    federation = self.federation()
                     tracker = stack.enter_context(self._tracker(federation.store.progress))
             except (ValueError, OSError) as error:
                 raise ImpossibleRun(str(error)) from error
@@ -119,7 +119,8 @@ class Experiment:
                 f"({before[:12]}); put the same images in place or give another run_dir"
             )
 
-    def _federation(self) -> Federation:
+    def federation(self) -> Federation:
+        """Everything that takes part, as far as the run folder's checkpoint has come."""
         return Federation(
             schedule=self.schedule,
             client=self.client,

@@ -1,0 +1,547 @@
+"""Measure the engine. Each part prints a table; all compare side by side in one run, since machines drift.
+
+python experiments/bench.py [PART ...] [--threads N] [--json FILE]
+
+prefix        a client's round with the frozen blocks computed once for each image, and in every step
+replay        a replay step beside a collaborative step
+throughput    images a second of a client's round beside the same algorithm written plainly
+hardware      FLOP/s of a client's step beside those of a large matrix product
+framework     `fedlscl fit` beside the same training as a bare PyTorch loop
+distillation  exact O2D beside iterative O2D; exact O2D for 5, 50 and 500 clients
+clients       a client's round, memory and start-up for 5, 50 and 500 clients
+
+Images are noise and the large ViTs are untrained: neither changes the time. FLOPs are counted by torch, and a product
+and a sum are two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedlscl import distillation, seeds
+from fedlscl.cli import FederatedCLI, main
+from fedlscl.client import Client
+from fedlscl.data import Dataset, FederatedDataModule, ImageSet, Source
+from fedlscl.evaluation import MASKS
+from fedlscl.experiment import Experiment
+from fedlscl.messages import Received, TensorSpec, Upload
+from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL, IterativeO2D
+from fedlscl.trainer import RoundTrainer
+
+HERE = Path(__file__).parent
+Row = dict[str, Any]
+
+
+class Noise(Source):
+    """Random images."""
+
+    def __init__(self, classes: int = 16, train: int = 20, test: int = 10, size: int = 32) -> None:
+        self.classes, self.train, self.test, self.size = classes, train, test, size
+
+    def load(self, cache_dir: Path) -> Dataset:
+        """Draw them."""
+        rng = np.random.default_rng(0)
+
+        def draw(count: int) -> ImageSet:
+            labels = np.repeat(np.arange(self.classes), count)
+            return ImageSet(rng.integers(0, 256, (len(labels), 3, self.size, self.size), dtype=np.uint8), labels)
+
+        return Dataset("noise", draw(self.train), draw(self.test), tuple(map(str, range(self.classes))))
+
+
+class Configured(FederatedCLI):
+    """The command line up to the point where training would begin."""
+
+    def fit(self, model: Client, datamodule: FederatedDataModule) -> None:
+        """Keep the experiment."""
+        self.described = self.experiment(model, datamodule)
+
+
+# Like experiments/cifar100_small.yaml, with noise for images, fewer classes and an untrained ViT
+CIFAR = [
+    f"--config={HERE / 'cifar100_small.yaml'}",
+    *("--data.source=bench.Noise", "--data.split.tasks=2", "--federation.rounds=1"),
+    *("--data.split.private_classes=8", "--data.split.public_classes=8", "--data.source.classes=48"),
+    *("--backbone.pretrained=false", "--data.split.min_public_images=4", "--data.split.train_per_class=10"),
+]
+DIGITS = [f"--config={HERE / 'digits.yaml'}"]
+
+
+def experiment(words: Sequence[str], run_dir: str) -> Experiment:
+    """What the command line `fedlscl fit` makes of these words."""
+    return Configured(["fit", *words, f"--run_dir={run_dir}"]).described
+
+
+class Bench:
+    """One client with all it needs, warmed up by a round of task 1."""
+
+    def __init__(self, *words: str) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        described = experiment([*CIFAR, *words], self.folder.name)
+        self.federation = described.federation()
+        self.client = self.federation.visit(0)
+        self.client.begin_round(1, 1, 0)
+        self.fit()
+        self.number = 1
+
+    def fit(self, *callbacks: Callback) -> None:
+        """The fit of the round that the client has begun."""
+        trainer = self.federation.trainer(None)
+        trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
+        trainer.fit(self.client)
+
+    def begin(self) -> None:
+        """Begin one more round of task 2."""
+        self.number += 1
+        self.client.begin_round(2, self.number, 0)
+
+    def round(self) -> None:
+        """A round of task 2 as it is in a federation, with its evaluation."""
+        self.begin()
+        self.fit()
+        self.client.begin_evaluation(2)
+        self.federation.trainer(None).test(self.client, verbose=False)
+
+    @property
+    def trained_images(self) -> int:
+        """Images that went through the steps of the last round."""
+        return sum(len(samples) for _, samples in self.client.plan)
+
+
+def timed(*runs: Callable[[], object], repeat: int = 3) -> list[float]:
+    """Median seconds of each, taken in turn after one round to warm up."""
+    taken: list[list[float]] = [[] for _ in runs]
+    for number in range(repeat + 1):
+        for run, seconds in zip(runs, taken, strict=True):
+            start = time.perf_counter()
+            run()
+            if number:
+                seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds) for seconds in taken]
+
+
+def flops(run: Callable[[], object]) -> int:
+    """Floating-point operations of matrix products, convolutions and attention."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def matmul_flops(dtype: torch.dtype, device: str) -> float:
+    """FLOP/s of a large matrix product, the best of several."""
+    size = 8192 if device == "cuda" else 3072
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    best = 0.0
+    for _ in range(8):
+        start = time.perf_counter()
+        (a @ b).flatten()[0].item()
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+# ---------------------------------------------------------------------------------------------------- the parts
+
+
+def prefix() -> Iterator[Row]:
+    """Blocks 0 to b - 1 computed once for each image."""
+    models = {"ViT-Tiny/16, 160 px": [], "ViT-Small/16, 160 px": ["--backbone.name=vit_small_patch16_224"]}
+    for (name, words), block in itertools.product(models.items(), (3, 11)):
+        without, cached = (Bench(*words, f"--model.block={block}", f"--backbone.cache_mib={mib}") for mib in (0, 4096))
+        seconds = timed(without.round, cached.round)
+        counts = flops(without.round), flops(cached.round)
+        yield {
+            "ViT": name,
+            "block": block,
+            "s/round without": seconds[0],
+            "s/round cached": seconds[1],
+            "times faster": seconds[0] / seconds[1],
+            "GFLOP without": counts[0] / 1e9,
+            "GFLOP cached": counts[1] / 1e9,
+            "FLOP ratio": counts[0] / counts[1],
+        }
+
+
+class PhaseTimes(Callback):
+    """Seconds of every step, by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock."""
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop it."""
+        self.seconds[batch.phase].append(time.perf_counter() - self.start)
+
+
+def replay() -> Iterator[Row]:
+    """Steps of both phases with the same number of images, in the same rounds."""
+    for precision in ("32-true", "bf16-mixed"):
+        bench, times = Bench(f"--trainer.precision={precision}"), PhaseTimes()
+        for number in range(6):
+            bench.begin()
+            sizes = {phase: {len(s) for p, s in bench.client.plan if p == phase} for phase, _ in bench.client.plan}
+            bench.fit(*([times] if number else []))
+        collaborate, again = (statistics.median(times.seconds[phase]) for phase in ("collaborate", "replay"))
+        yield {
+            "precision": precision,
+            "images a step": "/".join(str(sorted(sizes[phase])) for phase in sizes),
+            "ms collaborate": 1e3 * collaborate,
+            "ms replay": 1e3 * again,
+            "ratio": again / collaborate,
+        }
+
+
+def plain_round(client: Client) -> None:
+    """The steps of a round as one would write them down: float32, the whole ViT in each step, torch's defaults."""
+    assert isinstance(client, FedLSCL)
+    optimizer = torch.optim.Adam(client.parameters(), lr=client.learning_rate)
+    client.train()
+    for batch in client.train_dataloader():
+        generated = client.generate(batch.images.pixels)
+        tokens = client.vit.prefix(client.vit.prepare(batch.images.pixels), client.block)
+        lora = client.generator.split(generated["weights"])
+        logits = client.head(client.vit.suffix(tokens, client.block, lora, client.scale))
+        loss = F.cross_entropy(logits.masked_fill(~client.seen_mask, -torch.inf), batch.images.labels)
+        if batch.phase == "replay":
+            for name, weight in (("features", 0.1), ("weights", 0.01)):
+                distances = (generated[name] - batch.snapshot[name]).square().sum(dim=1)
+                loss = loss + weight * (distances * batch.known).sum() / batch.known.sum().clamp(min=1)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+
+def throughput() -> Iterator[Row]:
+    """Training images a second."""
+    rows: dict[str, Bench] = {"plain, float32": Bench()}
+    for block in rows["plain, float32"].client.vit.vit.blocks:
+        block.attn.fused_attn = True  # as timm makes it
+    rows |= {f"fedlscl, {p}": Bench(f"--trainer.precision={p}") for p in ("32-true", "bf16-mixed")}
+
+    def run(name: str, bench: Bench) -> Callable[[], None]:
+        def one_round() -> None:
+            bench.begin()
+            if name.startswith("plain"):
+                plain_round(bench.client)
+            else:
+                bench.fit()
+
+        return one_round
+
+    bench = rows["plain, float32"]  # its snapshot, which the plain round does not take
+    bench.begin()
+    bench.fit()
+    seconds = timed(*(run(name, bench) for name, bench in rows.items()))
+    speeds = {name: bench.trained_images / taken for (name, bench), taken in zip(rows.items(), seconds, strict=True)}
+    for name, speed in speeds.items():
+        yield {"engine": name, "images/s": speed, "times plain": speed / speeds["plain, float32"]}
+
+
+def hardware() -> Iterator[Row]:
+    """A client's training steps, without evaluation."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = {"ViT-Tiny/16, 160 px": [], "ViT-Small/16, 224 px": ["--backbone.name=vit_small_patch16_224"]}
+    sizes["ViT-Small/16, 224 px"] += ["--backbone.image_size=224", "--cnn.image_size=64"]
+    if device == "cuda":
+        sizes["ViT-Giant/14, 224 px"] = ["--backbone.name=vit_giant_patch14_224", "--cnn.image_size=224"]
+        sizes["ViT-Giant/14, 224 px"] += ["--backbone.image_size=224", "--model.batch_size=128"]
+    for (name, words), precision in itertools.product(sizes.items(), ("32-true", "bf16-mixed")):
+        peak = matmul_flops(torch.float32 if precision == "32-true" else torch.bfloat16, device)
+        bench, times = Bench(*words, f"--trainer.precision={precision}"), PhaseTimes()
+        for _ in range(3):
+            times.seconds.clear()
+            bench.begin()
+            bench.fit(times)
+        seconds = sum(map(sum, times.seconds.values()))
+        bench.begin()
+        bench.client.on_train_end = lambda: None  # type: ignore[method-assign]
+        count = flops(bench.fit)
+        yield {
+            "ViT": name,
+            "precision": precision,
+            "ms a step": 1e3 * seconds / len(bench.client.plan),
+            "GFLOP/s": count / seconds / 1e9,
+            "GFLOP/s of a product": peak / 1e9,
+            "share": count / seconds / peak,
+        }
+
+
+def bare(described: Experiment) -> dict[str, list[list[float]]]:
+    """The whole federation as a bare loop: models in memory, no Trainer, messages, files, tracking or progress.
+
+    Returns:
+        The accuracies after the last round, by mask, client and task.
+    """
+    seed, server, clients = described.seed, described.server, []
+    assert isinstance(server, ExactO2D)
+    for index in range(len(described.data.split.clients)):
+        client = replace(described, run_dir=described.run_dir / str(index)).federation().visit(index)
+        client.trainer = RoundTrainer()  # for its precision alone
+        clients.append(client)
+        client.precomputed = clients[0].precomputed
+    accuracy: dict[str, list[list[float]]] = {}
+    rounds = described.schedule.rounds
+    for number in range(rounds * described.data.split.spec.tasks):
+        task, round = number // rounds + 1, number + 1
+        sent = {}
+        for client in clients:
+            client.begin_round(task, round, seed)
+            with seeds.seeded(seed, "fit", client.index, round):
+                optimizer = client.configure_optimizers()
+                client.on_train_start()
+                for batch in client.train_dataloader():
+                    losses = client.collaborative_losses if batch.phase == "collaborate" else client.replay_losses
+                    frozen = client.precomputed("train", batch.images.indices, torch.device("cpu"))
+                    loss = torch.stack(list(losses(client(batch.images.pixels, frozen), batch).values())).sum()
+                    optimizer.zero_grad()
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    optimizer.step()
+                client.on_train_end()
+            tensors = {key: tensor.detach().clone() for key, tensor in client.shared().items()}
+            sent[client.index] = distillation.Generator(**tensors, **client.extras())
+        everyone = distillation.total(sent.values())
+        accuracy = {mask: [] for mask in MASKS}
+        for client in clients:
+            teachers = distillation.others(everyone, sent[client.index])
+            answer = distillation.exact(sent[client.index], teachers, server.strength)
+            with torch.no_grad():
+                for tensor, value in zip(client.shared().values(), answer, strict=True):
+                    tensor.copy_(value)
+            client.begin_evaluation(task)
+            client.on_test_start()
+            with torch.inference_mode():
+                for images in client.test_dataloader():
+                    client.test_step(images, 0)
+            for mask, values in client.accuracy().items():
+                accuracy[mask].append(values)
+    return accuracy
+
+
+def framework() -> Iterator[Row]:
+    """The command with tracking and files, beside the bare loop; imports are common to both and not counted."""
+    yield compare("quickstart", DIGITS)
+    yield compare("CIFAR", [*CIFAR, "--data.split.private_classes=6", "--data.split.public_classes=10"])
+
+
+def compare(setting: str, words: list[str]) -> Row:
+    """One setting, three times each way."""
+    accuracies: dict[str, Any] = {}
+    numbers = itertools.count()
+    with tempfile.TemporaryDirectory() as folder:
+
+        def command() -> None:
+            run_dir = f"{folder}/{next(numbers)}"
+            main(["fit", *words, f"--run_dir={run_dir}"])
+            matrix = json.loads(Path(run_dir, "summary.json").read_text())["accuracy"]["seen"]["matrix"]
+            accuracies["command"] = [by_client[-1] for by_client in matrix]
+
+        def loop() -> None:
+            accuracies["loop"] = bare(experiment(words, f"{folder}/{next(numbers)}"))["seen"]
+
+        seconds = timed(command, loop, repeat=3)
+    return {
+        "setting": setting,
+        "s fedlscl fit": seconds[0],
+        "s bare loop": seconds[1],
+        "ratio": seconds[0] / seconds[1],
+        "same accuracies": accuracies["command"] == accuracies["loop"],
+    }
+
+
+WIDTH, OUTPUTS, FEATURES = 512, 3072, 800
+
+
+def uploads_on_disk(clients: int, folder: Path) -> Received:
+    """Uploads of generators and features of unit length, as a server receives them."""
+    received = Received()
+    schema = {
+        "weight": TensorSpec((OUTPUTS, WIDTH)),
+        "bias": TensorSpec((OUTPUTS,)),
+        "features": TensorSpec((FEATURES, WIDTH)),
+    }
+    rng = torch.Generator().manual_seed(0)
+    for index in range(clients):
+        tensors = {name: torch.randn(*spec.shape, generator=rng) for name, spec in schema.items()}  # type: ignore[arg-type]
+        tensors["weight"] *= 0.02
+        tensors["features"] = F.normalize(tensors["features"] + 2 * torch.randn(WIDTH, generator=rng), dim=1)
+        file = folder / f"{index}.safetensors"
+        file.write_bytes(Upload(index, 1, 1, 1, tensors).to_bytes())
+        received.add(index, file, schema)
+    return received
+
+
+def answer_all(server: ExactO2D | IterativeO2D, received: Received) -> float:
+    """Seconds for the answers to all clients."""
+    start = time.perf_counter()
+    answers = server.aggregate(received, len(received), 0, RoundTrainer)
+    for index in received:
+        answers[index]
+    return time.perf_counter() - start
+
+
+def distil(clients: int, threads: int) -> Row:
+    """One size of federation, in a process of its own."""
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        received = uploads_on_disk(clients, Path(folder))
+        answer_all(ExactO2D(), received) if clients < 50 else None
+        before = peak_mib()
+        seconds = answer_all(ExactO2D(), received)
+    return {"clients": clients, "ms per client": 1e3 * seconds / clients, "peak MiB": peak_mib(), "before": before}
+
+
+def distillation_() -> Iterator[Row]:
+    """Width 512, 3072 outputs, 800 features for each client."""
+    with tempfile.TemporaryDirectory() as folder:
+        received = uploads_on_disk(5, Path(folder))
+        exact, iterative = ExactO2D(), IterativeO2D()
+        answer_all(exact, received)
+        seconds = {"exact": answer_all(exact, received), "iterative": answer_all(iterative, received)}
+        for name, server in {"exact": exact, "iterative": iterative}.items():
+            yield {
+                "O2D": name,
+                "s for 5 clients": seconds[name],
+                "times faster": seconds["iterative"] / seconds[name],
+                "objective before": server.metrics["objective_before"],
+                "after": server.metrics["objective_after"],
+            }
+    for clients in (5, 50, 500):
+        yield in_a_process(distil, clients, torch.get_num_threads())
+
+
+def federate(clients: int, threads: int) -> Row:
+    """A federation of small clients, in a process of its own."""
+    torch.set_num_threads(threads)
+    words = [
+        *DIGITS,
+        *("--data.source=bench.Noise", "--data.source.classes=4", f"--data.source.train={8 * clients + 8}"),
+        *("--data.source.size=8", "--data.source.test=8", "--data.split.min_public_images=8"),
+        *("--data.split.private_classes=0", "--data.split.public_classes=4", "--data.split.tasks=2"),
+        *(f"--data.split.clients={clients}", "--tracking.wandb_mode=disabled", "--federation.rounds=2"),
+        f"--threads={threads}",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        federation = experiment(words, folder).federation()
+        started = time.perf_counter() - start
+        seconds = []
+        for result in federation.run(Quiet()):
+            federation.store.commit({"round": result.round})
+            seconds.append(sum(result.seconds.values()) / clients)
+    # the first round computes the frozen blocks
+    return {
+        "clients": clients,
+        "s start-up": started,
+        "ms per client-round": 1e3 * statistics.median(seconds[1:]),
+        "peak MiB": peak_mib(),
+    }
+
+
+class Quiet:
+    """A listener that does not listen."""
+
+    def visiting(self, task: int, round: int, client: int) -> None:
+        """Nothing."""
+
+    def visited(self) -> None:
+        """Nothing."""
+
+
+def clients() -> Iterator[Row]:
+    """8 images of each of 2 classes a task; 2 tasks of 2 rounds."""
+    for count in (5, 50, 500):
+        yield in_a_process(federate, count, torch.get_num_threads())
+
+
+def in_a_process(run: Callable[..., Row], *args: int) -> Row:
+    """The result of `run` in a fresh process, so that its peak of memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(run, args)
+
+
+def peak_mib() -> float:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+# --------------------------------------------------------------------------------------------------------- output
+
+
+def cell(value: object) -> str:
+    """Three digits that count."""
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and abs(value) < 1000
+        else (f"{value:.0f}" if isinstance(value, float) else str(value))
+    )
+
+
+def table(rows: list[Row]) -> str:
+    """Rows as Markdown; a new header where the columns change."""
+    lines = []
+    for columns, group in itertools.groupby(rows, key=lambda row: list(row)):
+        lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+        lines += ["| " + " | ".join(cell(row[c]) for c in columns) + " |" for row in group] + [""]
+    return "\n".join(lines)
+
+
+PARTS: dict[str, Callable[[], Iterator[Row]]] = {
+    "prefix": prefix,
+    "replay": replay,
+    "throughput": throughput,
+    "hardware": hardware,
+    "framework": framework,
+    "distillation": distillation_,
+    "clients": clients,
+}
+
+
+def run() -> None:
+    """Run the parts that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"all by default, or of {', '.join(PARTS)}")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
+    parser.add_argument("--json", type=Path, help="also write all figures here")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"no part {', '.join(sorted(unknown))}; parts: {', '.join(PARTS)}")
+    torch.set_num_threads(options.threads)
+    sys.argv[1:] = []  # what follows gives its own command lines
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{options.threads} threads"
+    machine = f"{platform.system()} {platform.machine()}, {device}, torch {torch.__version__}"
+    print(machine + "\n")
+    results: dict[str, list[Row]] = {}
+    for name in options.parts or PARTS:
+        results[name] = list(PARTS[name]())
+        print(f"{name}: {PARTS[name].__doc__}\n\n{table(results[name])}", flush=True)
+        if options.json:
+            options.json.write_text(json.dumps({"machine": machine, **results}, indent=1))
+
+
+if __name__ == "__main__":
+    run()
