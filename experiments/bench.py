@@ -80,9 +80,9 @@ class Configured(FederatedCLI):
 # Like experiments/cifar100_small.yaml, with noise for images, fewer classes and an untrained ViT
 CIFAR = [
     f"--config={HERE / 'cifar100_small.yaml'}",
-    *("--data.source=bench.Noise", "--data.split.tasks=2", "--federation.rounds=1"),
-    *("--data.split.private_classes=8", "--data.split.public_classes=8", "--data.source.classes=48"),
-    *("--backbone.pretrained=false", "--data.split.min_public_images=4", "--data.split.train_per_class=10"),
+    *("--data.source=bench.Noise", "--data.source.classes=40", "--data.source.test=5", "--backbone.pretrained=false"),
+    *("--data.split.private_classes=6", "--data.split.public_classes=10", "--data.split.min_public_images=2"),
+    *("--data.split.tasks=2", "--federation.rounds=1", "--seed_everything=0"),
 ]
 DIGITS = [f"--config={HERE / 'digits.yaml'}"]
 
@@ -345,7 +345,7 @@ def bare(described: Experiment) -> dict[str, list[list[float]]]:
 def framework() -> Iterator[Row]:
     """The command with tracking and files, beside the bare loop; imports are common to both and not counted."""
     yield compare("quickstart", DIGITS)
-    yield compare("CIFAR", [*CIFAR, "--data.split.private_classes=6", "--data.split.public_classes=10"])
+    yield compare("CIFAR", CIFAR)
 
 
 def compare(setting: str, words: list[str]) -> Row:

@@ -10,35 +10,40 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 MANIFEST = "state.json"
 _OURS = re.compile(r"[\w-]+\.\d+\.safetensors|\..+\.tmp")
 
 
-def write_atomically(path: Path, content: bytes, lasting: bool = True) -> None:
-    """Write `path` under a temporary name beside it, then rename: a reader sees the old file or the new one.
-
-    Args:
-        path: the file.
-        content: all of it.
-        lasting: wait until it would also survive a power failure.
-    """
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; what was written there then takes the place of `path` in one step."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            if lasting:
-                file.flush()
-                os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until what was written to `path` would also survive a power failure."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `path` so that a reader sees the old file or the new one, complete, whatever happens."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+        sync(temporary)
 
 
 def client_name(index: int) -> str:
@@ -83,21 +88,26 @@ class Store:
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors under `name`; they count once `commit` is called."""
-        path = self.put_aside(name, save({key: tensor.contiguous() for key, tensor in tensors.items()}))
+        path = self._path(name)
+        with replacing(path) as temporary:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
         self.files[name] = path.name
         self._unsaved.add(path)
 
     def put_aside(self, name: str, content: bytes) -> Path:
         """Write a file in the safetensors format that is there until the next `commit`, and return its path."""
-        path = self.folder / f"{name}.{self.version + 1}.safetensors"
-        write_atomically(path, content, lasting=False)
+        path = self._path(name)
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
         return path
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.{self.version + 1}.safetensors"
 
     def commit(self, progress: Mapping[str, Any]) -> None:
         """Make all that was written, and `progress`, the current state, in one step."""
         while self._unsaved:  # at the end, since a client's state is written twice in a round
-            with self._unsaved.pop().open("rb") as file:
-                os.fsync(file.fileno())
+            sync(self._unsaved.pop())
         self.version += 1
         self.progress = dict(progress)
         state = {"version": self.version, "files": self.files, "progress": self.progress}

@@ -65,18 +65,16 @@ class FederationProgress:
     ) -> None:
         self._progress.stop()
 
-    def update(self, task: int, round: int, client: int | None, phase_text: str = "") -> None:
-        """Say what is going on.
+    def update(self, task: int, round: int, client: int) -> None:
+        """Say which client is at work.
 
         Args:
             task: task being learned, from 1.
             round: round within the task, from 1.
-            client: the client at work; None for the server.
-            phase_text: what it does, such as "collaborate".
+            client: its number.
         """
-        who = "server" if client is None else f"client {client}"
-        where = f"task {task}/{self._tasks}  round {round}/{self._rounds}  {who}"
-        self._progress.update(self._bar, description=f"{where}  {phase_text}".rstrip())
+        where = f"task {task}/{self._tasks}  round {round}/{self._rounds}  client {client}"
+        self._progress.update(self._bar, description=where)
 
     def advance(self) -> None:
         """Count one client-round as done."""

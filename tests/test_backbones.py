@@ -63,6 +63,18 @@ def test_the_forward_pass_is_timms_own(name: str, args: dict[str, Any]) -> None:
         assert torch.equal(frozen.suffix(frozen.prefix(prepared, block), block), expected)
 
 
+@pytest.mark.parametrize("name", [NAME, "deit3_small_patch16_224"])
+def test_without_fused_attention_it_is_still_timms_model(name: str) -> None:
+    frozen = tiny_vit(name)
+    assert not any(block.attn.fused_attn for block in frozen.vit.blocks)
+    ours = timm.create_model(name, num_classes=0, img_size=16, **TINY).eval()
+    assert all(block.attn.fused_attn for block in ours.blocks)
+    ours.load_state_dict(frozen.vit.state_dict())
+    images = pictures(3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(images), ours(frozen.prepare(images)), rtol=1e-5, atol=1e-5)
+
+
 def test_the_tokens_are_those_that_enter_the_block() -> None:
     frozen = tiny_vit()
     entering: list[Tensor] = []

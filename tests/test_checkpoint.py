@@ -130,6 +130,20 @@ def test_reading_beside_a_run_changes_nothing(committed: Path) -> None:
 # --------------------------------------------------------------- killed on the way
 
 
+def test_what_is_put_aside_is_gone_after_the_round_and_after_a_kill(committed: Path) -> None:
+    store = Store(committed)
+    path = store.put_aside("upload-3", b"anything")
+    assert path.read_bytes() == b"anything"
+    store.write("client-0", numbers(5))
+    store.commit({"round": 2})
+    assert not path.exists()
+    assert value_of(store, "client-0") == 5
+    path = store.put_aside("upload-3", b"something else")
+    assert store.read("upload-3") is None  # it is no state
+    Store(committed)
+    assert not path.exists()
+
+
 def test_killed_between_write_and_commit(committed: Path) -> None:
     store = Store(committed)
     store.write("client-0", numbers(10))

@@ -139,7 +139,7 @@ def test_off_a_terminal_there_is_one_line_per_round_and_no_bar() -> None:
     with FederationProgress(2, 1, 2, console=console) as progress:
         for task in (1, 2):
             for client in (0, 1):
-                progress.update(task, 1, client, "collaborate")
+                progress.update(task, 1, client)
                 progress.advance()
             progress.round_done(f"task {task}/2  round 1/1  seen [71.2] %")
     assert printed(console).splitlines() == [
@@ -151,17 +151,17 @@ def test_off_a_terminal_there_is_one_line_per_round_and_no_bar() -> None:
 def test_on_a_terminal_the_bar_says_where_the_federation_stands() -> None:
     console = screen(terminal=True)
     with FederationProgress(3, 3, 5, completed=7, console=console) as progress:
-        progress.update(2, 1, 4, "[fit]")
+        progress.update(2, 1, 4)
         progress.advance()
         progress._progress.refresh()
-        assert "task 2/3  round 1/3  client 4  [fit]" in printed(console)
+        assert "task 2/3  round 1/3  client 4" in printed(console)
         assert "8/45" in printed(console)
         progress.round_done("round 4: seen 71.2 %")
-        progress.update(2, 1, None, "aggregate")
+        progress.update(2, 2, 0)
         progress._progress.refresh()
     text = printed(console)
-    assert "task 2/3  round 1/3  server  aggregate" in text
-    assert text.index("round 4: seen 71.2 %") < text.index("server  aggregate")
+    assert "task 2/3  round 2/3  client 0" in text
+    assert text.index("round 4: seen 71.2 %") < text.index("round 2/3  client 0")
 
 
 def test_a_resumed_bar_judges_its_speed_by_what_it_did_itself() -> None:

@@ -15,7 +15,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from fedlscl.checkpoint import Store
 from fedlscl.cli import main
 from fedlscl.client import Client
 from fedlscl.experiment import Experiment
@@ -83,17 +82,7 @@ def federation_of(experiment: Experiment, folder: Path, still: dict[int, set[str
         made.callbacks.append(Motion(still))
         return made  # type: ignore[no-any-return]
 
-    return Federation(
-        schedule=experiment.schedule,
-        client=experiment.client,
-        server=experiment.server,
-        data=experiment.data,
-        vit=experiment.vit,
-        cnn=experiment.cnn,
-        seed=experiment.seed,
-        store=Store(folder),
-        trainer=trainer,
-    )
+    return replace(experiment, trainer=trainer, run_dir=folder).federation()
 
 
 def private_values(federation: Federation) -> dict[str, bytes]:

@@ -31,6 +31,7 @@ from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL, IterativeO2D
 from fedlscl.methods.frozen_vit import FrozenViTClient
 from fedlscl.methods.small_model import SmallModelClient
 from fedlscl.server import FedAvg, Isolated, Server
+from fedlscl.trainer import RoundTrainer
 
 Make = Callable[..., Federation]
 
@@ -53,6 +54,24 @@ def test_equal_seeds_give_equal_runs(make: Make, wire: list[tuple[Message, bytes
         runs.append((results, contents(wire)))
     assert runs[0] == runs[1]
     assert runs[0][1] != runs[2][1]
+
+
+def test_mixed_precision_runs_to_the_same_numbers_again(make: Make) -> None:
+    def trainer(logger: Any = None) -> RoundTrainer:
+        made = RoundTrainer("cpu", precision="bf16-mixed")
+        made.logger = logger
+        return made
+
+    outcomes = []
+    for _ in range(2):
+        federation = make()
+        federation.trainer = trainer
+        outcomes.append(outcome(run(federation)))
+        kept = federation.precomputed("train", np.array([0]), torch.device("cpu"))
+        assert all(result[4] == {} for result in outcomes[-1])  # nobody was left out
+        assert federation.visit(0).generator.weight.dtype == kept["tokens"].dtype == torch.float32
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0] != outcome(run(make()))
 
 
 @pytest.mark.parametrize("server", [ExactO2D(), IterativeO2D(epochs=1)], ids=["exact", "iterative"])

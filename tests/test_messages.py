@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlscl.messages import AtMost, Download, Message, MessageError, Schema, TensorSpec, Upload
+from fedlscl.messages import AtMost, Download, Message, MessageError, Received, Schema, TensorSpec, Upload
 
 SCHEMA: Schema = {
     "weight": TensorSpec((2, 3)),
@@ -387,3 +388,23 @@ def test_a_specification_knows_its_largest_size() -> None:
     assert TensorSpec((AtMost(4), 3), torch.float64).max_bytes == 96
     assert TensorSpec((), torch.int64).max_bytes == 8
     assert TensorSpec.like(torch.zeros(2, 5, dtype=torch.int32)) == TensorSpec((2, 5), torch.int32)
+
+
+# ------------------------------------------------------------------- uploads on disk
+
+
+def test_received_uploads_are_read_and_checked_at_each_access(tmp_path: Path) -> None:
+    received, schema = Received(), {"x": TensorSpec((2,))}
+    assert not received
+    for client in (3, 1):
+        file = tmp_path / f"{client}"
+        file.write_bytes(Upload(client, 1, 4, 9, {"x": torch.full((2,), float(client))}).to_bytes())
+        received.add(client, file, schema)
+    assert list(received) == [3, 1]
+    assert len(received) == 2
+    assert 2 not in received
+    assert received[1].tensors["x"].tolist() == [1, 1]
+    assert [(u.client, u.samples) for u in received.values()] == [(3, 9), (1, 9)]
+    (tmp_path / "3").write_bytes(b"no upload")
+    with pytest.raises(MessageError, match="truncated or not in the safetensors format"):
+        received[3]

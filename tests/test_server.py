@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from fedlscl.messages import TensorSpec, Upload
-from fedlscl.server import FedAvg, Isolated, Server, average
+from fedlscl.server import FedAvg, Isolated, OnDemand, Server, average
 
 
 def no_trainer() -> Trainer:
@@ -134,3 +134,35 @@ def test_isolated_clients_send_nothing_and_get_no_answer() -> None:
 def test_a_server_has_no_numbers_of_its_own_before_it_has_worked() -> None:
     assert inspect.isabstract(Server)
     assert FedAvg().metrics == Isolated().metrics == {}
+
+
+def test_answers_on_demand_are_computed_when_asked_for() -> None:
+    computed = []
+
+    def answer(client: int) -> dict[str, Tensor]:
+        computed.append(client)
+        return {"x": torch.tensor(client)}
+
+    answers = OnDemand([4, 2], answer)
+    assert list(answers) == [4, 2]
+    assert len(answers) == 2
+    assert answers.get(3) is None
+    assert computed == []
+    assert answers[2]["x"] == 2
+    assert computed == [2]
+
+
+def test_the_mean_holds_one_model_at_a_time() -> None:
+    alive: set[int] = set()
+
+    class Model(dict[str, Tensor]):
+        def __init__(self, number: int) -> None:
+            super().__init__(x=torch.full((2,), float(number)))
+            self.number = number
+            alive.add(number)
+            assert len(alive) <= 2  # the one at hand and the next
+
+        def __del__(self) -> None:
+            alive.discard(self.number)
+
+    assert average((Model(number), 1) for number in range(9))["x"].tolist() == [4.0, 4.0]
