@@ -327,8 +327,7 @@ def bare(described: Experiment) -> dict[str, list[list[float]]]:
         everyone = distillation.total(sent.values())
         accuracy = {mask: [] for mask in MASKS}
         for client in clients:
-            teachers = distillation.others(everyone, sent[client.index])
-            answer = distillation.exact(sent[client.index], teachers, server.strength)
+            answer = distillation.Student(sent[client.index], everyone, server.strength).exact()
             with torch.no_grad():
                 for tensor, value in zip(client.shared().values(), answer, strict=True):
                     tensor.copy_(value)

@@ -26,8 +26,6 @@ from fedlscl.losses import masked_cross_entropy
 from fedlscl.messages import Download, Schema, TensorSpec, Upload
 from fedlscl.precomputed import Part, Precomputed
 
-EVALUATION_BATCH = 128
-
 Phase = Literal["collaborate", "replay"]
 
 
@@ -60,6 +58,7 @@ class Client(LightningModule, ABC):
         learning_rate: of Adam, whose moments start afresh in each round.
         epochs: passes over the current task's images in each round.
         batch_size: largest batch of both phases.
+        evaluation_batch_size: largest batch where nothing is trained; the larger, the more memory and, on a GPU, speed.
         train_mask: the classes that compete in the collaborative phase: of the current `task`, or all `seen` so far.
         buffer_size: M, the samples kept of each class; 0 for no buffer.
         selection: which samples those are.
@@ -83,6 +82,7 @@ class Client(LightningModule, ABC):
         learning_rate: float = 1e-3,
         epochs: int = 5,
         batch_size: int = 16,
+        evaluation_batch_size: int = 128,
         train_mask: Literal["task", "seen"] = "seen",
         buffer_size: int = 20,
         selection: Literal["lowest_loss", "herding", "random"] = "lowest_loss",
@@ -93,12 +93,14 @@ class Client(LightningModule, ABC):
             ("learning_rate", learning_rate, 0.0),
             ("epochs", epochs, 1),
             ("batch_size", batch_size, 2),  # batch normalisation cannot train on one image
+            ("evaluation_batch_size", evaluation_batch_size, 1),
             ("buffer_size", buffer_size, 0),
         ):
             if not value >= least:
                 raise ValueError(f"model.{name} is {value}, must be at least {least}")
         self.continual = continual
         self.learning_rate, self.epochs, self.batch_size = learning_rate, epochs, batch_size
+        self.evaluation_batch_size = evaluation_batch_size
         self.train_mask, self.buffer_size, self.selection = train_mask, buffer_size, selection
         self.snapshot = snapshot
         # Buffers follow the module to its device; these belong to one fit or test and to no state
@@ -254,7 +256,7 @@ class Client(LightningModule, ABC):
         self.eval()
         parts = []
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            for images in ImageBatches(self.data, "train", indices):
+            for images in ImageBatches(self.data, "train", indices, self.evaluation_batch_size):
                 outputs = compute(images._replace(pixels=images.pixels.to(self.device)))
                 parts.append({name: t.float().cpu() for name, t in outputs.items()})
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -294,7 +296,7 @@ class Client(LightningModule, ABC):
 
     def test_dataloader(self) -> ImageBatches:
         """Test images of all tasks up to the one that evaluation began with."""
-        return ImageBatches(self.data, self.data.split.evaluate_on, self.test_images)
+        return ImageBatches(self.data, self.data.split.evaluate_on, self.test_images, self.evaluation_batch_size)
 
     def on_test_start(self) -> None:
         """Put the frozen model where the client is."""
@@ -362,11 +364,11 @@ class TrainingBatches:
 
 
 class ImageBatches:
-    """Images and labels of some samples in their order, in large batches."""
+    """Images and labels of some samples in their order."""
 
-    def __init__(self, data: FederatedDataModule, part: Part, indices: Tensor) -> None:
+    def __init__(self, data: FederatedDataModule, part: Part, indices: Tensor, batch_size: int) -> None:
         self.data, self.part = data, part
-        self.batches = torch.split(indices, EVALUATION_BATCH)
+        self.batches = torch.split(indices, batch_size)
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -5,8 +5,13 @@ phi_j (transposed weight above bias), C_j = X_j^T X_j / n_j and G_j = C_j Phi_j,
 
     (sum_{j != i} C_j + lambda I) Phi = sum_{j != i} G_j + lambda Phi_i.
 
-The sums over all clients are shared by the students: take them once (`total`), take out each student's own part
-(`others`), solve. The cost grows with the number of clients, not its square, and the memory not at all.
+With the sums S = sum C_j, T = sum G_j and E = sum tr(Phi_j^T G_j) over all clients, student i included, and its step
+D = Phi - Phi_i away from its own generator, which agrees with itself on its own features, Eq. 5 is
+
+    f(D) = f(0) - 2 <D, R> + <D, (S - C_i + lambda I) D>,   R = T - S Phi_i,   f(0) = E - <Phi_i, T + R>,
+
+and the optimum solves (S - C_i + lambda I) D = R. So the sums are taken once (`total`), and a student needs no more
+of the other clients: the cost grows with the number of clients, not its square, and the memory not at all.
 
 Where the left side is badly conditioned (few features, a small lambda), a Cholesky factor would lose the step in
 rounding; the solution of least norm is then taken from the eigenvalues instead (`ridge`), at some ten times the cost.
@@ -31,12 +36,12 @@ class Generator(NamedTuple):
     features: Tensor  # (n, e)
 
 
-class Statistics(NamedTuple):
-    """What a client, or a sum of clients, contributes to Eq. 5, in float64."""
+class Sums(NamedTuple):
+    """What the clients contribute to Eq. 5, in float64."""
 
-    gram: Tensor  # (e + 1, e + 1), C
-    target: Tensor  # (e + 1, P), G
-    energy: Tensor  # (), tr(Phi^T C Phi): the mean square of the generated numbers of one sample
+    gram: Tensor  # (e + 1, e + 1), S
+    target: Tensor  # (e + 1, P), T
+    energy: Tensor  # (), E
 
 
 def matrix(weight: Tensor, bias: Tensor) -> Tensor:
@@ -44,18 +49,15 @@ def matrix(weight: Tensor, bias: Tensor) -> Tensor:
     return torch.cat([weight.T, bias[None]]).double()
 
 
-def statistics(client: Generator) -> Statistics:
-    """C_j, G_j and the mean square of what phi_j generates."""
-    x = torch.cat([client.features, torch.ones_like(client.features[:, :1])], dim=1).double()
-    phi = matrix(client.weight, client.bias)
-    gram = x.T @ x / len(x)
-    target = gram @ phi
-    return Statistics(gram, target, (phi * target).sum())
+def second_moments(features: Tensor) -> Tensor:
+    """C of features (n, e), (e + 1, e + 1) in float64."""
+    x = torch.cat([features, torch.ones_like(features[:, :1])], dim=1).double()
+    return x.T @ x / len(x)
 
 
-def total(clients: Iterable[Generator]) -> Statistics:
+def total(clients: Iterable[Generator]) -> Sums:
     """The sums over at least one client; goes through them once."""
-    parts = map(statistics, clients)
+    parts = map(_contribution, clients)
     sums = next(parts)
     for part in parts:
         for value, added in zip(sums, part, strict=True):
@@ -63,33 +65,47 @@ def total(clients: Iterable[Generator]) -> Statistics:
     return sums
 
 
-def others(everyone: Statistics, client: Generator) -> Statistics:
-    """The sums over the teachers of a client, from those over all clients."""
-    return Statistics(*(value - own for value, own in zip(everyone, statistics(client), strict=True)))
+def _contribution(client: Generator) -> Sums:
+    phi, gram = matrix(client.weight, client.bias), second_moments(client.features)
+    target = gram @ phi
+    return Sums(gram, target, (phi * target).sum())
 
 
-def exact(client: Generator, teachers: Statistics, strength: float) -> tuple[Tensor, Tensor]:
-    """The minimiser of Eq. 5 for one client.
+class Student:
+    """Eq. 5 of one client that is part of the sums.
 
     Args:
-        client: the student's own generator.
-        teachers: the sums over the other clients.
-        strength: lambda, not negative. With 0 the solution nearest to the client's own generator is taken.
-
-    Returns:
-        weight (P, e) and bias (P,), in the dtype of the client's generator.
+        own: the client's own generator and features.
+        everyone: the sums over all clients.
+        strength: lambda, not negative.
     """
-    phi = matrix(client.weight, client.bias)
-    # Solve for the step away from phi_i: then lambda -> infinity, or no teacher, gives phi_i itself without rounding
-    solution = phi + ridge(teachers.gram, teachers.target - teachers.gram @ phi, strength)
-    return solution[:-1].T.to(client.weight.dtype), solution[-1].to(client.bias.dtype)
 
+    def __init__(self, own: Generator, everyone: Sums, strength: float) -> None:
+        self._own, self._strength = own, strength
+        self._phi = matrix(own.weight, own.bias)
+        self._gram = everyone.gram - second_moments(own.features)
+        self._pull = everyone.target - everyone.gram @ self._phi
+        self._start = everyone.energy - (self._phi * (everyone.target + self._pull)).sum()
 
-def objective(client: Generator, teachers: Statistics, weight: Tensor, bias: Tensor, strength: float) -> float:
-    """Eq. 5 of a student with this weight and bias, from the sums over its teachers: no feature is gone through."""
-    phi = matrix(weight, bias)
-    distance = (phi * (teachers.gram @ phi - 2 * teachers.target)).sum() + teachers.energy
-    return float(distance + strength * (phi - matrix(client.weight, client.bias)).square().sum())
+    def exact(self) -> tuple[Tensor, Tensor]:
+        """The minimiser: weight (P, e) and bias (P,), in the dtype of the client's own.
+
+        With lambda = 0 it is the solution nearest to the client's own generator.
+        """
+        # Solving for the step, lambda -> infinity, or no teacher, gives phi_i itself without rounding
+        solution = self._phi + ridge(self._gram, self._pull, self._strength)
+        return solution[:-1].T.to(self._own.weight.dtype), solution[-1].to(self._own.bias.dtype)
+
+    def objective(self, weight: Tensor, bias: Tensor) -> float:
+        """Eq. 5 for this weight and bias."""
+        step = matrix(weight, bias) - self._phi
+        pulled = self._gram @ step + self._strength * step - 2 * self._pull
+        return float(self._start + (step * pulled).sum())
+
+    @property
+    def start(self) -> float:
+        """Eq. 5 for the client's own generator."""
+        return float(self._start)
 
 
 def ridge(gram: Tensor, target: Tensor, strength: float) -> Tensor:

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser
 
 from fedlscl import checkpoint
 from fedlscl.backbones import FrozenViT, SmallModelSpec
-from fedlscl.client import EVALUATION_BATCH, Client
+from fedlscl.client import Client
 from fedlscl.data import decode_image
 from fedlscl.splits import Split
 
@@ -47,8 +47,9 @@ def predict(run_dir: Path, images: Sequence[str], client: int = 0) -> list[Predi
     body = _load(run_dir, client, len(stored["classes"]))
     learned = sorted(label for task in split.clients[client].tasks for label in task.classes)
     logits = []
-    for first in range(0, len(images), EVALUATION_BATCH):
-        part = images[first : first + EVALUATION_BATCH]
+    size = body.evaluation_batch_size
+    for first in range(0, len(images), size):
+        part = images[first : first + size]
         pixels = torch.stack([torch.from_numpy(decode_image(Path(path), stored["image_size"])) for path in part])
         with torch.no_grad():
             logits.append(body(pixels, body.precompute(pixels)).logits[:, learned])

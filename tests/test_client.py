@@ -210,6 +210,18 @@ def test_accuracy_under_each_mask(body: FedLSCL) -> None:
     assert body.accuracy() == {"task": [50.0], "seen": [50.0], "none": [0.0]}
 
 
+def test_accuracy_does_not_depend_on_the_batches_of_the_evaluation(federation: Federation) -> None:
+    body = enter_client(federation, 0)
+    fit(body, 1, 1)
+    found = []
+    for size in (1, 3, 128):
+        body.evaluation_batch_size = size
+        body.begin_evaluation(2)
+        make_trainer().test(body, verbose=False)
+        found.append(body.accuracy())
+    assert found[0] == found[1] == found[2]
+
+
 def test_evaluation_changes_nothing(federation: Federation) -> None:
     body = enter_client(federation, 0)
     fit(body, 1, 1)
@@ -248,6 +260,7 @@ def test_a_download_reaches_the_live_tensors(tmp_path: Path, data: FederatedData
     [
         (FedLSCL, {"epochs": 0}, "model.epochs is 0"),
         (FedLSCL, {"batch_size": 1}, "model.batch_size is 1"),
+        (FedLSCL, {"evaluation_batch_size": 0}, "model.evaluation_batch_size is 0"),
         (FedLSCL, {"buffer_size": 0}, "model.buffer_size is 0"),
         (FedLSCL, {"buffer_size": -1}, "model.buffer_size is -1"),
         (FedLSCL, {"learning_rate": -0.1}, "model.learning_rate is -0.1"),

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlscl import distillation
-from fedlscl.distillation import Generator, Statistics, matrix, others, ridge, statistics, total
+from fedlscl.distillation import Generator, Student, matrix, ridge, second_moments, total
 from fedlscl.losses import o2d_objective
 from fedlscl.messages import Upload
 from fedlscl.methods.fed_lscl import ExactO2D, IterativeO2D
@@ -42,7 +41,7 @@ def federation(
 def exact(clients: Federation, strength: float) -> dict[int, tuple[Tensor, Tensor]]:
     """The solutions of all clients."""
     sums = total(clients.values())
-    return {index: distillation.exact(client, others(sums, client), strength) for index, client in clients.items()}
+    return {index: Student(client, sums, strength).exact() for index, client in clients.items()}
 
 
 def objective(clients: Federation, student: int, solution: tuple[Tensor, Tensor], strength: float) -> float:
@@ -237,7 +236,7 @@ def test_badly_conditioned_features(strength: float) -> None:
     decay = 10.0 ** -torch.arange(0, 12, 2).double()
     rotation = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(5)).double()).Q
     clients = {k: c._replace(features=(c.features * decay) @ rotation) for k, c in federation(count=40).items()}
-    gram = statistics(clients[0]).gram + statistics(clients[1]).gram
+    gram = second_moments(clients[0].features) + second_moments(clients[1].features)
     assert torch.linalg.cond(gram) > 1e12
     assert_optimal(clients, strength, tolerance=1e-4)
     for index, solution in exact(clients, strength).items():
@@ -290,35 +289,29 @@ def test_the_answer_has_the_uploads_dtype_and_leaves_it_alone() -> None:
 # ----------------------------------------------------------------- its parts
 
 
-def test_statistics_by_hand() -> None:
+def test_sums_by_hand() -> None:
     client = Generator(torch.tensor([[2.0]]), torch.tensor([1.0]), torch.tensor([[1.0], [3.0]]))
-    got = statistics(client)
-    assert isinstance(got, Statistics)
-    assert got.gram.tolist() == [[5, 2], [2, 1]]  # means of x x, x and 1
+    got = total(iter([client]))
+    assert got.gram.tolist() == second_moments(client.features).tolist() == [[5, 2], [2, 1]]  # means of x x, x and 1
     assert got.target.tolist() == [[12], [5]]  # means of x (2 x + 1) and 2 x + 1
-    assert matrix(client.weight, client.bias).tolist() == [[2], [1]]
     assert got.energy == 29  # mean of (2 x + 1)^2
+    assert matrix(client.weight, client.bias).tolist() == [[2], [1]]
     assert got.gram.dtype == got.target.dtype == got.energy.dtype == torch.float64
-
-
-def test_sums_go_through_the_clients_once_and_leave_one_out() -> None:
-    clients = federation(clients=4)
-    sums = total(iter(clients.values()))
-    for value, *parts in zip(sums, *map(statistics, clients.values()), strict=True):
-        torch.testing.assert_close(value, torch.stack(parts).sum(dim=0))
-    for value, wanted in zip(others(sums, clients[2]), total(clients[k] for k in (0, 1, 3)), strict=True):
-        torch.testing.assert_close(value, wanted)
+    for value, single in zip(total(iter([client] * 3)), got, strict=True):
+        assert torch.equal(value, 3 * single)
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.3])
-def test_the_objective_from_sums_is_that_of_eq_5(strength: float) -> None:
-    clients = federation(clients=4)
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_objective_from_sums_is_that_of_eq_5(strength: float, count: int) -> None:
+    clients = federation(clients=count)
     sums = total(clients.values())
     for index, client in clients.items():
-        teachers = others(sums, client)
-        for other in clients.values():
-            value = distillation.objective(client, teachers, other.weight, other.bias, strength)
-            assert value == pytest.approx(objective(clients, index, (other.weight, other.bias), strength), rel=1e-10)
+        student = Student(client, sums, strength)
+        assert student.start == pytest.approx(objective(clients, index, client[:2], strength), rel=1e-10, abs=1e-10)
+        for other in federation(clients=2, seed=9).values():
+            value = student.objective(other.weight, other.bias)
+            assert value == pytest.approx(objective(clients, index, other[:2], strength), rel=1e-10)
 
 
 def test_ridge_by_hand() -> None:

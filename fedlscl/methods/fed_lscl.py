@@ -31,7 +31,7 @@ from fedlscl.adapters import ParameterGenerator
 from fedlscl.backbones import FrozenViT, SmallModel, SmallModelSpec
 from fedlscl.client import Client
 from fedlscl.continual import Output
-from fedlscl.distillation import Generator, Statistics
+from fedlscl.distillation import Generator, Student
 from fedlscl.messages import AtMost, Schema, TensorSpec, Upload
 from fedlscl.server import Answers, OnDemand, Server
 
@@ -122,9 +122,9 @@ class O2D(Server):
 
     @abstractmethod
     def fuse(
-        self, index: int, uploads: Mapping[int, Upload], teachers: Statistics, seed: int, trainer: Callable[[], Trainer]
+        self, index: int, uploads: Mapping[int, Upload], student: Student, seed: int, trainer: Callable[[], Trainer]
     ) -> tuple[Tensor, Tensor]:
-        """Weight and bias for one student, given the sums over its teachers."""
+        """Weight and bias for one student."""
 
     def aggregate(
         self, uploads: Mapping[int, Upload], clients: int, seed: int, trainer: Callable[[], Trainer]
@@ -134,12 +134,10 @@ class O2D(Server):
         objectives = []
 
         def answer(index: int) -> dict[str, Tensor]:
-            own = _generator(uploads[index])
-            teachers = distillation.others(everyone, own)
-            weight, bias = self.fuse(index, uploads, teachers, seed, trainer)
-            students = ((own.weight, own.bias), (weight, bias))
-            objectives.append([distillation.objective(own, teachers, *phi, self.strength) for phi in students])
-            before, after = torch.tensor(objectives).mean(dim=0).tolist()
+            student = Student(_generator(uploads[index]), everyone, self.strength)
+            weight, bias = self.fuse(index, uploads, student, seed, trainer)
+            objectives.append([student.start, student.objective(weight, bias)])
+            before, after = torch.tensor(objectives, dtype=torch.float64).mean(dim=0).tolist()
             self.metrics = {"objective_before": before, "objective_after": after}
             return {"weight": weight, "bias": bias}
 
@@ -154,10 +152,10 @@ class ExactO2D(O2D):
     """O2D solved as the ridge regression that it is."""
 
     def fuse(
-        self, index: int, uploads: Mapping[int, Upload], teachers: Statistics, seed: int, trainer: Callable[[], Trainer]
+        self, index: int, uploads: Mapping[int, Upload], student: Student, seed: int, trainer: Callable[[], Trainer]
     ) -> tuple[Tensor, Tensor]:
         """The minimiser of Eq. 5."""
-        return distillation.exact(_generator(uploads[index]), teachers, self.strength)
+        return student.exact()
 
 
 class IterativeO2D(O2D):
@@ -184,15 +182,15 @@ class IterativeO2D(O2D):
         self.epochs, self.learning_rate, self.batch_size = epochs, learning_rate, batch_size
 
     def fuse(
-        self, index: int, uploads: Mapping[int, Upload], teachers: Statistics, seed: int, trainer: Callable[[], Trainer]
+        self, index: int, uploads: Mapping[int, Upload], student: Student, seed: int, trainer: Callable[[], Trainer]
     ) -> tuple[Tensor, Tensor]:
-        """The student after its fit; a client without teachers keeps its own generator."""
-        sent = [_generator(upload) for other, upload in uploads.items() if other != index]
+        """What the student is after its fit; a client without teachers keeps its own generator."""
+        teachers = [_generator(upload) for other, upload in uploads.items() if other != index]
         rng = seeds.generator(seed, "distillation", index)
-        student = Distillation(_generator(uploads[index]), sent, self, rng)
-        if sent:
-            trainer().fit(student)
-        return student.weight.detach(), student.bias.detach()
+        fit = Distillation(_generator(uploads[index]), teachers, self, rng)
+        if teachers:
+            trainer().fit(fit)
+        return fit.weight.detach(), fit.bias.detach()
 
 
 class Distillation(LightningModule):
