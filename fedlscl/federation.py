@@ -172,7 +172,10 @@ class Federation:
             body = self.visit(index)
             body.begin_round(result.task, result.round, self.seed)
             with seeds.seeded(self.seed, "fit", index, result.round):
-                self.trainer(logger).fit(body)
+                trainer = self.trainer(logger)
+                trainer.fit(body)
+            # A Trainer sits in reference cycles: it would keep Adam's moments until Python collects them some day
+            trainer.strategy.optimizers = []
             state = body.state()
             if broken := [n for n, t in state.items() if t.is_floating_point() and not bool(t.isfinite().all())]:
                 raise FloatingPointError(f"training diverged: '{broken[0]}' holds NaN or infinite values")

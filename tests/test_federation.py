@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,18 @@ def test_equal_seeds_give_equal_runs(make: Make, wire: list[tuple[Message, bytes
         runs.append((results, contents(wire)))
     assert runs[0] == runs[1]
     assert runs[0][1] != runs[2][1]
+
+
+def test_no_optimizer_outlives_its_fit(make: Make) -> None:
+    """Its moments are twice the model, and a federation is hundreds of fits."""
+    gc.collect()
+    gc.disable()
+    try:
+        run(make())
+        alive = [thing for thing in gc.get_objects() if type(thing) is torch.optim.Adam and thing.state]
+    finally:
+        gc.enable()
+    assert alive == []
 
 
 def test_mixed_precision_runs_to_the_same_numbers_again(make: Make) -> None:
