@@ -322,12 +322,14 @@ def bare(described: Experiment) -> dict[str, list[list[float]]]:
                     loss.backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
                 client.on_train_end()
-            tensors = {key: tensor.detach().clone() for key, tensor in client.shared().items()}
-            sent[client.index] = distillation.Generator(**tensors, **client.extras())
+            tensors = {key: tensor.detach().clone() for key, tensor in client.outgoing().items()}
+            sent[client.index] = distillation.Generator(**tensors)
         everyone = distillation.total(sent.values())
         accuracy = {mask: [] for mask in MASKS}
         for client in clients:
-            answer = distillation.Student(sent[client.index], everyone, server.strength).exact()
+            own = sent[client.index]
+            moments = distillation.second_moments(own.features)
+            answer = distillation.Student(own.weight, own.bias, moments, everyone, server.strength).exact()
             with torch.no_grad():
                 for tensor, value in zip(client.shared().values(), answer, strict=True):
                     tensor.copy_(value)

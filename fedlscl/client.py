@@ -49,9 +49,10 @@ class Batch(NamedTuple):
 class Client(LightningModule, ABC):
     """What the clients of all methods have in common: two phases, a buffer, state on disk, evaluation.
 
-    A method subclasses it with its networks (`build`), its forward pass, and what travels (`shared`, `extras`). The
-    object that a configuration builds holds settings only; `assemble` gives it networks, and `enter` makes it one
-    client or another, so that one object serves all clients in turn.
+    A method subclasses it with its networks (`build`), its forward pass, and what travels (`shared`; where that is not
+    all, `outgoing`, `download` and their schemas). The object that a configuration builds holds settings only;
+    `assemble` gives it networks, and `enter` makes it one client or another, so that one object serves all clients in
+    turn.
 
     Args:
         continual: what a round does against forgetting.
@@ -126,16 +127,24 @@ class Client(LightningModule, ABC):
         return {}
 
     def shared(self) -> dict[str, Tensor]:
-        """The live tensors that the server fuses and hands out, by name; none by default."""
+        """The live tensors with which all clients start alike, and which then travel, by name; none by default."""
         return {}
 
-    def extras(self) -> dict[str, Tensor]:
-        """What an upload holds besides `shared`; nothing by default."""
-        return {}
+    def outgoing(self) -> dict[str, Tensor]:
+        """The tensors of an upload; the shared ones by default."""
+        return self.shared()
 
-    def extras_schema(self) -> dict[str, TensorSpec]:
-        """What `extras` must look like."""
-        return {}
+    def upload_schema(self) -> Schema:
+        """What an upload must look like."""
+        return self.shared_schema()
+
+    def download(self, message: Download) -> None:
+        """Take over what the server answered: new values of the shared tensors by default."""
+        self.adopt(message.tensors)
+
+    def download_schema(self) -> Schema:
+        """What a download must look like."""
+        return self.shared_schema()
 
     # ---- identity and state
 
@@ -265,22 +274,17 @@ class Client(LightningModule, ABC):
 
     def upload(self) -> Upload:
         """What the server gets of this round."""
-        tensors = {**self.shared(), **self.extras()}
-        return Upload(self.index, self.memory.begun, self.round, len(self.current), tensors)
+        return Upload(self.index, self.memory.begun, self.round, len(self.current), self.outgoing())
 
-    def upload_schema(self) -> Schema:
-        """What an upload must look like."""
-        return {**self.download_schema(), **self.extras_schema()}
-
-    def download(self, message: Download) -> None:
-        """Take over what the server answered."""
+    def adopt(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make these the shared tensors."""
         shared = self.shared()
         with torch.no_grad():
-            for name, tensor in message.tensors.items():
+            for name, tensor in tensors.items():
                 shared[name].copy_(tensor)
 
-    def download_schema(self) -> Schema:
-        """What a download must look like."""
+    def shared_schema(self) -> Schema:
+        """What the shared tensors look like."""
         return {name: TensorSpec.like(tensor) for name, tensor in self.shared().items()}
 
     # ---- evaluation

@@ -21,7 +21,7 @@ Shapes: e feature width, P generated numbers per sample, n_j features of client 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -75,15 +75,17 @@ class Student:
     """Eq. 5 of one client that is part of the sums.
 
     Args:
-        own: the client's own generator and features.
+        weight: (P, e) of the client's own generator phi_i.
+        bias: (P,) of it.
+        moments: C_i (e + 1, e + 1) of the client's own features.
         everyone: the sums over all clients.
         strength: lambda, not negative.
     """
 
-    def __init__(self, own: Generator, everyone: Sums, strength: float) -> None:
-        self._own, self._strength = own, strength
-        self._phi = matrix(own.weight, own.bias)
-        self._gram = everyone.gram - second_moments(own.features)
+    def __init__(self, weight: Tensor, bias: Tensor, moments: Tensor, everyone: Sums, strength: float) -> None:
+        self._dtype, self._strength = weight.dtype, strength
+        self._phi = matrix(weight, bias)
+        self._gram = everyone.gram - moments
         self._pull = everyone.target - everyone.gram @ self._phi
         self._start = everyone.energy - (self._phi * (everyone.target + self._pull)).sum()
 
@@ -93,8 +95,18 @@ class Student:
         With lambda = 0 it is the solution nearest to the client's own generator.
         """
         # Solving for the step, lambda -> infinity, or no teacher, gives phi_i itself without rounding
-        solution = self._phi + ridge(self._gram, self._pull, self._strength)
-        return solution[:-1].T.to(self._own.weight.dtype), solution[-1].to(self._own.bias.dtype)
+        return self._moved(ridge(self._gram, self._pull, self._strength))
+
+    def path(self, strengths: Iterable[float]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The minimisers for other values of lambda, all positive, from one eigendecomposition."""
+        values, vectors = torch.linalg.eigh(self._gram)
+        pull = vectors.T @ self._pull
+        for strength in strengths:
+            yield self._moved(vectors @ (pull / (values.clamp(min=0) + strength)[:, None]))
+
+    def _moved(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        solution = self._phi + step
+        return solution[:-1].T.to(self._dtype), solution[-1].to(self._dtype)
 
     def objective(self, weight: Tensor, bias: Tensor) -> float:
         """Eq. 5 for this weight and bias."""

@@ -199,10 +199,13 @@ class Federation:
     def _answer_and_evaluate(self, index: int, answer: Mapping[str, Tensor] | None, result: RoundResult) -> None:
         body = self.visit(index)
         if answer is not None:
-            result.bytes_down[index] = self._deliver(body, index, answer, result.task, result.round)
-            self.store.write(client_name(index), body.state())
+            message = Download(index, result.task, result.round, 0, answer).to_bytes()
+            result.bytes_down[index] = len(message)
+            body.download(Download.from_bytes(message, body.download_schema()))
         body.begin_evaluation(result.task)
         self.trainer(None).test(body, verbose=False)
+        if answer is not None:  # only now, since a client may need its device to make up its mind about the answer
+            self.store.write(client_name(index), body.state())
         for mask, values in body.accuracy().items():
             result.accuracy[mask].append(values)
 
@@ -213,12 +216,8 @@ class Federation:
         if state is None:
             state = body.initial_state(seeds.derive(self.seed, "client", index))
             body.enter(index, self.data, self.precomputed, state)
-            self._deliver(body, index, self.handout, task=0, round=0)
+            message = Download(index, 0, 0, 0, self.handout).to_bytes()
+            body.adopt(Download.from_bytes(message, body.shared_schema()).tensors)
         else:
             body.enter(index, self.data, self.precomputed, state)
         return body
-
-    def _deliver(self, body: Client, index: int, tensors: Mapping[str, Tensor], task: int, round: int) -> int:
-        message = Download(index, task, round, 0, tensors).to_bytes()
-        body.download(Download.from_bytes(message, body.download_schema()))
-        return len(message)

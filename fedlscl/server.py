@@ -119,6 +119,20 @@ class FedAvg(Server):
         return dict.fromkeys(range(clients), mean)
 
 
+class Sum(Server):
+    """The sum of the clients' tensors, for those with a part in it: all that secure aggregation would let it see."""
+
+    def aggregate(
+        self, uploads: Mapping[int, Upload], clients: int, seed: int, trainer: Callable[[], Trainer]
+    ) -> Answers:
+        """One sum for all who sent something."""
+        sums: dict[str, Tensor] = {}
+        for upload in uploads.values():
+            for name, tensor in upload.tensors.items():
+                sums[name] = sums[name] + tensor if name in sums else tensor
+        return dict.fromkeys(uploads, sums)
+
+
 def average(models: Iterable[tuple[Mapping[str, Tensor], int]]) -> dict[str, Tensor]:
     """Tensor by tensor the weighted mean, summed up in float64; of integer tensors (counters) the maximum.
 

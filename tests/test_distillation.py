@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlscl.distillation import Generator, Student, matrix, ridge, second_moments, total
+from fedlscl.distillation import Generator, Student, Sums, matrix, ridge, second_moments, total
 from fedlscl.losses import o2d_objective
 from fedlscl.messages import Upload
 from fedlscl.methods.fed_lscl import ExactO2D, IterativeO2D
@@ -38,10 +38,14 @@ def federation(
     }
 
 
+def student_of(client: Generator, sums: Sums, strength: float) -> Student:
+    return Student(client.weight, client.bias, second_moments(client.features), sums, strength)
+
+
 def exact(clients: Federation, strength: float) -> dict[int, tuple[Tensor, Tensor]]:
     """The solutions of all clients."""
     sums = total(clients.values())
-    return {index: Student(client, sums, strength).exact() for index, client in clients.items()}
+    return {index: student_of(client, sums, strength).exact() for index, client in clients.items()}
 
 
 def objective(clients: Federation, student: int, solution: tuple[Tensor, Tensor], strength: float) -> float:
@@ -307,11 +311,23 @@ def test_the_objective_from_sums_is_that_of_eq_5(strength: float, count: int) ->
     clients = federation(clients=count)
     sums = total(clients.values())
     for index, client in clients.items():
-        student = Student(client, sums, strength)
+        student = student_of(client, sums, strength)
         assert student.start == pytest.approx(objective(clients, index, client[:2], strength), rel=1e-10, abs=1e-10)
         for other in federation(clients=2, seed=9).values():
             value = student.objective(other.weight, other.bias)
             assert value == pytest.approx(objective(clients, index, other[:2], strength), rel=1e-10)
+
+
+def test_one_eigendecomposition_serves_every_strength() -> None:
+    clients = federation(clients=4, dtype=torch.float32)
+    sums = total(clients.values())
+    strengths = (1e-6, 0.1, 1.0, 1e6)
+    for index, client in clients.items():
+        path = student_of(client, sums, 1.0).path(strengths)
+        for strength, (weight, bias) in zip(strengths, path, strict=True):
+            wanted_weight, wanted_bias = exact(clients, strength)[index]
+            torch.testing.assert_close(weight, wanted_weight, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(bias, wanted_bias, rtol=1e-5, atol=1e-6)
 
 
 def test_ridge_by_hand() -> None:

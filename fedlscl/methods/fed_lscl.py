@@ -88,15 +88,16 @@ class FedLSCL(Client):
         super().on_train_end()
         self.feature_set = self.observe(self.kept, lambda images: {"features": self.cnn(images.pixels)})["features"]
 
-    def extras(self) -> dict[str, Tensor]:
-        """FS (n, e)."""
+    def outgoing(self) -> dict[str, Tensor]:
+        """phi and FS (n, e)."""
         # in random order: that of the buffer would tell the server which features are of one class
         rng = seeds.generator(self.seed, "features", self.index, self.round)
-        return {"features": self.feature_set[torch.randperm(len(self.feature_set), generator=rng)]}
+        return {**self.shared(), "features": self.feature_set[torch.randperm(len(self.feature_set), generator=rng)]}
 
-    def extras_schema(self) -> dict[str, TensorSpec]:
+    def upload_schema(self) -> Schema:
         """FS holds at most M features of each class."""
-        return {"features": TensorSpec((AtMost(self.buffer_size * self.num_classes), self.generator.in_features))}
+        features = TensorSpec((AtMost(self.buffer_size * self.num_classes), self.generator.in_features))
+        return {**self.shared_schema(), "features": features}
 
 
 class O2D(Server):
@@ -134,7 +135,9 @@ class O2D(Server):
         objectives = []
 
         def answer(index: int) -> dict[str, Tensor]:
-            student = Student(_generator(uploads[index]), everyone, self.strength)
+            own = _generator(uploads[index])
+            moments = distillation.second_moments(own.features)
+            student = Student(own.weight, own.bias, moments, everyone, self.strength)
             weight, bias = self.fuse(index, uploads, student, seed, trainer)
             objectives.append([student.start, student.objective(weight, bias)])
             before, after = torch.tensor(objectives, dtype=torch.float64).mean(dim=0).tolist()

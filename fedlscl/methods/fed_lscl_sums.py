@@ -1,0 +1,119 @@
+"""Fed-LSCL without showing the server any client's generator or features: O2D solved by the clients from two sums.
+
+Eq. 5 is a ridge regression whose data are sums over the clients (`fedlscl.distillation`). So client i uploads only
+its terms C_i and G_i = C_i Phi_i; the server adds up, S = sum C_i and T = sum G_i, and sends the sums back; the client
+takes out its own terms and solves for itself. The solution is that of `ExactO2D` up to the rounding of the messages.
+A server that adds under secure aggregation learns S and T and nothing of a single client. (The sums are plain here:
+secure aggregation itself is the transport's business.)
+
+With `strength: auto` the client also chooses lambda: among the solutions for several values, its own generator
+(lambda -> infinity) included, it takes the one with the lowest cross-entropy on the samples of its own buffer, so
+that on them an aggregation never hurts. The paper has neither.
+
+Logged: as Fed-LSCL, without the server's objectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fedlscl.backbones import FrozenViT, SmallModelSpec
+from fedlscl.distillation import Student, Sums, matrix, second_moments
+from fedlscl.losses import masked_cross_entropy
+from fedlscl.messages import Download, Schema, TensorSpec
+from fedlscl.methods.fed_lscl import FedLSCL
+
+STRENGTHS = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
+
+
+class FedLSCLSums(FedLSCL):
+    """A client of Fed-LSCL that solves one-by-one distillation itself.
+
+    Args:
+        strength: lambda, or `auto` to choose it anew in each round.
+        **kwargs: settings of `FedLSCL`.
+    """
+
+    moments: Tensor  # (e + 1, e + 1) float64, C_i of the last upload
+
+    def __init__(self, strength: float | Literal["auto"] = "auto", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if strength != "auto" and not strength > 0:
+            raise ValueError(f"model.strength is {strength}, must be positive or auto")
+        self.strength = strength
+        self.answer: Mapping[str, Tensor] = {}
+
+    def build(self, vit: FrozenViT, cnn: SmallModelSpec, cnn_name: str, num_classes: int) -> None:
+        """theta, phi and H, and room for C_i."""
+        super().build(vit, cnn, cnn_name, num_classes)
+        size = cnn.features + 1
+        self.moments = torch.zeros(size, size, dtype=torch.float64)  # no buffer: some devices have no float64
+
+    def state(self) -> dict[str, Tensor]:
+        """Also C_i, which belongs to what was uploaded."""
+        return {**super().state(), "moments": self.moments}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Also C_i."""
+        super().load(state)
+        self.moments = state["moments"]
+
+    def on_train_end(self) -> None:
+        """Also compute C_i."""
+        super().on_train_end()
+        self.moments = second_moments(self.feature_set)
+
+    def outgoing(self) -> dict[str, Tensor]:
+        """C_i and G_i."""
+        with torch.no_grad():
+            target = self.moments @ matrix(self.generator.weight, self.generator.bias)
+        return {"gram": self.moments.float(), "target": target.float()}
+
+    def upload_schema(self) -> Schema:
+        """Matrices of e + 1 rows."""
+        size = len(self.moments)
+        return {"gram": TensorSpec((size, size)), "target": TensorSpec((size, self.generator.out_features))}
+
+    def download_schema(self) -> Schema:
+        """S and T are as large as C_i and G_i."""
+        return self.upload_schema()
+
+    def download(self, message: Download) -> None:
+        """Keep S and T until the device is at hand."""
+        self.answer = message.tensors
+
+    def on_test_start(self) -> None:
+        """Solve for the generator before its first use."""
+        super().on_test_start()
+        if self.answer:
+            self._solve(Sums(self.answer["gram"].double(), self.answer["target"].double(), torch.zeros(())))
+            self.answer = {}
+
+    def _solve(self, everyone: Sums) -> None:
+        weight, bias = self.generator.weight.detach().cpu(), self.generator.bias.detach().cpu()
+        # what was added to the sums had been rounded
+        own = self.moments.float().double()
+        fixed = 1.0 if self.strength == "auto" else self.strength
+        student = Student(weight, bias, own, everyone, fixed)
+        if self.strength != "auto":
+            self._adopt(*student.exact())
+            return
+        best, lowest = (weight.clone(), bias.clone()), self._loss()
+        for solution in student.path(STRENGTHS):
+            self._adopt(*solution)
+            if (loss := self._loss()) < lowest:
+                best, lowest = solution, loss
+        self._adopt(*best)
+
+    def _adopt(self, weight: Tensor, bias: Tensor) -> None:
+        self.adopt({"weight": weight, "bias": bias})
+
+    def _loss(self) -> float:
+        """Mean cross-entropy among the seen classes on the buffer and on what would enter it now."""
+        logits = self.observe(self.kept, self._classify)["logits"]
+        seen = self._class_mask(0, self.memory.begun)
+        return float(masked_cross_entropy(logits, self._labels(self.kept), seen))
