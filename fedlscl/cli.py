@@ -18,7 +18,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from rich import box
 from rich.console import Console
@@ -93,6 +93,13 @@ class FederatedCLI(LightningCLI):
             "--threads", type=int | None, help="CPU threads of torch; sums may differ in the last bit between counts"
         )
         parser.link_arguments("seed_everything", "data.seed")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and refuse a seed that generators cannot take."""
+        super().parse_arguments(parser, args)
+        seed = self.config[self.config.subcommand].seed_everything
+        if not 0 <= seed < 2**32:
+            sys.exit(f"fedlscl: seed_everything is {seed}, must be a whole number from 0 to {2**32 - 1}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A fresh Trainer with the configured settings."""
