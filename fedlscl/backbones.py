@@ -141,13 +141,20 @@ class SmallModelSpec:
 
 
 class SmallModel(nn.Module):
-    """theta: a CNN that maps an image to a feature vector of unit length (Fed-LSCL, Eq. 2)."""
+    """theta: a CNN that maps an image to a feature vector.
+
+    Args:
+        spec: width of the features, size of the images, and how the CNN is made.
+        name: a CNN of timm.
+        unit_length: scale every feature vector to L2 norm 1 (Fed-LSCL, Eq. 2).
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, spec: SmallModelSpec, name: str) -> None:
+    def __init__(self, spec: SmallModelSpec, name: str, unit_length: bool = True) -> None:
         super().__init__()
+        self.unit_length = unit_length
         self.image_size = spec.image_size
         self.backbone = _create("cnn", name, spec.pretrained, spec.model_args)
         width = _feature_width(self.backbone, name, spec.image_size)
@@ -157,11 +164,12 @@ class SmallModel(nn.Module):
         self.register_buffer("std", torch.tensor(statistics["std"]).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features E (B, e) of unit L2 norm, from uint8 images (B, 3, H, W)."""
+        """Features E (B, e) in float32, from uint8 images (B, 3, H, W)."""
         x = (resize(images, self.image_size) - self.mean) / self.std
         if x.is_cuda:  # on a CPU it was measured to be slower
             x = x.contiguous(memory_format=torch.channels_last)
-        return F.normalize(self.project(self.backbone(x)).float(), dim=1)
+        features: Tensor = self.project(self.backbone(x)).float()
+        return F.normalize(features, dim=1) if self.unit_length else features
 
 
 def resize(images: Tensor, size: int) -> Tensor:

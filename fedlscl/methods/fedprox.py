@@ -1,0 +1,60 @@
+"""FedProx (Li et al., 2020): FedAvg whose clients are held to the model with which the round began.
+
+Objective: CE(z, y; C(i, n)) + mu / 2 ||w - w_g||^2, where w_g are the parameters at the start of the round (no running
+statistics), and the norm runs over all of them. mu = 0 is FedAvg, bit for bit.
+
+Aggregation and what travels: as FedAvg.
+
+mu = 0.01 is the default of the published optimizer class (its command line has 0). The publication uses SGD; under
+Adam the pull is rescaled like every gradient, so that values of mu cannot be compared with those of SGD papers. A port
+with the norm in place of its square is another method.
+
+Logged: collaborate/cross_entropy, collaborate/proximal (mu / 2 ||w - w_g||^2).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedlscl.client import Batch
+from fedlscl.continual import Output
+from fedlscl.methods.fedavg import FedAvgClient
+
+
+class FedProxClient(FedAvgClient):
+    """FedAvg's client with a proximal term.
+
+    Args:
+        mu: weight of the proximal term.
+        **kwargs: settings of every client, see `Client`.
+    """
+
+    def __init__(self, mu: float = 0.01, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not mu >= 0:
+            raise ValueError(f"model.mu is {mu}, must not be negative")
+        self.mu = mu
+
+    def on_train_start(self) -> None:
+        """Note the parameters of the model that was received."""
+        super().on_train_start()
+        self.received = [parameter.detach().clone() for parameter in self.parameters()]
+
+    def collaborative_losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy and the proximal term."""
+        pull = proximal(list(self.parameters()), self.received)
+        return {**super().collaborative_losses(output, batch), "proximal": self.mu / 2 * pull}
+
+    def replay_losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
+        """Those of the continual strategy and the proximal term."""
+        pull = proximal(list(self.parameters()), self.received)
+        return {**super().replay_losses(output, batch), "proximal": self.mu / 2 * pull}
+
+
+def proximal(parameters: list[torch.nn.Parameter], received: list[Tensor]) -> Tensor:
+    """||w - w_g||^2 over all parameters, a scalar."""
+    distances = [(now - before).square().sum() for now, before in zip(parameters, received, strict=True)]
+    return torch.stack(distances).sum()

@@ -1,0 +1,29 @@
+"""Joint training: the small model on all clients' images of all tasks at once, an upper bound for who must not.
+
+Objective: CE(z, y) over all classes of the federation, on the union of all training images; every round goes over it
+`epochs` times. There is nothing to aggregate and nothing travels, since every client trains a joint model of its own,
+from its own start: the accuracies are the mean over as many joint models as there are clients, each on one client's
+test images. A run therefore costs as many times the work of one joint model.
+
+It breaks what a federation is for, and is here to be compared with.
+
+Logged: collaborate/cross_entropy.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fedlscl.methods.fedavg import FedAvgClient
+
+
+class JointClient(FedAvgClient):
+    """A small model that sees everything; for the settings see `Client`."""
+
+    def begin_round(self, task: int, round: int, seed: int) -> None:
+        """Every image of every client and task is current, every class competes."""
+        super().begin_round(task, round, seed)
+        everyone = [part for client in self.data.split.clients for part in client.tasks]
+        self.current = torch.cat([torch.as_tensor(part.train) for part in everyone])
+        self.current_mask = self.seen_mask = torch.ones(self.num_classes, dtype=torch.bool)
+        self.plan = self._plan()

@@ -1,0 +1,116 @@
+"""FedAvg, FedProx and joint training of the small model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import copy_of, enter_client, fit, make_client, outcome, parameters, run, same
+from torch import Tensor, nn
+
+from fedlscl.backbones import FrozenViT, SmallModelSpec
+from fedlscl.client import Client
+from fedlscl.continual import NoReplay
+from fedlscl.federation import Federation
+from fedlscl.messages import Message, Upload
+from fedlscl.methods.fedavg import FedAvgClient
+from fedlscl.methods.fedprox import FedProxClient, proximal
+from fedlscl.methods.joint import JointClient
+from fedlscl.server import FedAvg, Isolated
+
+Make = Callable[..., Federation]
+
+
+def client(kind: type[Client], **settings: Any) -> Client:
+    return make_client(kind, **{"continual": NoReplay(), "train_mask": "task", **settings})
+
+
+@pytest.mark.parametrize("classes", [100, 200])
+def test_a_message_has_the_bytes_of_the_formula(vit: FrozenViT, classes: int) -> None:
+    cnn = SmallModelSpec("resnet18", 512, 32)
+    body = client(FedAvgClient).assemble(vit, cnn, "resnet18", classes)
+    wanted = 4 * (11_176_512 + 513 * classes + 9_600) + 160
+    assert sum(tensor.nbytes for tensor in body.outgoing().values()) == wanted
+    assert body.upload_schema() == body.download_schema()
+
+
+def test_the_features_are_raw(vit: FrozenViT) -> None:
+    body = client(FedAvgClient).assemble(vit, SmallModelSpec("resnet18", 512, 32), "resnet18", 4)
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    output = body(images, {})
+    assert not torch.allclose(output.representation.norm(dim=1), torch.ones(2), atol=0.05)
+    torch.testing.assert_close(output.logits, body.head(output.representation))
+
+
+def test_after_a_round_all_clients_are_the_weighted_mean(make: Make, wire: list[tuple[Message, bytes]]) -> None:
+    federation = make(client=client(FedAvgClient), server=FedAvg())
+    run(federation)
+    last = [m for m, _ in wire if isinstance(m, Upload) and m.round == 2]
+    weights = torch.tensor([float(m.samples) for m in last])
+    for name, tensor in enter_client(federation, 0).shared().items():
+        sent = torch.stack([m.tensors[name] for m in last])
+        if sent.is_floating_point():
+            mean = (weights.view(-1, *[1] * (sent.ndim - 1)) * sent).sum(0) / weights.sum()
+            torch.testing.assert_close(tensor.detach(), mean, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(tensor, sent.amax(0))
+    states = [copy_of(enter_client(federation, index).shared()) for index in range(3)]
+    assert same(states[0], states[1])
+    assert same(states[0], states[2])
+
+
+def test_without_its_term_fedprox_is_fedavg_to_the_last_bit(make: Make) -> None:
+    one = make(client=client(FedAvgClient), server=FedAvg())
+    two = make(client=client(FedProxClient, mu=0.0), server=FedAvg())
+    assert outcome(run(one)) == outcome(run(two))
+    for index in range(3):
+        assert same(enter_client(one, index).state(), copy_of(enter_client(two, index).state()))
+
+
+def test_the_gradient_of_the_proximal_term_is_the_way_back() -> None:
+    now = [nn.Parameter(torch.tensor([3.0, -1.0])), nn.Parameter(torch.tensor([[2.0]]))]
+    before = [torch.tensor([1.0, -1.0]), torch.tensor([[5.0]])]
+    mu = 0.5
+    value = mu / 2 * proximal(now, before)
+    assert float(value.detach()) == 0.25 * (4 + 9)
+    gradients = torch.autograd.grad(value, now)
+    assert [g.flatten().tolist() for g in gradients] == [[mu * 2, 0], [mu * -3]]
+    assert proximal(now, [parameter.detach() for parameter in now]).item() == 0
+
+
+def test_a_strong_pull_keeps_the_model_near_where_the_round_began(make: Make) -> None:
+    moved = []
+    for mu in (0.0, 100.0):
+        body = enter_client(make(client=client(FedProxClient, mu=mu, epochs=4), server=FedAvg()), 0)
+        before = parameters(body)
+        fit(body, 1, 1)
+        moved.append(float(proximal(list(body.parameters()), list(before.values()))))
+    assert moved[1] < 0.5 * moved[0]
+
+
+def test_a_negative_mu_is_named() -> None:
+    with pytest.raises(ValueError, match=r"model\.mu is -1, must not be negative"):
+        client(FedProxClient, mu=-1)
+
+
+def test_joint_training_sees_every_image_and_every_class(make: Make, wire: list[tuple[Message, bytes]]) -> None:
+    federation = make(client=client(JointClient, buffer_size=0), server=Isolated())
+    everything = [part for one in federation.data.split.clients for part in one.tasks]
+    wanted = sorted(index for part in everything for index in part.train.tolist())
+    for index, task in ((0, 1), (2, 2)):
+        body = enter_client(federation, index)
+        body.begin_round(task, task, 0)
+        seen: list[int] = [i for batch in body.train_dataloader() for i in batch.images.indices.tolist()]
+        assert sorted(seen) == wanted
+        assert bool(body.seen_mask.all())
+    body = enter_client(federation, 0)
+    fit(body, 1, 1)
+    head: Tensor = body.head.weight.detach().clone()
+    fit(body, 1, 2)
+    used = {label for part in everything for label in part.classes}
+    assert all(bool((body.head.weight[label] != head[label]).any()) for label in used)
+    wire.clear()
+    assert all(result.bytes_up == result.bytes_down == {} for result in run(federation))
+    assert [message for message, _ in wire if message.round > 0] == []
