@@ -77,7 +77,7 @@ def test_the_gradient_of_the_proximal_term_is_the_way_back() -> None:
     assert float(value.detach()) == 0.25 * (4 + 9)
     gradients = torch.autograd.grad(value, now)
     assert [g.flatten().tolist() for g in gradients] == [[mu * 2, 0], [mu * -3]]
-    assert proximal(now, [parameter.detach() for parameter in now]).item() == 0
+    assert proximal(now, [parameter.detach() for parameter in now]).detach() == 0
 
 
 def test_a_strong_pull_keeps_the_model_near_where_the_round_began(make: Make) -> None:
@@ -86,7 +86,7 @@ def test_a_strong_pull_keeps_the_model_near_where_the_round_began(make: Make) ->
         body = enter_client(make(client=client(FedProxClient, mu=mu, epochs=4), server=FedAvg()), 0)
         before = parameters(body)
         fit(body, 1, 1)
-        moved.append(float(proximal(list(body.parameters()), list(before.values()))))
+        moved.append(float(proximal(list(body.parameters()), list(before.values())).detach()))
     assert moved[1] < 0.5 * moved[0]
 
 
