@@ -27,6 +27,7 @@ from fedlscl.evaluation import MASKS
 from fedlscl.messages import Download, MessageError, Received, Upload
 from fedlscl.precomputed import Precomputed
 from fedlscl.server import Answers, Server
+from fedlscl.trainer import fit_once
 
 log = logging.getLogger(__name__)
 
@@ -156,8 +157,10 @@ class Federation:
                     seed = seeds.derive(self.seed, "aggregate", result.round)
                     answers = self.server.aggregate(uploads, self.clients, seed, lambda: self.trainer(None))
             for index in range(self.clients):
-                with result.timed("aggregate"):
-                    answer = answers.get(index)
+                answer = None
+                if index in answers:
+                    with result.timed("aggregate"):
+                        answer = answers[index]
                 with result.timed("evaluate"):
                     self._answer_and_evaluate(index, answer, result)
             result.server = dict(self.server.metrics) if uploads else {}
@@ -172,10 +175,7 @@ class Federation:
             body = self.visit(index)
             body.begin_round(result.task, result.round, self.seed)
             with seeds.seeded(self.seed, "fit", index, result.round):
-                trainer = self.trainer(logger)
-                trainer.fit(body)
-            # A Trainer sits in reference cycles: it would keep Adam's moments until Python collects them some day
-            trainer.strategy.optimizers = []
+                fit_once(self.trainer(logger), body)
             state = body.state()
             if broken := [n for n, t in state.items() if t.is_floating_point() and not bool(t.isfinite().all())]:
                 raise FloatingPointError(f"training diverged: '{broken[0]}' holds NaN or infinite values")

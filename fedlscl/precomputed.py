@@ -24,16 +24,17 @@ Part = Literal["train", "test"]
 class Precomputed:
     """The outputs of `compute` for the images of a federation, each computed when it is first asked for.
 
-    Images are computed in groups that the split alone determines, not in the batches that ask for them. A kernel may
+    What is kept is computed in groups that the split alone determines, not in the batches that ask for it. A kernel may
     round differently in a batch of another size, and no number may depend on what a run, resumed or not, has computed
     before. The outputs live in the memory of the device that asks, no longer than the process, so they cannot be
-    older than the model and the images they were computed from. Under autocast they are kept in its dtype.
+    older than the model and the images they were computed from, and are computed anew under another precision.
 
     Args:
         data: the images and their split, set up.
         compute: uint8 images (B, 3, H, W) to outputs (B, ...) by name, depending on the images alone.
         limit_mib: memory that the outputs may take. The images that come first in the split, training before test
-            images and task by task, are kept; the others are computed whenever they are asked for.
+            images and task by task, are kept for good; the others are computed whenever they are asked for, in the
+            batch that asks.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class Precomputed:
     def __call__(self, part: Part, indices: NDArray[np.int64], device: torch.device) -> dict[str, Tensor]:
         """The outputs for images of one part, (B, ...) each by name, on `device`."""
         self._begin(device)
+        if not self._kept:
+            return {}
         rows = self._rows[part][indices]
         beyond = (rows < 0) | (rows >= self._capacity)
         for number in np.unique(np.searchsorted(self._ends, rows[~beyond], side="right") - 1):
@@ -78,10 +81,10 @@ class Precomputed:
         belongs_to = (device, _autocast_dtype(device))
         if belongs_to == self._belongs_to:
             return
-        self._belongs_to = belongs_to
+        self._belongs_to, self._kept = belongs_to, {}
         part, group = self._groups[0]
         like = self._outputs(part, group[:1], device)
-        size = sum(outputs[0].nbytes for outputs in like.values())
+        size = max(1, sum(outputs[0].nbytes for outputs in like.values()))
         whole = self._ends[self._ends * size <= self._limit]  # groups are kept as a whole
         self._capacity = int(whole[-1])
         self._done = np.zeros(len(self._groups), dtype=bool)
@@ -97,10 +100,8 @@ class Precomputed:
 
     def _outputs(self, part: Part, indices: NDArray[np.int64], device: torch.device) -> dict[str, Tensor]:
         images, _ = self._data.batch(part, indices)
-        dtype = _autocast_dtype(device)
         with torch.no_grad():
-            outputs = self._compute(images.to(device))
-        return {name: o.to(dtype) if dtype and o.is_floating_point() else o for name, o in outputs.items()}
+            return self._compute(images.to(device))
 
 
 def _in_order(split: Split) -> Iterator[tuple[Part, NDArray[np.int64]]]:

@@ -32,6 +32,10 @@ class OnDemand(Mapping[int, Mapping[str, Tensor]]):
             raise KeyError(client)
         return self._answer(client)
 
+    def __contains__(self, client: object) -> bool:
+        """Whether a client gets an answer; computes none."""
+        return client in self._clients
+
     def __iter__(self) -> Iterator[int]:
         """All clients that get an answer."""
         return iter(self._clients)
@@ -103,6 +107,8 @@ class FedAvg(Server):
             raise ValueError(
                 "server: FedAvg has nothing to average, since model shares no tensor; take fedlscl.server.Isolated"
             )
+        if unknown := sorted(set(downloads) - set(uploads)):
+            raise ValueError(f"server: FedAvg averages what clients send, but model wants '{unknown[0]}' back")
         self.names = tuple(downloads)
 
     def aggregate(
@@ -120,7 +126,19 @@ class FedAvg(Server):
 
 
 class Sum(Server):
-    """The sum of the clients' tensors, for those with a part in it: all that secure aggregation would let it see."""
+    """The sum of the clients' tensors, for those with a part in it: all that secure aggregation would let it see.
+
+    What clients send as `x` they get back as `x_sum`, in the same shape and dtype.
+    """
+
+    def begin(self, uploads: Schema, downloads: Schema) -> None:
+        """Only for clients that expect sums."""
+        if downloads != {f"{name}_sum": spec for name, spec in uploads.items()}:
+            raise ValueError(
+                f"server: Sum answers with the sums of what clients send ({', '.join(sorted(uploads)[:3])}), which is "
+                "not what model takes back; take fedlscl.server.FedAvg or the server of the method"
+            )
+        self.dtypes = {f"{name}_sum": spec.dtype for name, spec in uploads.items()}
 
     def aggregate(
         self, uploads: Mapping[int, Upload], clients: int, seed: int, trainer: Callable[[], Trainer]
@@ -129,8 +147,9 @@ class Sum(Server):
         sums: dict[str, Tensor] = {}
         for upload in uploads.values():
             for name, tensor in upload.tensors.items():
-                sums[name] = sums[name] + tensor if name in sums else tensor
-        return dict.fromkeys(uploads, sums)
+                sums[f"{name}_sum"] = sums.get(f"{name}_sum", 0) + tensor.double()
+        answer = {name: tensor.to(self.dtypes[name]) for name, tensor in sums.items()}
+        return dict.fromkeys(uploads, answer)
 
 
 def average(models: Iterable[tuple[Mapping[str, Tensor], int]]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch.utils.deterministic
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 
 class RoundTrainer(Trainer):
@@ -41,3 +41,9 @@ class RoundTrainer(Trainer):
             enable_autolog_hparams=False,
             use_distributed_sampler=False,
         )
+
+
+def fit_once(trainer: Trainer, module: LightningModule) -> None:
+    """Fit, and let go of the optimizer: a Trainer sits in reference cycles that Python may collect much later."""
+    trainer.fit(module)
+    trainer.strategy.optimizers = []

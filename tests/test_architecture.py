@@ -18,7 +18,7 @@ FILES = {
 }
 PURE = (
     *("seeds", "losses", "adapters", "buffer", "messages"),
-    *("splits", "evaluation", "distillation", "continual", "datasets"),
+    *("splits", "evaluation", "distillation", "continual", "datasets", "precomputed"),
 )
 MACHINE = ("client", "server", "federation", "methods", "cli", "experiment", "tracking", "console", "plots", "trainer")
 

@@ -64,7 +64,8 @@ def test_the_forward_pass_is_timms_own(name: str, args: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", [NAME, "deit3_small_patch16_224"])
-def test_without_fused_attention_it_is_still_timms_model(name: str) -> None:
+def test_without_fused_attention_it_is_still_timms_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     frozen = tiny_vit(name)
     assert not any(block.attn.fused_attn for block in frozen.vit.blocks)
     ours = timm.create_model(name, num_classes=0, img_size=16, **TINY).eval()

@@ -41,7 +41,7 @@ def test_the_clients_solve_what_the_server_would(make: Make, strength: float) ->
     assert results[0].accuracy == results[1].accuracy
 
 
-def test_neither_generator_nor_features_travel(make: Make, wire: list[tuple[Message, bytes]]) -> None:
+def test_second_moments_and_targets_travel(make: Make, wire: list[tuple[Message, bytes]]) -> None:
     federation = make(client=make_client(FedLSCLSums), server=Sum())
     first_round(federation)
     uploads = [message for message, _ in wire if isinstance(message, Upload)]
@@ -73,6 +73,7 @@ def test_the_chosen_strength_is_the_best_on_the_buffer(make: Make, monkeypatch: 
         chosen = loss(self)
         assert chosen == pytest.approx(min(seen[-1]), abs=1e-6)
         assert len(seen[-1]) == 1 + len(STRENGTHS)
+        assert float(self.chosen) == pytest.approx((0, *STRENGTHS)[seen[-1].index(min(seen[-1]))])
 
     monkeypatch.setattr(FedLSCLSums, "_loss", spy)
     monkeypatch.setattr(FedLSCLSums, "_solve", outer)

@@ -57,12 +57,13 @@ def test_equal_seeds_give_equal_runs(make: Make, wire: list[tuple[Message, bytes
     assert runs[0][1] != runs[2][1]
 
 
-def test_no_optimizer_outlives_its_fit(make: Make) -> None:
+@pytest.mark.parametrize("server", [ExactO2D(), IterativeO2D(epochs=1)], ids=["exact", "iterative"])
+def test_no_optimizer_outlives_its_fit(make: Make, server: Server) -> None:
     """Its moments are twice the model, and a federation is hundreds of fits."""
     gc.collect()
     gc.disable()
     try:
-        run(make())
+        run(make(server=server))
         alive = [thing for thing in gc.get_objects() if type(thing) is torch.optim.Adam and thing.state]
     finally:
         gc.enable()
@@ -80,9 +81,9 @@ def test_mixed_precision_runs_to_the_same_numbers_again(make: Make) -> None:
         federation = make()
         federation.trainer = trainer
         outcomes.append(outcome(run(federation)))
-        kept = federation.precomputed("train", np.array([0]), torch.device("cpu"))
         assert all(result[4] == {} for result in outcomes[-1])  # nobody was left out
-        assert federation.visit(0).generator.weight.dtype == kept["tokens"].dtype == torch.float32
+        assert federation.precomputed._belongs_to == (torch.device("cpu"), torch.bfloat16)
+        assert federation.visit(0).generator.weight.dtype == torch.float32
     assert outcomes[0] == outcomes[1]
     assert outcomes[0] != outcome(run(make()))
 

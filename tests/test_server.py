@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from fedlscl.messages import TensorSpec, Upload
-from fedlscl.server import FedAvg, Isolated, OnDemand, Server, average
+from fedlscl.server import FedAvg, Isolated, OnDemand, Server, Sum, average
 
 
 def no_trainer() -> Trainer:
@@ -146,7 +146,8 @@ def test_answers_on_demand_are_computed_when_asked_for() -> None:
     answers = OnDemand([4, 2], answer)
     assert list(answers) == [4, 2]
     assert len(answers) == 2
-    assert answers.get(3) is None
+    assert 3 not in answers
+    assert 4 in answers
     assert computed == []
     assert answers[2]["x"] == 2
     assert computed == [2]
@@ -166,3 +167,20 @@ def test_the_mean_holds_one_model_at_a_time() -> None:
             alive.discard(self.number)
 
     assert average((Model(number), 1) for number in range(9))["x"].tolist() == [4.0, 4.0]
+
+
+def test_sums_are_for_clients_that_expect_them() -> None:
+    schema = {"x": TensorSpec((2,))}
+    sums = {"x_sum": TensorSpec((2,))}
+    server = Sum()
+    server.begin(schema, sums)
+    uploads = {index: upload(index, 1, x=torch.tensor([1.0, 2.0**-30 * index])) for index in (0, 1, 3)}
+    answers = server.aggregate(uploads, 5, 0, no_trainer)
+    assert set(answers) == {0, 1, 3}
+    assert answers[1]["x_sum"].tolist() == [3.0, 2.0**-30 * 4]
+    assert answers[1]["x_sum"].dtype == torch.float32
+    for downloads in (schema, {}, {**sums, "y_sum": TensorSpec((1,))}, {"x_sum": TensorSpec((3,))}):
+        with pytest.raises(ValueError, match="not what model takes back"):
+            server.begin(schema, downloads)
+    with pytest.raises(ValueError, match="wants 'x_sum' back"):
+        FedAvg().begin(schema, sums)

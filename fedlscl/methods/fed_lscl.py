@@ -34,6 +34,7 @@ from fedlscl.continual import Output
 from fedlscl.distillation import Generator, Student
 from fedlscl.messages import AtMost, Schema, TensorSpec, Upload
 from fedlscl.server import Answers, OnDemand, Server
+from fedlscl.trainer import fit_once
 
 
 class FedLSCL(Client):
@@ -192,7 +193,8 @@ class IterativeO2D(O2D):
         rng = seeds.generator(seed, "distillation", index)
         fit = Distillation(_generator(uploads[index]), teachers, self, rng)
         if teachers:
-            trainer().fit(fit)
+            fit_once(trainer(), fit)
+        fit.teachers = []
         return fit.weight.detach(), fit.bias.detach()
 
 

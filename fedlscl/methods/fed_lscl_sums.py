@@ -1,16 +1,20 @@
-"""Fed-LSCL without showing the server any client's generator or features: O2D solved by the clients from two sums.
+"""Fed-LSCL whose clients solve one-by-one distillation themselves, from two sums over all of them.
 
 Eq. 5 is a ridge regression whose data are sums over the clients (`fedlscl.distillation`). So client i uploads only
 its terms C_i and G_i = C_i Phi_i; the server adds up, S = sum C_i and T = sum G_i, and sends the sums back; the client
 takes out its own terms and solves for itself. The solution is that of `ExactO2D` up to the rounding of the messages.
-A server that adds under secure aggregation learns S and T and nothing of a single client. (The sums are plain here:
-secure aggregation itself is the transport's business.)
+
+What it is for: sums can be formed by secure aggregation, under which the server would learn S and T and nothing of a
+single client. Secure aggregation itself is the transport's business and not done here: the uploads are plain, and from
+G_i and C_i whoever reads them can compute phi_i on the span of client i's features. It also takes three participants
+or more, since of a sum of two each knows the other's part, and rounds with other participants can be compared.
 
 With `strength: auto` the client also chooses lambda: among the solutions for several values, its own generator
 (lambda -> infinity) included, it takes the one with the lowest cross-entropy on the samples of its own buffer, so
 that on them an aggregation never hurts. The paper has neither.
 
-Logged: as Fed-LSCL, without the server's objectives.
+Logged: as Fed-LSCL, without the server's objectives, and o2d/strength, the lambda of the last answer unless the client
+kept its own generator. The solution is found at the start of the evaluation, and its time counted there.
 """
 
 from __future__ import annotations
@@ -52,15 +56,22 @@ class FedLSCLSums(FedLSCL):
         super().build(vit, cnn, cnn_name, num_classes)
         size = cnn.features + 1
         self.moments = torch.zeros(size, size, dtype=torch.float64)  # no buffer: some devices have no float64
+        self.chosen = torch.tensor(0.0)  # lambda of the last answer; 0 for the own generator
 
     def state(self) -> dict[str, Tensor]:
-        """Also C_i, which belongs to what was uploaded."""
-        return {**super().state(), "moments": self.moments}
+        """Also C_i, which belongs to what was uploaded, and the lambda of the last answer."""
+        return {**super().state(), "moments": self.moments, "chosen": self.chosen}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Also C_i."""
+        """Also C_i and lambda."""
         super().load(state)
-        self.moments = state["moments"]
+        self.moments, self.chosen = state["moments"], state["chosen"]
+
+    def on_train_start(self) -> None:
+        """Also log the lambda of the last answer."""
+        super().on_train_start()
+        if self.chosen > 0:
+            self.log("o2d/strength", self.chosen)
 
     def on_train_end(self) -> None:
         """Also compute C_i."""
@@ -70,8 +81,9 @@ class FedLSCLSums(FedLSCL):
     def outgoing(self) -> dict[str, Tensor]:
         """C_i and G_i."""
         with torch.no_grad():
-            target = self.moments @ matrix(self.generator.weight, self.generator.bias)
-        return {"gram": self.moments.float(), "target": target.float()}
+            gram = self.moments.float()
+            target = gram.double() @ matrix(self.generator.weight.cpu(), self.generator.bias.cpu())
+        return {"gram": gram, "target": target.float()}
 
     def upload_schema(self) -> Schema:
         """Matrices of e + 1 rows."""
@@ -80,7 +92,7 @@ class FedLSCLSums(FedLSCL):
 
     def download_schema(self) -> Schema:
         """S and T are as large as C_i and G_i."""
-        return self.upload_schema()
+        return {f"{name}_sum": spec for name, spec in self.upload_schema().items()}
 
     def download(self, message: Download) -> None:
         """Keep S and T until the device is at hand."""
@@ -90,7 +102,7 @@ class FedLSCLSums(FedLSCL):
         """Solve for the generator before its first use."""
         super().on_test_start()
         if self.answer:
-            self._solve(Sums(self.answer["gram"].double(), self.answer["target"].double(), torch.zeros(())))
+            self._solve(Sums(self.answer["gram_sum"].double(), self.answer["target_sum"].double(), torch.zeros(())))
             self.answer = {}
 
     def _solve(self, everyone: Sums) -> None:
@@ -100,13 +112,15 @@ class FedLSCLSums(FedLSCL):
         fixed = 1.0 if self.strength == "auto" else self.strength
         student = Student(weight, bias, own, everyone, fixed)
         if self.strength != "auto":
+            self.chosen = torch.tensor(self.strength)
             self._adopt(*student.exact())
             return
-        best, lowest = (weight.clone(), bias.clone()), self._loss()
-        for solution in student.path(STRENGTHS):
+        best, lowest, chosen = (weight.clone(), bias.clone()), self._loss(), 0.0
+        for strength, solution in zip(STRENGTHS, student.path(STRENGTHS), strict=True):
             self._adopt(*solution)
             if (loss := self._loss()) < lowest:
-                best, lowest = solution, loss
+                best, lowest, chosen = solution, loss, strength
+        self.chosen = torch.tensor(chosen)
         self._adopt(*best)
 
     def _adopt(self, weight: Tensor, bias: Tensor) -> None:

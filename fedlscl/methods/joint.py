@@ -27,3 +27,6 @@ class JointClient(FedAvgClient):
         self.current = torch.cat([torch.as_tensor(part.train) for part in everyone])
         self.current_mask = self.seen_mask = torch.ones(self.num_classes, dtype=torch.bool)
         self.plan = self._plan()
+
+    def on_train_end(self) -> None:
+        """No sample needs to be remembered."""
