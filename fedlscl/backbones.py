@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, S input size in pixels, d ViT width, e feature width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -80,6 +81,22 @@ class FrozenViT(nn.Module):
         self.register_buffer("mean", torch.tensor(mean or statistics["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std or statistics["std"]).view(3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
+        self._low: tuple[object, Any] = (None, None)
+
+    def _model(self) -> Any:
+        """The ViT, under autocast with its linear layers in autocast's dtype: it would convert them in every step."""
+        device = self.mean.device
+        if not torch.is_autocast_enabled(device.type):
+            return self.vit
+        wanted = (device, torch.get_autocast_dtype(device.type))
+        if self._low[0] != wanted:
+            with torch.inference_mode(False):  # training uses what a test may have asked for first
+                vit = copy.deepcopy(self.vit)
+                for module in vit.modules():
+                    if isinstance(module, nn.Linear):
+                        module.to(wanted[1])
+            self._low = (wanted, (vit,))  # in a tuple, which keeps it out of the module tree
+        return self._low[1][0]
 
     def train(self, mode: bool = True) -> FrozenViT:
         """Stay in evaluation mode, whatever is asked."""
@@ -91,18 +108,20 @@ class FrozenViT(nn.Module):
 
     def prefix(self, x: Tensor, block: int) -> Tensor:
         """Tokens (B, T, d) that enter `block`, from prepared images; nothing trained has a part in them."""
+        vit = self._model()
         with torch.no_grad():
-            tokens = self.vit.norm_pre(self.vit.patch_drop(self.vit._pos_embed(self.vit.patch_embed(x))))
-            entering: Tensor = self.vit.blocks[:block](tokens)
+            tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))
+            entering: Tensor = vit.blocks[:block](tokens)
         return entering
 
     def suffix(self, tokens: Tensor, block: int, lora: LoRA | None = None, scale: float = 1.0) -> Tensor:
         """Features (B, d) from the tokens that enter `block`, with `lora` on that block's fused qkv projection."""
-        adapted = self.vit.blocks[block]
+        vit = self._model()
+        adapted = vit.blocks[block]
         with nullcontext() if lora is None else per_sample_lora(adapted.attn.qkv, lora, scale):
             tokens = adapted(tokens)
-        tokens = self.vit.norm(self.vit.blocks[block + 1 :](tokens))
-        features: Tensor = self.vit.forward_head(tokens, pre_logits=True)
+        tokens = vit.norm(vit.blocks[block + 1 :](tokens))
+        features: Tensor = vit.forward_head(tokens, pre_logits=True)
         return features
 
     def forward(self, images: Tensor) -> Tensor:

@@ -76,6 +76,30 @@ def test_without_fused_attention_it_is_still_timms_model(name: str, monkeypatch:
         torch.testing.assert_close(frozen(images), ours(frozen.prepare(images)), rtol=1e-5, atol=1e-5)
 
 
+def test_under_autocast_it_is_what_autocast_makes_of_it() -> None:
+    frozen = tiny_vit()
+    images = pictures(3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = frozen.vit(frozen.prepare(images))
+        mixed = frozen(images)
+        assert torch.equal(mixed, expected)
+        assert frozen._model().blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+        assert frozen._model() is frozen._model()
+    assert not torch.equal(frozen(images), mixed)
+    assert all(tensor.dtype == torch.float32 for tensor in frozen.state_dict().values())
+    assert len(list(frozen.parameters())) == len(list(frozen.vit.parameters()))
+
+
+def test_what_a_test_asked_for_under_autocast_can_be_trained_through() -> None:
+    frozen = tiny_vit()
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode():
+            frozen(pictures(2, 16, 16))
+        tokens = frozen.prefix(frozen.prepare(pictures(2, 16, 16)), 1).requires_grad_()
+        (frozen.suffix(tokens, 1) * torch.arange(12)).sum().backward()
+    assert tokens.grad is not None
+
+
 def test_the_tokens_are_those_that_enter_the_block() -> None:
     frozen = tiny_vit()
     entering: list[Tensor] = []
