@@ -1,6 +1,6 @@
 """Measure the engine. Each part prints a table; all compare side by side in one run, since machines drift.
 
-python experiments/bench.py [PART ...] [--threads N] [--json FILE]
+python experiments/bench.py [PART ...] [--threads N] [--json FILE] [--tiny]
 
 prefix        a client's round with the frozen blocks computed once for each image, and in every step
 replay        a replay step beside a collaborative step
@@ -28,7 +28,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,9 +88,39 @@ CIFAR = [
 DIGITS = [f"--config={HERE / 'digits.yaml'}"]
 
 
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is; `words` follow every command line."""
+
+    repeat: int = 3
+    clients: tuple[int, ...] = (5, 50, 500)
+    width: int = 512
+    outputs: int = 3072
+    features: int = 800
+    product: int = 3072
+    words: tuple[str, ...] = ()
+
+
+TINY = Scale(
+    repeat=1,
+    clients=(2, 3),
+    width=8,
+    outputs=12,
+    features=5,
+    product=64,
+    words=(
+        *("--backbone.image_size=32", "--backbone.weights=null"),
+        "--backbone.model_args={patch_size: 16, embed_dim: 24, depth: 12, num_heads: 3}",
+        *("--cnn.image_size=16", "--cnn.features=8"),
+        "--cnn.model_args={channels: [4, 4, 8, 8], norm_layer: groupnorm1}",
+    ),
+)
+scale = Scale()
+
+
 def experiment(words: Sequence[str], run_dir: str) -> Experiment:
     """What the command line `fedlscl fit` makes of these words."""
-    return Configured(["fit", *words, f"--run_dir={run_dir}"]).described
+    return Configured(["fit", *words, *scale.words, f"--run_dir={run_dir}"]).described
 
 
 CPU = "--trainer.accelerator=cpu"  # where something is compared that runs on a CPU
@@ -132,10 +162,10 @@ class Bench:
         return sum(len(samples) for _, samples in self.client.plan)
 
 
-def timed(*runs: Callable[[], object], repeat: int = 3) -> list[float]:
+def timed(*runs: Callable[[], object]) -> list[float]:
     """Median seconds of each, taken in turn after one round to warm up."""
     taken: list[list[float]] = [[] for _ in runs]
-    for number in range(repeat + 1):
+    for number in range(scale.repeat + 1):
         for run, seconds in zip(runs, taken, strict=True):
             start = time.perf_counter()
             run()
@@ -153,7 +183,7 @@ def flops(run: Callable[[], object]) -> int:
 
 def matmul_flops(dtype: torch.dtype, device: str) -> float:
     """FLOP/s of a large matrix product, the best of several."""
-    size = 8192 if device == "cuda" else 3072
+    size = 8192 if device == "cuda" else scale.product
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     best = 0.0
     for _ in range(8):
@@ -387,12 +417,12 @@ def compare(setting: str, words: list[str]) -> Row:
 
         def command() -> None:
             run_dir = f"{folder}/{next(numbers)}"
-            main(["fit", *words, f"--run_dir={run_dir}"])
+            main(["fit", *words, *scale.words, f"--run_dir={run_dir}"])
             matrix = json.loads(Path(run_dir, "summary.json").read_text())["accuracy"]["seen"]["matrix"]
             accuracies["command"] = [by_client[-1] for by_client in matrix]
 
         taken: dict[str, list[float]] = {"command": [], "loop": []}
-        for _ in range(4):
+        for _ in range(scale.repeat + 1):
             start = time.perf_counter()
             command()
             taken["command"].append(time.perf_counter() - start)
@@ -411,22 +441,19 @@ def compare(setting: str, words: list[str]) -> Row:
     }
 
 
-WIDTH, OUTPUTS, FEATURES = 512, 3072, 800
-
-
 def uploads_on_disk(clients: int, folder: Path) -> Received:
     """Uploads of generators and features of unit length, as a server receives them."""
     received = Received()
     schema = {
-        "weight": TensorSpec((OUTPUTS, WIDTH)),
-        "bias": TensorSpec((OUTPUTS,)),
-        "features": TensorSpec((FEATURES, WIDTH)),
+        "weight": TensorSpec((scale.outputs, scale.width)),
+        "bias": TensorSpec((scale.outputs,)),
+        "features": TensorSpec((scale.features, scale.width)),
     }
     rng = torch.Generator().manual_seed(0)
     for index in range(clients):
         tensors = {name: torch.randn(*spec.shape, generator=rng) for name, spec in schema.items()}  # type: ignore[arg-type]
         tensors["weight"] *= 0.02
-        tensors["features"] = F.normalize(tensors["features"] + 2 * torch.randn(WIDTH, generator=rng), dim=1)
+        tensors["features"] = F.normalize(tensors["features"] + 2 * torch.randn(scale.width, generator=rng), dim=1)
         file = folder / f"{index}.safetensors"
         file.write_bytes(Upload(index, 1, 1, 1, tensors).to_bytes())
         received.add(index, file, schema)
@@ -467,7 +494,7 @@ def distillation_() -> Iterator[Row]:
                 "objective before": server.metrics["objective_before"],
                 "after": server.metrics["objective_after"],
             }
-    for clients in (5, 50, 500):
+    for clients in scale.clients:
         yield in_a_process(distil, clients, torch.get_num_threads())
 
 
@@ -513,12 +540,14 @@ class Quiet:
 
 def clients() -> Iterator[Row]:
     """8 images of each of 2 classes; 3 rounds with their commits."""
-    for count in (5, 50, 500):
+    for count in scale.clients:
         yield in_a_process(federate, count, torch.get_num_threads())
 
 
 def in_a_process(run: Callable[..., Row], *args: int) -> Row:
     """The result of `run` in a fresh process, so that its peak of memory is its own."""
+    if scale is TINY:
+        return run(*args)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(run, args)
 
@@ -564,15 +593,18 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
 }
 
 
-def run() -> None:
+def run(words: list[str] | None = None) -> None:
     """Run the parts that are asked for."""
+    global scale
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"all by default, or of {', '.join(PARTS)}")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
+    parser.add_argument("--tiny", action="store_true", help="everything as small as it can be, to see that it runs")
     parser.add_argument("--json", type=Path, help="also write all figures here")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}; parts: {', '.join(PARTS)}")
+    scale = TINY if options.tiny else Scale()
     sys.argv[1:] = []  # what follows gives its own command lines
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{options.threads} threads"
     machine = f"{platform.system()} {platform.machine()}, {device}, torch {torch.__version__}"

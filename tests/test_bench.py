@@ -1,0 +1,31 @@
+"""The benchmark in its tiniest size: every part runs and says what it should."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCH = Path(__file__).parent.parent / "experiments" / "bench.py"
+
+
+def test_every_part_runs(tmp_path: Path) -> None:
+    report = tmp_path / "bench.json"
+    words = [sys.executable, str(BENCH), "--tiny", "--threads", "1", "--json", str(report)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(report.read_text())
+    assert set(found) == {
+        *("machine", "prefix", "replay", "throughput", "hardware"),
+        *("framework", "distillation", "clients"),
+    }
+    # what does not depend on time
+    ratios = [row["FLOP ratio"] for row in found["prefix"]]
+    assert ratios[1] > ratios[0] > 1.05  # blocks 11 and 3
+    assert [row["same accuracies"] for row in found["framework"]] == [True, True]
+    exact, iterative, *sizes = found["distillation"]
+    assert exact["objective before"] == iterative["objective before"]
+    assert exact["after"] <= iterative["after"]
+    assert [row["clients"] for row in sizes] == [row["clients"] for row in found["clients"]] == [2, 3]
+    assert "| ViT | block |" in done.stdout
