@@ -95,8 +95,8 @@ class FrozenViT(nn.Module):
                 for module in vit.modules():
                     if isinstance(module, nn.Linear):
                         module.to(wanted[1])
-            self._low = (wanted, (vit,))  # in a tuple, which keeps it out of the module tree
-        return self._low[1][0]
+            self._low = (wanted, vit)  # a tuple keeps it out of the module tree
+        return self._low[1]
 
     def train(self, mode: bool = True) -> FrozenViT:
         """Stay in evaluation mode, whatever is asked."""

@@ -45,13 +45,14 @@ class FedProxClient(FedAvgClient):
 
     def collaborative_losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy and the proximal term."""
-        pull = proximal(list(self.parameters()), self.received)
-        return {**super().collaborative_losses(output, batch), "proximal": self.mu / 2 * pull}
+        return {**super().collaborative_losses(output, batch), **self._proximal()}
 
     def replay_losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         """Those of the continual strategy and the proximal term."""
-        pull = proximal(list(self.parameters()), self.received)
-        return {**super().replay_losses(output, batch), "proximal": self.mu / 2 * pull}
+        return {**super().replay_losses(output, batch), **self._proximal()}
+
+    def _proximal(self) -> dict[str, Tensor]:
+        return {"proximal": self.mu / 2 * proximal(list(self.parameters()), self.received)}
 
 
 def proximal(parameters: list[torch.nn.Parameter], received: list[Tensor]) -> Tensor:
