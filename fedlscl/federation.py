@@ -212,12 +212,10 @@ class Federation:
     def visit(self, index: int) -> Client:
         """The client, in its last state; one that was never visited gets the common start from the server."""
         body = self.bodies[self.cnn.name_of(index)]
-        state = self.store.read(client_name(index))
-        if state is None:
-            state = body.initial_state(seeds.derive(self.seed, "client", index))
-            body.enter(index, self.data, self.precomputed, state)
+        stored = self.store.read(client_name(index))
+        state = body.initial_state(seeds.derive(self.seed, "client", index)) if stored is None else stored
+        body.enter(index, self.data, self.precomputed, state)
+        if stored is None:
             message = Download(index, 0, 0, 0, self.handout).to_bytes()
             body.adopt(Download.from_bytes(message, body.shared_schema()).tensors)
-        else:
-            body.enter(index, self.data, self.precomputed, state)
         return body
