@@ -47,6 +47,7 @@ from fedlscl.evaluation import MASKS
 from fedlscl.experiment import Experiment
 from fedlscl.messages import Received, TensorSpec, Upload
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL, IterativeO2D
+from fedlscl.schedule import Round
 from fedlscl.trainer import RoundTrainer
 
 HERE = Path(__file__).parent
@@ -134,7 +135,7 @@ class Bench:
         described = experiment([*CIFAR, *words], self.folder.name)
         self.federation = described.federation()
         self.client = self.federation.visit(0)
-        self.client.begin_round(1, 1, 0)
+        self.client.begin_round(Round(1, 1, True, 0))
         self.fit()
         self.number = 1
 
@@ -147,7 +148,7 @@ class Bench:
     def begin(self) -> None:
         """Begin one more round of task 2."""
         self.number += 1
-        self.client.begin_round(2, self.number, 0)
+        self.client.begin_round(Round(2, self.number, False, 0))
 
     def round(self) -> None:
         """A round of task 2 as it is in a federation, with its evaluation."""
@@ -275,7 +276,7 @@ def plain_round(client: Client) -> None:
         if batch.phase == "replay":
             for name, weight in (("features", 0.1), ("weights", 0.01)):
                 distances = (generated[name] - batch.snapshot[name]).square().sum(dim=1)
-                loss = loss + weight * (distances * batch.known).sum() / batch.known.sum().clamp(min=1)
+                loss = loss + weight * (distances * batch.observed).sum() / batch.observed.sum().clamp(min=1)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -363,13 +364,11 @@ def bare(described: Experiment, clients: list[Client]) -> dict[str, list[list[fl
     seed, server = described.seed, described.server
     assert isinstance(server, ExactO2D)
     accuracy: dict[str, list[list[float]]] = {}
-    rounds = described.schedule.rounds
-    for number in range(rounds * described.data.split.spec.tasks):
-        task, round = number // rounds + 1, number + 1
+    for round in described.schedule.after(0, described.data.split.spec.tasks, seed):
         sent = {}
         for client in clients:
-            client.begin_round(task, round, seed)
-            with seeds.seeded(seed, "fit", client.index, round):
+            client.begin_round(round)
+            with seeds.seeded(seed, "fit", client.index, round.number):
                 optimizer = client.configure_optimizers()
                 client.on_train_start()
                 for batch in client.train_dataloader():
@@ -391,7 +390,7 @@ def bare(described: Experiment, clients: list[Client]) -> dict[str, list[list[fl
             with torch.no_grad():
                 for tensor, value in zip(client.shared().values(), answer, strict=True):
                     tensor.copy_(value)
-            client.begin_evaluation(task)
+            client.begin_evaluation(round.task)
             client.on_test_start()
             with torch.inference_mode():
                 for images in client.test_dataloader():
@@ -463,7 +462,7 @@ def uploads_on_disk(clients: int, folder: Path) -> Received:
 def answer_all(server: ExactO2D | IterativeO2D, received: Received) -> float:
     """Seconds for the answers to all clients."""
     start = time.perf_counter()
-    answers = server.aggregate(received, len(received), 0, RoundTrainer)
+    answers = server.aggregate(received, len(received), Round(1, 1, True, 0), RoundTrainer)
     for index in received:
         answers[index]
     return time.perf_counter() - start
@@ -535,6 +534,12 @@ class Quiet:
         """Nothing."""
 
     def visited(self) -> None:
+        """Nothing."""
+
+    def serving(self, task: int, round: int) -> None:
+        """Nothing."""
+
+    def served(self, step: int, steps: float) -> None:
         """Nothing."""
 
 

@@ -15,7 +15,8 @@ from typing import Any
 from fedlscl.console import human_bytes
 from fedlscl.evaluation import MASKS
 
-HEADER = ("method", "seeds", *(f"final, {mask}" for mask in MASKS), "forgetting, seen", "up", "down", "seconds")
+ACCURACIES = (*(f"final, {mask}" for mask in MASKS), "average, seen", "forgetting, seen")
+HEADER = ("method", "seeds", *ACCURACIES, "up", "down", "seconds")
 
 
 def row(method: str, runs: list[dict[str, Any]]) -> list[str]:
@@ -25,6 +26,7 @@ def row(method: str, runs: list[dict[str, Any]]) -> list[str]:
         method,
         ", ".join(str(run["seed"]) for run in runs),
         *(spread([entry[mask]["final_average"] for entry in accuracy]) for mask in MASKS),
+        spread([entry["seen"]["average_incremental"] for entry in accuracy]),
         spread([entry["seen"]["forgetting"] for entry in accuracy]),
         *(
             human_bytes(statistics.mean(run[f"bytes_{way}"]["per_client_round"] for run in runs))

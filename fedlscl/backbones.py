@@ -183,7 +183,7 @@ class SmallModel(nn.Module):
         self.register_buffer("std", torch.tensor(statistics["std"]).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features E (B, e) in float32, from uint8 images (B, 3, H, W)."""
+        """Features E (B, e) in float32, from images (B, 3, H, W) in uint8 or as floats in 0..1."""
         x = (resize(images, self.image_size) - self.mean) / self.std
         if x.is_cuda:  # on a CPU it was measured to be slower
             x = x.contiguous(memory_format=torch.channels_last)
@@ -192,8 +192,11 @@ class SmallModel(nn.Module):
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """uint8 (B, 3, H, W) to float (B, 3, size, size) in 0..1, bicubic with antialiasing as timm's evaluation."""
-    x = images.float() / 255
+    """Images (B, 3, H, W) in uint8, or as floats in 0..1, to floats (B, 3, size, size) in 0..1.
+
+    Bicubic with antialiasing, as timm's evaluation.
+    """
+    x = images if images.is_floating_point() else images.float() / 255
     if x.shape[-2:] != (size, size):
         x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
     return x

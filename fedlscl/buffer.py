@@ -76,6 +76,9 @@ def _no_samples() -> Tensor:
     return torch.empty(0, dtype=torch.int64)
 
 
+_GROUPS = ("snapshot", "upcoming", "kept", "received")
+
+
 @dataclass
 class Memory:
     """What a client keeps between rounds besides its networks.
@@ -88,10 +91,12 @@ class Memory:
     begun: int = 0
     buffer: Tensor = field(default_factory=_no_samples)  # (m,) indices of training images
     candidates: Tensor = field(default_factory=_no_samples)  # those that join it when the next task begins
-    snapshot: dict[str, Tensor] = field(default_factory=dict)  # (m, ...) what the last task's model generated
+    snapshot: dict[str, Tensor] = field(default_factory=dict)  # (n, ...) outputs of the last task's model
     upcoming: dict[str, Tensor] = field(
         default_factory=dict
     )  # the next snapshot, where it is taken before the download
+    kept: dict[str, Tensor] = field(default_factory=dict)  # what the continual strategy keeps of finished tasks
+    received: dict[str, Tensor] = field(default_factory=dict)  # what a method keeps of its downloads
 
     def begin(self, task: int) -> None:
         """Move on to `task` (1-based) if it is new: the candidates join the buffer, the snapshot is renewed."""
@@ -107,16 +112,15 @@ class Memory:
             "progress": torch.tensor([self.learned, self.begun]),
             "buffer": self.buffer,
             "candidates": self.candidates,
-            **{f"snapshot.{name}": value for name, value in self.snapshot.items()},
-            **{f"upcoming.{name}": value for name, value in self.upcoming.items()},
+            **{f"{group}.{name}": value for group in _GROUPS for name, value in getattr(self, group).items()},
         }
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Memory:
         """The reverse of `to_tensors`."""
         learned, begun = tensors["progress"].tolist()
-        snapshot, upcoming = below(tensors, "snapshot."), below(tensors, "upcoming.")
-        return cls(learned, begun, tensors["buffer"], tensors["candidates"], snapshot, upcoming)
+        groups = {group: below(tensors, f"{group}.") for group in _GROUPS}
+        return cls(learned, begun, tensors["buffer"], tensors["candidates"], **groups)
 
 
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -28,8 +28,8 @@ from fedlscl.backbones import FrozenViT, SmallModelSpec
 from fedlscl.client import Client
 from fedlscl.data import FederatedDataModule
 from fedlscl.experiment import Experiment, ImpossibleRun, Tracking
-from fedlscl.federation import Schedule
 from fedlscl.predict import predict
+from fedlscl.schedule import Schedule
 from fedlscl.server import Server
 from fedlscl.trainer import RoundTrainer
 

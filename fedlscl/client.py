@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -19,18 +19,20 @@ from torch import Tensor
 from fedlscl import seeds
 from fedlscl.backbones import FrozenViT, SmallModelSpec
 from fedlscl.buffer import SELECTIONS, Memory, below, select
-from fedlscl.continual import Continual, Output
-from fedlscl.data import FederatedDataModule
+from fedlscl.continual import Continual, Output, Step
+from fedlscl.data import CPU, FederatedDataModule
 from fedlscl.evaluation import MASKS, masked_correct
 from fedlscl.losses import masked_cross_entropy
 from fedlscl.messages import Download, Schema, TensorSpec, Upload
 from fedlscl.precomputed import Part, Precomputed
+from fedlscl.resident import send
+from fedlscl.schedule import Round
 
 Phase = Literal["collaborate", "replay"]
 
 
 class Images(NamedTuple):
-    """Some images of the data set, with their places in it."""
+    """Some images of the data set, on the client's device, with their places in it."""
 
     indices: NDArray[np.int64]  # (B,); an array, which stays on the CPU when the tensors go to a device
     pixels: Tensor  # (B, 3, H, W) uint8
@@ -42,8 +44,8 @@ class Batch(NamedTuple):
 
     phase: Phase
     images: Images
-    known: Tensor  # (B,) 1.0 for buffered samples, 0.0 for samples of the current task
-    snapshot: dict[str, Tensor]  # (B, ...) each, arbitrary where not known
+    snapshot: dict[str, Tensor]  # (B, ...) each, arbitrary where not observed
+    observed: Tensor  # (B,) 1.0 for samples with a row in the snapshot
 
 
 class Client(LightningModule, ABC):
@@ -63,11 +65,12 @@ class Client(LightningModule, ABC):
         train_mask: the classes that compete in the collaborative phase: of the current `task`, or all `seen` so far.
         buffer_size: M, the samples kept of each class; 0 for no buffer.
         selection: which samples those are.
-        snapshot: the model whose outputs Eq. 4 preserves: as `deployed` after the last task's last download, or
+        snapshot: the model whose outputs `continual` preserves: as `deployed` after the last task's last download, or
             `local`, before it.
     """
 
     automatic_optimization = False
+    task_aware: ClassVar[bool] = False  # true: a test image is classified knowing the task it belongs to
     vit: FrozenViT
     precomputed: Precomputed
     current_mask: Tensor  # (K,) true for the classes of the current task
@@ -76,6 +79,7 @@ class Client(LightningModule, ABC):
     task_of_class: Tensor  # (K,) number of the task that has a class
     hits: Tensor  # (masks, tasks) correct predictions
     tested: Tensor  # (tasks,) images
+    learned_mask: Tensor  # (K,) true for the classes of this client's finished tasks
 
     def __init__(
         self,
@@ -99,13 +103,18 @@ class Client(LightningModule, ABC):
         ):
             if not value >= least:
                 raise ValueError(f"model.{name} is {value}, must be at least {least}")
+        if snapshot == "local" and continual.observes == "current":
+            raise ValueError(
+                "model.snapshot is local, but model.continual compares with outputs on images that are not there "
+                "before the next task; take deployed"
+            )
         self.continual = continual
         self.learning_rate, self.epochs, self.batch_size = learning_rate, epochs, batch_size
         self.evaluation_batch_size = evaluation_batch_size
         self.train_mask, self.buffer_size, self.selection = train_mask, buffer_size, selection
         self.snapshot = snapshot
         # Buffers follow the module to its device; these belong to one fit or test and to no state
-        for name in ("current_mask", "seen_mask", "task_masks", "task_of_class", "hits", "tested"):
+        for name in ("current_mask", "seen_mask", "learned_mask", "task_masks", "task_of_class", "hits", "tested"):
             self.register_buffer(name, torch.empty(0), persistent=False)
 
     # ---- what a method defines
@@ -120,10 +129,6 @@ class Client(LightningModule, ABC):
 
     def precompute(self, images: Tensor) -> dict[str, Tensor]:
         """What of `forward` depends on nothing trained, (B, ...) each by name: computed once per image."""
-        return {}
-
-    def generate(self, images: Tensor) -> dict[str, Tensor]:
-        """What Eq. 4 keeps in place for these images, (B, ...) each by name; nothing by default."""
         return {}
 
     def shared(self) -> dict[str, Tensor]:
@@ -182,26 +187,47 @@ class Client(LightningModule, ABC):
 
     # ---- one round
 
-    def begin_round(self, task: int, round: int, seed: int) -> None:
-        """Get ready for `Trainer.fit` on `task` in round number `round`, counted over all tasks (both 1-based)."""
-        self.memory.begin(task)
-        self.round, self.seed = round, seed
-        tasks = self.data.split.clients[self.index].tasks[self.memory.learned : task]
-        self.current = torch.cat([torch.as_tensor(part.train) for part in tasks])
-        self.current_mask, self.seen_mask = self._class_mask(self.memory.learned, task), self._class_mask(0, task)
+    def begin_round(self, round: Round) -> None:
+        """Get ready for `Trainer.fit` in this round."""
+        before = self.memory.learned
+        self.memory.begin(round.task)
+        self.round = round
+        self.finished = self._images_of(before, self.memory.learned)
+        self.finished_mask = self._class_mask(before, self.memory.learned)
+        self.learned_mask = self._class_mask(0, self.memory.learned)
+        self.current, self.current_mask, self.seen_mask = self.training_set()
         self.plan = self._plan()
         self.train()
 
+    def training_set(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (n,) of the current task, its classes (K,), and all classes seen (K,)."""
+        learned, task = self.memory.learned, self.round.task
+        return self._images_of(learned, task), self._class_mask(learned, task), self._class_mask(0, task)
+
+    def epoch(self, buffered: int, current: int) -> Tensor:
+        """The samples of an epoch of the collaborative phase, as positions into the buffered and then the current ones.
+
+        All current ones by default.
+        """
+        return torch.arange(buffered, buffered + current)
+
+    def rng(self, purpose: str) -> torch.Generator:
+        """A generator for what this client draws in this round."""
+        return seeds.generator(self.round.seed, purpose, self.index, self.round.number)
+
     def _plan(self) -> list[tuple[Phase, Tensor]]:
         """The steps of this round as positions into the buffered and then the current samples."""
-        m, n = len(self.memory.buffer), len(self.current)
-        rng = seeds.generator(self.seed, "order", self.index, self.round)
+        m, rng = len(self.memory.buffer), self.rng("order")
         plan: list[tuple[Phase, Tensor]] = []
-        for _ in range(self.epochs):
-            plan += [("collaborate", m + part) for part in _batches(torch.randperm(n, generator=rng), self.batch_size)]
-        for samples in self.continual.passes_over(m, self._labels(self.current), self.buffer_size, rng):
+
+        def go_over(phase: Phase, samples: Tensor) -> None:
             order = samples[torch.randperm(len(samples), generator=rng)]
-            plan += [("replay", part) for part in _batches(order, self.batch_size)]
+            plan.extend((phase, part) for part in _batches(order, self.batch_size))
+
+        for _ in range(self.epochs):
+            go_over("collaborate", self.epoch(m, len(self.current)))
+        for samples in self.continual.passes_over(m, self._labels(self.current), self.buffer_size, rng):
+            go_over("replay", samples)
         return plan
 
     def train_dataloader(self) -> TrainingBatches:
@@ -213,13 +239,25 @@ class Client(LightningModule, ABC):
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate, fused=True)
 
     def on_train_start(self) -> None:
-        """Take the snapshot's outputs on the buffer once a task, and set the mode, which Lightning leaves alone."""
-        self.vit.to(self.device)
-        replays = any(phase == "replay" for phase, _ in self.plan)
-        generates = type(self).generate is not Client.generate
-        if replays and generates and not self.memory.snapshot:
-            self.memory.snapshot = self.observe(self.memory.buffer, self._generate)
+        """Let `continual` keep what it needs of the finished tasks, and set the mode, which Lightning leaves alone."""
+        self._place_vit()
+        if len(self.finished):
+            self.eval()
+            self.memory.kept = self.continual.consolidate(self._trained(), self._losses(), self.memory.kept)
+        nothing = self.current[:0]
+        observed = {"nothing": nothing, "buffer": self.memory.buffer, "current": self.current}[self.continual.observes]
+        if self.memory.learned and len(observed) and not self.memory.snapshot:
+            self.memory.snapshot = self.observe(observed, self._preserved)
+        self.kept = {name: tensor.to(self.device) for name, tensor in self.memory.kept.items()}
         self.train()
+
+    def _losses(self) -> Iterator[Tensor]:
+        """The cross-entropy of each image of the tasks just finished, in random order, each with its graph."""
+        classes = (self.finished_mask if self.train_mask == "task" else self.learned_mask).to(self.device)
+        order = self.finished[torch.randperm(len(self.finished), generator=self.rng("consolidation"))]
+        with self.trainer.precision_plugin.forward_context():
+            for image in ImageBatches(self.data, "train", order, 1, self.device):
+                yield masked_cross_entropy(self._output(image, "train").logits, image.labels, classes)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One step of manual optimization, in the phase to which the batch belongs."""
@@ -234,12 +272,28 @@ class Client(LightningModule, ABC):
         self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(batch.images.labels))
 
     def collaborative_losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
-        """The terms of stage 1 by name (Fed-LSCL, Eq. 3)."""
-        return {"cross_entropy": masked_cross_entropy(output.logits, batch.images.labels, self._training_classes())}
+        """The terms of stage 1 by name (Fed-LSCL, Eq. 3), and what `continual` adds."""
+        cross_entropy = masked_cross_entropy(output.logits, batch.images.labels, self._training_classes())
+        return {"cross_entropy": cross_entropy, **self.continual.collaborative_losses(self._step(output, batch))}
 
     def replay_losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         """The terms of stage 2 by name (Fed-LSCL, Eq. 4)."""
-        return self.continual.losses(output, batch.images.labels, self.seen_mask, batch.snapshot, batch.known)
+        return self.continual.replay_losses(self._step(output, batch))
+
+    def _step(self, output: Output, batch: Batch) -> Step:
+        return Step(
+            output=output,
+            labels=batch.images.labels,
+            seen=self.seen_mask,
+            learned=self.learned_mask,
+            snapshot=batch.snapshot,
+            observed=batch.observed,
+            parameters=self._trained(),
+            kept=self.kept,
+        )
+
+    def _trained(self) -> dict[str, Tensor]:
+        return dict(self.named_parameters())
 
     def on_train_end(self) -> None:
         """Choose the current samples that would enter the buffer now (Fed-LSCL, section 4.3.2)."""
@@ -248,15 +302,14 @@ class Client(LightningModule, ABC):
         outputs = self.observe(self.current, self._classify)
         labels = self._labels(self.current)
         losses = masked_cross_entropy(outputs["logits"], labels, self._training_classes().cpu(), reduction="none")
-        rng = seeds.generator(self.seed, "selection", self.index, self.round)
         ranking = SELECTIONS[self.selection]
-        kept = select(ranking, losses, outputs["representation"], labels, self.buffer_size, rng)
-        self.memory.candidates = self.current[kept]
-        if self.snapshot == "local":
-            self.memory.upcoming = self.observe(self.kept, self._generate)
+        chosen = select(ranking, losses, outputs["representation"], labels, self.buffer_size, self.rng("selection"))
+        self.memory.candidates = self.current[chosen]
+        if self.snapshot == "local" and self.continual.observes == "buffer":
+            self.memory.upcoming = self.observe(self.remembered, self._preserved)
 
     @property
-    def kept(self) -> Tensor:
+    def remembered(self) -> Tensor:
         """Indices of the training images in the buffer, and of those that would enter it now."""
         return torch.cat([self.memory.buffer, self.memory.candidates])
 
@@ -265,16 +318,15 @@ class Client(LightningModule, ABC):
         self.eval()
         parts = []
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            for images in ImageBatches(self.data, "train", indices, self.evaluation_batch_size):
-                outputs = compute(images._replace(pixels=images.pixels.to(self.device)))
-                parts.append({name: t.float().cpu() for name, t in outputs.items()})
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            for images in ImageBatches(self.data, "train", indices, self.evaluation_batch_size, self.device):
+                parts.append(compute(images))
+        return {name: torch.cat([part[name] for part in parts]).float().cpu() for name in parts[0]}
 
     # ---- messages
 
     def upload(self) -> Upload:
         """What the server gets of this round."""
-        return Upload(self.index, self.memory.begun, self.round, len(self.current), self.outgoing())
+        return Upload(self.index, self.memory.begun, self.round.number, len(self.current), self.outgoing())
 
     def adopt(self, tensors: Mapping[str, Tensor]) -> None:
         """Make these the shared tensors."""
@@ -300,20 +352,33 @@ class Client(LightningModule, ABC):
 
     def test_dataloader(self) -> ImageBatches:
         """Test images of all tasks up to the one that evaluation began with."""
-        return ImageBatches(self.data, self.data.split.evaluate_on, self.test_images, self.evaluation_batch_size)
+        part, size = self.data.split.evaluate_on, self.evaluation_batch_size
+        return ImageBatches(self.data, part, self.test_images, size, self.device)
 
     def on_test_start(self) -> None:
         """Put the frozen model where the client is."""
-        self.vit.to(self.device)
+        self._place_vit()
         self.eval()
 
     def test_step(self, batch: Images, batch_idx: int) -> None:
         """Count the hits in each task under each mask."""
         tasks = self.task_of_class[batch.labels]
-        logits = self._output(batch, self.data.split.evaluate_on).logits
+        logits = self.test_logits(batch, tasks)
         hits = masked_correct(logits, batch.labels, self.task_masks[tasks], self.seen_mask)
-        self.tested.index_add_(0, tasks, torch.ones_like(tasks, dtype=torch.float32))
-        self.hits.index_add_(1, tasks, torch.stack([hits[mask] for mask in MASKS]).float())
+        # not index_add_, which on a GPU would wait for the indices to be checked
+        of_task = tasks.unsqueeze(1) == torch.arange(len(self.tested), device=tasks.device)
+        self.tested += of_task.sum(dim=0)
+        self.hits += (torch.stack([hits[mask] for mask in MASKS]).unsqueeze(2) & of_task).sum(dim=1)
+
+    def test_logits(self, batch: Images, tasks: Tensor) -> Tensor:
+        """Logits (B, K) for test images.
+
+        Args:
+            batch: the images.
+            tasks: (B,) number of the task that each image's class belongs to, from 0. Only a `task_aware` method may
+                look at it.
+        """
+        return self._output(batch, self.data.split.evaluate_on).logits
 
     def accuracy(self) -> dict[str, list[float]]:
         """For each mask the accuracy in % on every task that was tested last."""
@@ -322,6 +387,11 @@ class Client(LightningModule, ABC):
 
     # ---- helpers
 
+    def _place_vit(self) -> None:
+        """Put the frozen model where the client is, which moves it once in a run."""
+        if self.vit.mean.device != self.device:
+            self.vit.to(self.device)
+
     def _class_mask(self, first: int, last: int) -> Tensor:
         """(K,) true for this client's classes of the tasks numbered `first` + 1 to `last`."""
         mask = torch.zeros(self.num_classes, dtype=torch.bool)
@@ -329,12 +399,17 @@ class Client(LightningModule, ABC):
             mask[list(part.classes)] = True
         return mask
 
+    def _images_of(self, first: int, last: int) -> Tensor:
+        """(n,) this client's training images of the tasks numbered `first` + 1 to `last`."""
+        tasks = self.data.split.clients[self.index].tasks[first:last]
+        return torch.cat([torch.empty(0, dtype=torch.int64), *(torch.as_tensor(part.train) for part in tasks)])
+
     def _output(self, images: Images, part: Part) -> Output:
         output: Output = self(images.pixels, self.precomputed(part, images.indices, self.device))
         return output
 
-    def _generate(self, images: Images) -> dict[str, Tensor]:
-        return self.generate(images.pixels)
+    def _preserved(self, images: Images) -> dict[str, Tensor]:
+        return self.continual.preserved(self._output(images, "train"))
 
     def _classify(self, images: Images) -> dict[str, Tensor]:
         output = self._output(images, "train")
@@ -357,21 +432,30 @@ class TrainingBatches:
         return len(self.client.plan)
 
     def __iter__(self) -> Iterator[Batch]:
-        memory, data = self.client.memory, self.client.data
-        samples = torch.cat([memory.buffer, self.client.current])
-        for phase, positions in self.client.plan:
-            images = _images(data, "train", samples[positions])
-            known = positions < len(memory.buffer)
-            rows = torch.where(known, positions, 0)
-            snapshot = {name: outputs[rows] for name, outputs in memory.snapshot.items() if phase == "replay"}
-            yield Batch(phase, images, known.float(), snapshot)
+        client, memory, device = self.client, self.client.memory, self.client.device
+        samples, observes = torch.cat([memory.buffer, client.current]), client.continual.observes
+        sizes = [len(positions) for _, positions in client.plan]
+        rows = torch.cat([positions for _, positions in client.plan])
+        rows = rows if observes == "buffer" else rows - len(memory.buffer)
+        there = (rows >= 0) & (rows < len(next(iter(memory.snapshot.values()), ())))
+        # sent once for all steps, and looked up where these run
+        snapshot = {name: outputs.to(device) for name, outputs in memory.snapshot.items()}
+        looked_up = (torch.split(send(t, device), sizes) for t in (torch.where(there, rows, 0), there.float()))
+        for (phase, positions), row, observed in zip(client.plan, *looked_up, strict=True):
+            images = _images(client.data, "train", samples[positions], device)
+            if snapshot and (phase == "replay") == (observes == "buffer"):
+                yield Batch(phase, images, {name: outputs[row] for name, outputs in snapshot.items()}, observed)
+            else:
+                yield Batch(phase, images, {}, torch.zeros_like(observed))
 
 
 class ImageBatches:
-    """Images and labels of some samples in their order."""
+    """Images and labels of some samples in their order, on a device."""
 
-    def __init__(self, data: FederatedDataModule, part: Part, indices: Tensor, batch_size: int) -> None:
-        self.data, self.part = data, part
+    def __init__(
+        self, data: FederatedDataModule, part: Part, indices: Tensor, batch_size: int, device: torch.device = CPU
+    ) -> None:
+        self.data, self.part, self.device = data, part, device
         self.batches = torch.split(indices, batch_size)
 
     def __len__(self) -> int:
@@ -379,11 +463,11 @@ class ImageBatches:
 
     def __iter__(self) -> Iterator[Images]:
         for indices in self.batches:
-            yield _images(self.data, self.part, indices)
+            yield _images(self.data, self.part, indices, self.device)
 
 
-def _images(data: FederatedDataModule, part: Part, indices: Tensor) -> Images:
-    return Images(indices.numpy(), *data.batch(part, indices))
+def _images(data: FederatedDataModule, part: Part, indices: Tensor, device: torch.device) -> Images:
+    return Images(indices.numpy(), *data.batch(part, indices, device))
 
 
 def _batches(order: Tensor, largest: int) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isinf
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -76,6 +77,17 @@ class FederationProgress:
         where = f"task {task}/{self._tasks}  round {round}/{self._rounds}  client {client}"
         self._progress.update(self._bar, description=where)
 
+    def serve(self, step: int, steps: float) -> None:
+        """Say that the server is at work, after the clients of the round.
+
+        Args:
+            step: how many steps of a fit it has done.
+            steps: of how many; infinity if nobody knows.
+        """
+        where = self._progress.tasks[self._bar].description.split("  client ")[0].split("  server ")[0]
+        total = "" if isinf(steps) else f"/{steps:.0f}"
+        self._progress.update(self._bar, description=f"{where}  server step {step}{total}")
+
     def advance(self) -> None:
         """Count one client-round as done."""
         self._progress.advance(self._bar)
@@ -111,10 +123,11 @@ def summary_table(summary: Mapping[str, Any], console: Console, *, picture: Path
     """Print how a federation ended: a row for each client, their mean, what it cost, where to find it.
 
     Args:
-        summary: the content of the run's ``summary.json``: ``method``, ``setting``, ``seed``, ``backbone``;
-            ``accuracy`` for each mask as :func:`fedlscl.evaluation.summarise` gives it; ``bytes_up`` and
-            ``bytes_down`` with ``per_client_round``, ``total`` and ``by_client``; ``seconds`` with ``total``
-            and one for each phase; ``peak_memory_mib``.
+        summary: the content of the run's ``summary.json``: ``method``, ``setting``, ``seed``, ``backbone``, and
+            ``task_aware`` (false if missing); ``accuracy`` for each mask as
+            :func:`fedlscl.evaluation.summarise` gives it; ``bytes_up`` and ``bytes_down`` with
+            ``per_client_round``, ``total`` and ``by_client``; ``seconds`` with ``total`` and one for each phase;
+            ``peak_memory_mib``.
         console: where to print.
         picture: the run's accuracy picture.
         run_dir: the run's folder.
@@ -145,9 +158,10 @@ def summary_table(summary: Mapping[str, Any], console: Console, *, picture: Path
     ways = (f"{way} {human_bytes(summary[f'bytes_{way}']['per_client_round'])}" for way in ("up", "down"))
     seconds = summary["seconds"]
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
+    told = ", the task of each image being known" if summary.get("task_aware") else ""
     for part in (
         Text(run, style="bold"),
-        Text(f"accuracy in % after task {after + 1}, predicted among the classes seen so far"),
+        Text(f"accuracy in % after task {after + 1}, predicted among the classes seen so far{told}"),
         table,
         Text(f"final average (%) by mask: {averages}"),
         Text(f"bytes per client and round: {'  '.join(ways)}"),

@@ -1,14 +1,14 @@
 """Small-model continual fine-tuning (Fed-LSCL, section 4.3.1) as a replaceable strategy.
 
-A strategy says what follows the training on the current task in every round: on which samples, how often, and under
-which loss. It holds only its settings; what must survive a round belongs to the client.
+A strategy says what is added to the loss on the current task, and what follows the training on it in every round: on
+which samples, how often, and under which loss. It holds only its settings; what must survive a round belongs to the
+client.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,12 +24,30 @@ class Output(NamedTuple):
     generated: Mapping[str, Tensor] = {}  # by name what Eq. 4 keeps in place: features (B, e), weights (B, P)
 
 
-class Continual(ABC):
-    """What a client does in a round against forgetting, after it has trained on the current task."""
+class Step(NamedTuple):
+    """What a strategy sees of a training step."""
 
-    @abstractmethod
+    output: Output  # of the model in training
+    labels: Tensor  # (B,) class numbers
+    seen: Tensor  # (K,) true for every class the client has seen
+    learned: Tensor  # (K,) true for those of finished tasks
+    snapshot: Mapping[str, Tensor]  # (B, ...) each of `preserved`, arbitrary where not observed
+    observed: Tensor  # (B,) 1.0 for samples that the snapshot was taken of, 0.0 for others
+    parameters: Mapping[str, Tensor]  # all that is trained, by name
+    kept: Mapping[str, Tensor]  # what `consolidate` returned last
+
+
+class Continual:
+    """What a client does in a round against forgetting; this one does nothing.
+
+    `observes` says of which images the outputs of the model of the finished tasks are taken, once a task: those in the
+    `buffer`, for the replay phase, or those of the `current` task, for the collaborative phase.
+    """
+
+    observes: ClassVar[Literal["nothing", "buffer", "current"]] = "nothing"
+
     def passes_over(self, buffered: int, current: Tensor, per_class: int, rng: torch.Generator) -> list[Tensor]:
-        """The passes of this round's replay phase; an empty list skips the phase.
+        """The passes of this round's replay phase; an empty list, the default, skips the phase.
 
         Args:
             buffered: number m of samples in the buffer.
@@ -40,34 +58,36 @@ class Continual(ABC):
         Returns:
             For each pass the samples it takes, as positions into the m buffered and then the n current samples.
         """
+        return []
 
-    @abstractmethod
-    def losses(
-        self, output: Output, labels: Tensor, classes: Tensor, snapshot: Mapping[str, Tensor], known: Tensor
+    def preserved(self, output: Output) -> dict[str, Tensor]:
+        """Which of these outputs make the snapshot, (B, ...) each by name."""
+        return {}
+
+    def consolidate(
+        self, parameters: Mapping[str, Tensor], losses: Iterator[Tensor], kept: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The terms whose sum a replay step minimises, by name.
+        """What is kept of finished tasks, by name; called when a task begins and others have been finished.
 
         Args:
-            output: of the model in training on a replay batch.
-            labels: (B,) class numbers.
-            classes: (K,) boolean, true for every class the client has seen.
-            snapshot: what the snapshot generates for the batch, (B, ...) each, arbitrary where not `known`.
-            known: (B,) 1.0 for the batch's buffered samples, 0.0 for its current ones.
+            parameters: all that is trained, as received last.
+            losses: the cross-entropy of each image of the tasks finished since the last call, in evaluation mode and
+                random order, a scalar each; it is computed when it is asked for, with its graph.
+            kept: what the last call returned; empty in the first.
         """
+        return {}
+
+    def collaborative_losses(self, step: Step) -> dict[str, Tensor]:
+        """The terms added to the loss of a step on the current task, by name; none by default."""
+        return {}
+
+    def replay_losses(self, step: Step) -> dict[str, Tensor]:
+        """The terms whose sum a replay step minimises, by name."""
+        raise NotImplementedError(f"{type(self).__name__} has no replay phase")
 
 
 class NoReplay(Continual):
     """Train on the current task and nothing else (Table 2 without SM-CF)."""
-
-    def passes_over(self, buffered: int, current: Tensor, per_class: int, rng: torch.Generator) -> list[Tensor]:
-        """No pass."""
-        return []
-
-    def losses(
-        self, output: Output, labels: Tensor, classes: Tensor, snapshot: Mapping[str, Tensor], known: Tensor
-    ) -> dict[str, Tensor]:
-        """Never called, since there is no pass."""
-        raise NotImplementedError("NoReplay has no replay phase")
 
 
 class Replay(Continual):
@@ -79,6 +99,8 @@ class Replay(Continual):
         passes: how often the buffer is gone through in each round.
         current: also draw, in each pass and class for class, as many current samples as the buffer holds of a class.
     """
+
+    observes = "buffer"
 
     def __init__(self, lambda_e: float = 0.1, lambda_w: float = 0.01, passes: int = 5, current: bool = True) -> None:
         for name, value in (("lambda_e", lambda_e), ("lambda_w", lambda_w), ("passes", passes)):
@@ -101,11 +123,13 @@ class Replay(Continual):
                 parts.append(buffered + members[torch.randperm(len(members), generator=rng)[:per_class]])
         return torch.cat(parts)
 
-    def losses(
-        self, output: Output, labels: Tensor, classes: Tensor, snapshot: Mapping[str, Tensor], known: Tensor
-    ) -> dict[str, Tensor]:
-        """Cross-entropy among all seen classes on the whole batch, the penalties of Eq. 4 on its known samples."""
-        terms = {"cross_entropy": masked_cross_entropy(output.logits, labels, classes)}
-        for name, before in snapshot.items():
-            terms[name] = self.weights[name] * continual_penalty(output.generated[name], before, known)
+    def preserved(self, output: Output) -> dict[str, Tensor]:
+        """Features and generated weights, as far as the client has them."""
+        return dict(output.generated)
+
+    def replay_losses(self, step: Step) -> dict[str, Tensor]:
+        """Cross-entropy among all seen classes on the whole batch, the penalties of Eq. 4 on its buffered samples."""
+        terms = {"cross_entropy": masked_cross_entropy(step.output.logits, step.labels, step.seen)}
+        for name, before in step.snapshot.items():
+            terms[name] = self.weights[name] * continual_penalty(step.output.generated[name], before, step.observed)
         return terms

@@ -1,4 +1,4 @@
-"""The data of a federated run: one source of images, split over clients and tasks, served as CPU batches.
+"""The data of a federated run: one source of images, split over clients and tasks, served as batches.
 
 The data sets that come packed, Digits and CIFAR100, are here; those made of image files are in `datasets`.
 """
@@ -25,6 +25,7 @@ from fedlscl.datasets import (
     decode_image,
     unpack,
 )
+from fedlscl.resident import Resident
 from fedlscl.splits import Split, SplitSpec, make_split
 
 __all__ = [
@@ -38,6 +39,8 @@ __all__ = [
     "Source",
     "decode_image",
 ]
+
+CPU = torch.device("cpu")
 
 
 class Digits(Source):
@@ -137,7 +140,14 @@ class FederatedDataModule(LightningDataModule):
     dataset: Dataset
     split: Split
 
-    def __init__(self, source: Source, split: SplitSpec, seed: int | None = None, cache_dir: str | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        split: SplitSpec,
+        seed: int | None = None,
+        cache_dir: str | None = None,
+        device_mib: float = 8192,
+    ) -> None:
         """Name what to load; nothing is read yet.
 
         Args:
@@ -145,12 +155,18 @@ class FederatedDataModule(LightningDataModule):
             split: how they are dealt out.
             seed: seed of the split; the command line links it to the run's seed.
             cache_dir: folder for decoded and downloaded images; None = $FEDLSCL_CACHE or ~/.cache/fedlscl.
+            device_mib: memory of an accelerator for images, which then stay there; those beyond are sent batch by
+                batch. On a CPU none is needed.
         """
         super().__init__()
+        if not device_mib >= 0:
+            raise ValueError(f"data.device_mib is {device_mib}, must not be negative")
         self.source = source
         self.split_spec = split
         self.seed = seed
         self.cache_dir = cache_dir
+        self.device_mib = device_mib
+        self._resident: Resident | None = None
 
     def prepare_data(self) -> None:
         """Download, unpack and decode what the cache does not hold yet."""
@@ -179,15 +195,18 @@ class FederatedDataModule(LightningDataModule):
         """Names of the classes by class id."""
         return self.dataset.classes
 
-    def batch(self, part: Literal["train", "test"], indices: NDArray[np.int64] | Tensor) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, part: Literal["train", "test"], indices: NDArray[np.int64] | Tensor, device: torch.device = CPU
+    ) -> tuple[Tensor, Tensor]:
         """Gather images of one part.
 
         Args:
             part: which of the two image sets.
             indices: positions in it, shape (B,), in any order.
+            device: where they are wanted.
 
         Returns:
-            Images (B, 3, H, W) in uint8 and class ids (B,) in int64, copied to the CPU's memory.
+            Images (B, 3, H, W) in uint8 and class ids (B,) in int64, copied to the memory of `device`.
 
         Raises:
             ValueError: `part` is neither.
@@ -195,8 +214,16 @@ class FederatedDataModule(LightningDataModule):
         """
         if part not in ("train", "test"):
             raise ValueError(f"part is {part!r}; it must be 'train' or 'test'")
-        chosen = self.dataset.train if part == "train" else self.dataset.test
         positions = np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
+        if device.type == "cpu":
+            return self._gather(part, positions)
+        if self._resident is None or self._resident.device != device:
+            sizes = {"train": len(self.dataset.train.labels), "test": len(self.dataset.test.labels)}
+            self._resident = Resident(self._gather, sizes, self.device_mib, device)
+        return self._resident(part, positions)
+
+    def _gather(self, part: str, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        chosen = self.dataset.train if part == "train" else self.dataset.test
         return torch.from_numpy(chosen.images[positions]), torch.from_numpy(chosen.labels[positions])
 
     def _load(self) -> Dataset:

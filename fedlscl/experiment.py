@@ -31,7 +31,8 @@ from fedlscl.client import Client
 from fedlscl.console import FederationProgress, summary_table
 from fedlscl.data import FederatedDataModule
 from fedlscl.evaluation import MASKS, FloatArray, summarise
-from fedlscl.federation import Federation, MakeTrainer, RoundResult, Schedule
+from fedlscl.federation import Federation, MakeTrainer, RoundResult
+from fedlscl.schedule import Schedule
 from fedlscl.server import Server
 from fedlscl.tracking import ClientLogger, Tracker, WandbMode
 
@@ -205,6 +206,7 @@ class Experiment:
             "seed": self.seed,
             "backbone": f"{self.vit.name}, {self.vit.source}, {self.vit.image_size} px",
             "cnn": self.cnn.name,
+            "task_aware": self.client.task_aware,
             "evaluated_on": "test images" if self.data.split.evaluate_on == "test" else "images held out of training",
             "split_sha256": self.data.split.sha256,
             "accuracy": {mask: summarise(values) for mask, values in acc.items()},
@@ -249,6 +251,12 @@ class _Listener:
 
     def visited(self) -> None:
         self.bar.advance()
+
+    def serving(self, task: int, round: int) -> Logger:
+        return ClientLogger(self.tracker, "server", task=task, round=round)
+
+    def served(self, step: int, steps: float) -> None:
+        self.bar.serve(step, steps)
 
 
 def accuracy_arrays(history: list[dict[str, Any]], tasks: int, rounds: int) -> dict[str, FloatArray]:

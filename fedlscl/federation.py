@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
@@ -26,8 +25,9 @@ from fedlscl.data import FederatedDataModule
 from fedlscl.evaluation import MASKS
 from fedlscl.messages import Download, MessageError, Received, Upload
 from fedlscl.precomputed import Precomputed
+from fedlscl.schedule import Round, Schedule
 from fedlscl.server import Answers, Server
-from fedlscl.trainer import fit_once
+from fedlscl.trainer import StepCount, fit_once
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,12 @@ class Listener(Protocol):
 
     def visited(self) -> None:
         """A client's turn is over, in whatever way."""
+
+    def serving(self, task: int, round: int) -> Logger | None:
+        """The server begins to aggregate; returns where the metrics of its fits go."""
+
+    def served(self, step: int, steps: float) -> None:
+        """A fit of the server has done so many of its steps, infinitely many if nobody knows."""
 
 
 @dataclass
@@ -67,34 +73,6 @@ class RoundResult:
         start = time.perf_counter()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-
-
-class Schedule:
-    """Who takes part when.
-
-    Args:
-        rounds: R, communication rounds for each task.
-        clients_per_round: how many clients, drawn anew, take part in each round; all of them by default. A client
-            that was absent trains on all it has missed when it is drawn again.
-    """
-
-    def __init__(self, rounds: int = 5, clients_per_round: int | None = None) -> None:
-        if rounds < 1:
-            raise ValueError(f"federation.rounds is {rounds}, must be at least 1")
-        self.rounds, self.clients_per_round = rounds, clients_per_round
-
-    def check(self, clients: int) -> None:
-        """Raise ValueError if the schedule does not fit the number of clients."""
-        if self.clients_per_round is not None and not 1 <= self.clients_per_round <= clients:
-            raise ValueError(
-                f"federation.clients_per_round is {self.clients_per_round}, must be between 1 and the {clients} clients"
-            )
-
-    def participants(self, clients: int, round: int, seed: int) -> list[int]:
-        """The clients that take part in a round, ascending."""
-        rng = np.random.default_rng(seeds.derive(seed, "participants", round))
-        drawn = rng.choice(clients, self.clients_per_round or clients, replace=False)
-        return sorted(int(index) for index in drawn)
 
 
 @dataclass
@@ -123,9 +101,7 @@ class Federation:
         names = [self.cnn.name_of(index) for index in range(self.clients)]
         self.bodies: dict[str, Client] = {}
         for name in dict.fromkeys(names):
-            with seeds.seeded(self.seed, "server"):
-                body = copy.deepcopy(self.client).assemble(self.vit, self.cnn, name, self.data.num_classes)
-            self.bodies[name] = body
+            self.bodies[name] = self._body(name)
         first, *others = self.bodies.values()
         self.precomputed = Precomputed(self.data, first.precompute, self.vit.cache_mib)
         for body in others:
@@ -133,48 +109,68 @@ class Federation:
                 raise ValueError(
                     "cnn.name lists different CNNs, but this method exchanges tensors of the CNN, which then do not fit"
                 )
-        self.server.begin(first.upload_schema(), first.download_schema())
+        self.server.begin(first.upload_schema(), first.download_schema(), lambda: self._body(names[0]))
         self.handout = {name: tensor.detach().clone() for name, tensor in first.shared().items()}
         self.setup_bytes = sum(tensor.nbytes for tensor in self.handout.values())
 
+    def _body(self, cnn_name: str) -> Client:
+        with seeds.seeded(self.seed, "server"):
+            return copy.deepcopy(self.client).assemble(self.vit, self.cnn, cnn_name, self.data.num_classes)
+
     def run(self, listener: Listener) -> Iterator[RoundResult]:
         """Algorithm 1 from the first round that `store` does not hold; commit the store after each result."""
-        rounds, tasks = self.schedule.rounds, self.data.split.spec.tasks
-        for done in range(self.store.progress.get("round", 0), tasks * rounds):
-            result = RoundResult(task=done // rounds + 1, round=done + 1)
+        done = self.store.progress.get("round", 0)
+        tester = self.trainer(None)  # one for all: unlike a fit, a test leaves nothing behind in a Trainer
+        for round in self.schedule.after(done, self.data.split.spec.tasks, self.seed):
+            result = RoundResult(round.task, round.number)
             uploads = Received()
-            participants = self.schedule.participants(self.clients, result.round, self.seed)
+            participants = self.schedule.participants(self.clients, round)
             for index in participants:
-                logger = listener.visiting(result.task, result.round, index)
+                logger = listener.visiting(round.task, round.number, index)
                 with result.timed("fit"):
-                    self._fit(index, result, logger, uploads)
+                    self._fit(index, round, result, logger, uploads)
                 listener.visited()
             if len(result.skipped) == len(participants):
-                raise RuntimeError(f"no client finished round {result.round}: {result.skipped}")
+                raise RuntimeError(f"no client finished round {round.number}: {result.skipped}")
             answers: Answers = {}
             if uploads:
                 with result.timed("aggregate"):
-                    seed = seeds.derive(self.seed, "aggregate", result.round)
-                    answers = self.server.aggregate(uploads, self.clients, seed, lambda: self.trainer(None))
+                    answers = self._aggregate(uploads, round, listener)
             for index in range(self.clients):
                 answer = None
                 if index in answers:
                     with result.timed("aggregate"):
                         answer = answers[index]
                 with result.timed("evaluate"):
-                    self._answer_and_evaluate(index, answer, result)
+                    self._answer_and_evaluate(index, answer, result, tester)
             result.server = dict(self.server.metrics) if uploads else {}
             yield result
 
-    def _fit(self, index: int, result: RoundResult, logger: Logger | None, uploads: Received) -> None:
+    def _aggregate(self, uploads: Received, round: Round, listener: Listener) -> Answers:
+        if (state := self.store.read("server")) is not None:
+            self.server.load(state)
+        logger = listener.serving(round.task, round.number)
+
+        def trainer() -> Trainer:
+            made = self.trainer(logger)
+            made.callbacks.append(StepCount(listener.served))  # type: ignore[attr-defined]
+            return made
+
+        with seeds.seeded(self.seed, "aggregate", round.number):
+            answers = self.server.aggregate(uploads, self.clients, round, trainer)
+        if state := self.server.state():
+            self.store.write("server", state)
+        return answers
+
+    def _fit(self, index: int, round: Round, result: RoundResult, logger: Logger | None, uploads: Received) -> None:
         """One client's round, with its upload put among the others if the server wants one.
 
         A client that fails, or sends what cannot be used, is left out with the reason on record.
         """
         try:
             body = self.visit(index)
-            body.begin_round(result.task, result.round, self.seed)
-            with seeds.seeded(self.seed, "fit", index, result.round):
+            body.begin_round(round)
+            with seeds.seeded(self.seed, "fit", index, round.number):
                 fit_once(self.trainer(logger), body)
             state = body.state()
             if broken := [n for n, t in state.items() if t.is_floating_point() and not bool(t.isfinite().all())]:
@@ -196,16 +192,18 @@ class Federation:
             raise MessageError(f"upload claims to be of client {upload.client}, round {upload.round}")
         uploads.add(body.index, self.store.put_aside(f"upload-{body.index}", message), schema)
 
-    def _answer_and_evaluate(self, index: int, answer: Mapping[str, Tensor] | None, result: RoundResult) -> None:
+    def _answer_and_evaluate(
+        self, index: int, answer: Mapping[str, Tensor] | None, result: RoundResult, tester: Trainer
+    ) -> None:
         body = self.visit(index)
         if answer is not None:
             message = Download(index, result.task, result.round, 0, answer).to_bytes()
             result.bytes_down[index] = len(message)
             body.download(Download.from_bytes(message, body.download_schema()))
         body.begin_evaluation(result.task)
-        self.trainer(None).test(body, verbose=False)
+        tester.test(body, verbose=False)
         if answer is not None:  # only now, since a client may need its device to make up its mind about the answer
-            self.store.write(client_name(index), body.state())
+            self.store.amend(client_name(index), body.state())
         for mask, values in body.accuracy().items():
             result.accuracy[mask].append(values)
 

@@ -44,10 +44,11 @@ class AtMost:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What one tensor of a message must look like."""
+    """What one tensor of a message must look like; an optional one may be missing."""
 
     shape: tuple[int | AtMost, ...]
     dtype: torch.dtype = torch.float32
+    optional: bool = False
 
     @classmethod
     def like(cls, tensor: Tensor) -> TensorSpec:
@@ -117,8 +118,9 @@ class Message:
             raise MessageError(f"{cls.kind} has {len(data)} bytes, at most {limit} fit its schema")
         header = _header(data, cls.kind)
         metadata = header.pop("__metadata__", None)
-        if set(header) != set(schema):
-            missing, unknown = sorted(set(schema) - set(header)), sorted(set(header) - set(schema))
+        missing = sorted(name for name, spec in schema.items() if not (spec.optional or name in header))
+        if missing or not set(header) <= set(schema):
+            unknown = sorted(set(header) - set(schema))
             raise MessageError(f"{cls.kind} lacks tensors {missing} and has unknown tensors {unknown}")
         for name, entry in header.items():
             shape = entry.get("shape") if isinstance(entry, dict) else None

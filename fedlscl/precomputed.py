@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlscl.data import FederatedDataModule
+from fedlscl.resident import send
 from fedlscl.splits import Split
 
 GROUP = 64  # images computed at a time
@@ -65,16 +66,14 @@ class Precomputed:
         for number in np.unique(np.searchsorted(self._ends, rows[~beyond], side="right") - 1):
             if not self._done[number]:
                 self._fill(number, device)
-        place = torch.from_numpy(np.where(beyond, 0, rows)).to(device)
-        if not beyond.any():
-            return {name: kept[place] for name, kept in self._kept.items()}
-        fresh, where = self._outputs(part, indices[beyond], device), torch.from_numpy(beyond).to(device)
-        if beyond.all():
-            return fresh
+        place = send(torch.from_numpy(rows[~beyond]), device)
         found = {name: kept[place] for name, kept in self._kept.items()}
-        for name, outputs in fresh.items():
-            found[name][where] = outputs
-        return found
+        if not beyond.any():
+            return found
+        fresh = self._outputs(part, indices[beyond], device)
+        # gathered, not written by index: on a GPU that would wait for the indices to be checked
+        order = send(torch.from_numpy(np.argsort(np.argsort(beyond, kind="stable"))), device)
+        return {name: torch.cat([kept, fresh[name]])[order] for name, kept in found.items()}
 
     def _begin(self, device: torch.device) -> None:
         """Make room, or make it anew where what is kept belongs to another device or precision."""
@@ -99,9 +98,9 @@ class Precomputed:
         self._done[number] = True
 
     def _outputs(self, part: Part, indices: NDArray[np.int64], device: torch.device) -> dict[str, Tensor]:
-        images, _ = self._data.batch(part, indices)
+        images, _ = self._data.batch(part, indices, device)
         with torch.no_grad():
-            return self._compute(images.to(device))
+            return self._compute(images)
 
 
 def _in_order(split: Split) -> Iterator[tuple[Part, NDArray[np.int64]]]:

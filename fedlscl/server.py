@@ -8,9 +8,10 @@ from typing import ClassVar, Literal
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlscl.messages import Schema, Upload
+from fedlscl.schedule import Round
 
 Answers = Mapping[int, Mapping[str, Tensor]]
 
@@ -53,16 +54,31 @@ class Server(ABC):
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}  # of the last aggregation, by name, for the record
 
-    def begin(self, uploads: Schema, downloads: Schema) -> None:  # noqa: B027 - most servers have nothing to check
+    def begin(  # noqa: B027 - most servers have nothing to check
+        self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]
+    ) -> None:
         """Hear, before any training, what clients will send and take back.
+
+        Args:
+            uploads: what an upload looks like.
+            downloads: what a download looks like.
+            model: makes an untrained model of the clients, for servers that run one: called with images and an empty
+                mapping it gives an `Output`; its tensors bear the names under which they travel.
 
         Raises:
             ValueError: if the server cannot work with these messages.
         """
 
+    def state(self) -> dict[str, Tensor]:
+        """Everything of this server that must survive a round, as named tensors on the CPU; nothing by default."""
+        return {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 - most servers have nothing to remember
+        """Take over what `state` returned; called before every round but the first."""
+
     @abstractmethod
     def aggregate(
-        self, uploads: Mapping[int, Upload], clients: int, seed: int, trainer: Callable[[], Trainer]
+        self, uploads: Mapping[int, Upload], clients: int, round: Round, trainer: Callable[[], Trainer]
     ) -> Answers:
         """Fuse what the clients sent.
 
@@ -70,7 +86,7 @@ class Server(ABC):
             uploads: the valid uploads of this round, by client; at least one. Each access reads one from the disk,
                 so a server that goes through them one by one needs no more memory for more clients.
             clients: number of clients in the federation, absent ones included.
-            seed: of this round, for what is drawn.
+            round: where the federation is.
             trainer: makes a fresh Trainer for each model that the server fits.
 
         Returns:
@@ -84,7 +100,7 @@ class Isolated(Server):
     listens = False
 
     def aggregate(
-        self, uploads: Mapping[int, Upload], clients: int, seed: int, trainer: Callable[[], Trainer]
+        self, uploads: Mapping[int, Upload], clients: int, round: Round, trainer: Callable[[], Trainer]
     ) -> Answers:
         """Never called."""
         raise NotImplementedError("clients without exchange send nothing to aggregate")
@@ -101,18 +117,18 @@ class FedAvg(Server):
         super().__init__()
         self.weighting = weighting
 
-    def begin(self, uploads: Schema, downloads: Schema) -> None:
+    def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
         """Average what clients take back; of what else they send FedAvg makes no use."""
         if not downloads:
             raise ValueError(
                 "server: FedAvg has nothing to average, since model shares no tensor; take fedlscl.server.Isolated"
             )
-        if unknown := sorted(set(downloads) - set(uploads)):
+        self.names = tuple(name for name, spec in downloads.items() if not spec.optional)
+        if unknown := sorted(set(self.names) - set(uploads)):
             raise ValueError(f"server: FedAvg averages what clients send, but model wants '{unknown[0]}' back")
-        self.names = tuple(downloads)
 
     def aggregate(
-        self, uploads: Mapping[int, Upload], clients: int, seed: int, trainer: Callable[[], Trainer]
+        self, uploads: Mapping[int, Upload], clients: int, round: Round, trainer: Callable[[], Trainer]
     ) -> Answers:
         """One mean for all clients."""
         mean = average(
@@ -131,7 +147,7 @@ class Sum(Server):
     What clients send as `x` they get back as `x_sum`, in the same shape and dtype.
     """
 
-    def begin(self, uploads: Schema, downloads: Schema) -> None:
+    def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
         """Only for clients that expect sums."""
         if downloads != {f"{name}_sum": spec for name, spec in uploads.items()}:
             raise ValueError(
@@ -141,7 +157,7 @@ class Sum(Server):
         self.dtypes = {f"{name}_sum": spec.dtype for name, spec in uploads.items()}
 
     def aggregate(
-        self, uploads: Mapping[int, Upload], clients: int, seed: int, trainer: Callable[[], Trainer]
+        self, uploads: Mapping[int, Upload], clients: int, round: Round, trainer: Callable[[], Trainer]
     ) -> Answers:
         """One sum for all who sent something."""
         sums: dict[str, Tensor] = {}

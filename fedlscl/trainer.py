@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch.utils.deterministic
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class RoundTrainer(Trainer):
@@ -41,6 +42,19 @@ class RoundTrainer(Trainer):
             enable_autolog_hparams=False,
             use_distributed_sampler=False,
         )
+
+
+class StepCount(Callback):
+    """Reports after every step how many of a fit's steps are done, and of how many (infinity if nobody knows)."""
+
+    def __init__(self, report: Callable[[int, float], None]) -> None:
+        self.report = report
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """One more."""
+        self.report(batch_idx + 1, trainer.num_training_batches)
 
 
 def fit_once(trainer: Trainer, module: LightningModule) -> None:

@@ -19,9 +19,10 @@ from fedlscl.client import Client
 from fedlscl.continual import Output, Replay
 from fedlscl.data import FederatedDataModule
 from fedlscl.datasets import Dataset, ImageSet, Source
-from fedlscl.federation import Federation, RoundResult, Schedule
+from fedlscl.federation import Federation, RoundResult
 from fedlscl.messages import Message
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL
+from fedlscl.schedule import Round, Schedule
 from fedlscl.server import Isolated, Server
 from fedlscl.splits import SplitSpec
 from fedlscl.trainer import RoundTrainer
@@ -73,12 +74,20 @@ class Recorder:
 
     visits: list[tuple[int, int, int]] = field(default_factory=list)
     turns: int = 0
+    served_rounds: list[tuple[int, int]] = field(default_factory=list)
+    steps: list[tuple[int, float]] = field(default_factory=list)
 
     def visiting(self, task: int, round: int, client: int) -> None:
         self.visits.append((task, round, client))
 
     def visited(self) -> None:
         self.turns += 1
+
+    def serving(self, task: int, round: int) -> None:
+        self.served_rounds.append((task, round))
+
+    def served(self, step: int, steps: float) -> None:
+        self.steps.append((step, steps))
 
 
 def make_trainer(logger: Any = None) -> RoundTrainer:
@@ -152,7 +161,7 @@ def enter_client(federation: Federation, index: int) -> Any:
 
 def fit(body: Client, task: int, round: int, seed: int = 0) -> None:
     """One client's round, without a server."""
-    body.begin_round(task, round, seed)
+    body.begin_round(Round(task, round, False, seed))
     with seeds.seeded(seed, "fit", body.index, round):
         make_trainer().fit(body)
 

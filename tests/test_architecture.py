@@ -19,6 +19,7 @@ FILES = {
 PURE = (
     *("seeds", "losses", "adapters", "buffer", "messages"),
     *("splits", "evaluation", "distillation", "continual", "datasets", "precomputed"),
+    *("schedule", "inversion", "resident"),
 )
 MACHINE = ("client", "server", "federation", "methods", "cli", "experiment", "tracking", "console", "plots", "trainer")
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
@@ -43,7 +45,7 @@ def assert_as_committed(folder: Path) -> None:
     assert store.progress == {"round": 1}
     assert (value_of(store, "client-0"), value_of(store, "client-1")) == (1, 2)
     assert store.read("client-2") is None
-    assert listing(folder) == {MANIFEST, *store.files.values()}
+    assert listing(folder) == {MANIFEST, *(file for files in store.files.values() for file in files)}
     assert len(listing(folder)) == 3
 
 
@@ -99,6 +101,55 @@ def test_rounds_do_not_pile_up(tmp_path: Path) -> None:
         store.commit({"round": round})
         assert len(listing(tmp_path)) == 4
     assert [value_of(Store(tmp_path), f"client-{client}") for client in range(3)] == [50, 51, 52]
+
+
+SIZES = {"large": 100, "small": 4, "other": 7}
+STATES = st.dictionaries(st.sampled_from(sorted(SIZES)), st.integers(0, 2), min_size=1)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["write", "amend", "commit", "restart"]), STATES), max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_an_amended_state_is_read_as_if_it_had_been_written(
+    tmp_path_factory: pytest.TempPathFactory, actions: list[tuple[str, dict[str, int]]]
+) -> None:
+    folder = tmp_path_factory.mktemp("store")
+    store = Store(folder)
+    written: dict[str, int] | None = None
+    committed: dict[str, int] | None = None
+    for action, values in actions:
+        tensors = {name: torch.full((SIZES[name],), value) for name, value in values.items()}
+        if action == "restart":
+            store, written = Store(folder), committed
+        elif action == "commit":
+            store.commit({})
+            committed = written
+        else:
+            (store.write if action == "write" else store.amend)("client-0", tensors)
+            written = values
+        got = store.read("client-0")
+        assert (got and {name: int(tensor.unique()) for name, tensor in got.items()}) == written
+        assert got is None or all(len(tensor) == SIZES[name] for name, tensor in got.items())
+    store.commit({})
+    assert len(listing(folder)) == 1 + len(store.files.get("client-0", []))
+
+
+def test_an_amendment_is_as_small_as_what_has_changed(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write("client-0", {"cnn": torch.zeros(10_000), "generator": torch.zeros(10)})
+    store.commit({})
+    for value in (1, 2):  # always what differs from the whole, however often it is amended
+        store.amend("client-0", {"cnn": torch.zeros(10_000), "generator": torch.full((10,), float(value))})
+        store.commit({})
+        sizes = sorted(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+        assert len(sizes) == 2
+        assert sizes[0] < 400
+        assert sizes[1] > 40_000
+        got = Store(tmp_path).read("client-0")
+        assert got is not None
+        assert float(got["generator"][0]) == value
+    store.write("client-0", {"cnn": torch.ones(10_000)})
+    store.commit({})
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
 def test_nothing_but_safetensors_and_json_is_kept(committed: Path) -> None:

@@ -35,6 +35,7 @@ from fedlscl.messages import Download
 from fedlscl.methods.fed_lscl import FedLSCL
 from fedlscl.methods.frozen_vit import FrozenViTClient
 from fedlscl.methods.small_model import SmallModelClient
+from fedlscl.schedule import Round
 
 
 def digest(vit: FrozenViT) -> str:
@@ -97,7 +98,7 @@ def test_no_class_outside_the_training_mask_is_trained(
         steps.append((phases[len(steps)], set(rows.tolist())))
 
     monkeypatch.setattr(Client, "manual_backward", spy)
-    body.begin_round(2, 2, 0)
+    body.begin_round(Round(2, 2, False, 0))
     phases = [phase for phase, _ in body.plan]
     make_trainer().fit(body)
     assert {phase for phase, _ in steps} == {"collaborate", "replay"}
@@ -129,10 +130,10 @@ def test_an_epoch_lowers_the_loss(body: FedLSCL) -> None:
 def test_a_round_goes_through_the_task_and_then_through_the_buffer(federation: Federation) -> None:
     body = enter_client(federation, 0)
     body.epochs, body.continual = 3, Replay(passes=2, current=False)
-    body.begin_round(1, 1, 0)
+    body.begin_round(Round(1, 1, False, 0))
     assert {phase for phase, _ in body.plan} == {"collaborate"}  # nothing to replay in the first task
     fit(body, 1, 1)
-    body.begin_round(2, 2, 0)
+    body.begin_round(Round(2, 2, False, 0))
     phases = [phase for phase, _ in body.plan]
     assert phases == sorted(phases)  # collaborate before replay
     m, n = len(body.memory.buffer), len(body.current)
@@ -162,7 +163,7 @@ def test_what_a_batch_holds(federation: Federation) -> None:
             assert int(batch.images.indices[row]) == index
             assert int(batch.images.labels[row]) == label
             known = index in buffered
-            assert bool(batch.known[row]) is known
+            assert bool(batch.observed[row]) is known
             if batch.phase == "collaborate":
                 assert not known
                 assert batch.snapshot == {}
@@ -183,7 +184,7 @@ def test_no_batch_is_left_with_one_image(body: FedLSCL, size: int) -> None:
     for n in range(2, 40):
         body.batch_size = size
         body.memory.begun = 0
-        body.begin_round(1, 1, 0)
+        body.begin_round(Round(1, 1, False, 0))
         body.current = body.current.new_zeros(n)
         lengths = [len(part) for _, part in body._plan()]
         assert sum(lengths) == n
@@ -276,7 +277,7 @@ def test_the_terms_of_a_replay_step_by_hand(federation: Federation) -> None:
     body = enter_client(federation, 0)
     fit(body, 1, 1)
     body.continual = Replay(lambda_e=2.0, lambda_w=0.5, passes=1)
-    body.begin_round(2, 2, 0)
+    body.begin_round(Round(2, 2, False, 0))
     classes = sorted(label for part in body.data.split.clients[0].tasks for label in part.classes)
     images, _ = train_images(body, task_images(body, 1, 2)[:4])
     body.eval()
@@ -285,7 +286,7 @@ def test_the_terms_of_a_replay_step_by_hand(federation: Federation) -> None:
     labels = torch.tensor(classes)
     before = {name: value + 1 for name, value in output.generated.items()}
     known = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    terms = body.replay_losses(output, Batch("replay", Images(np.arange(4), images, labels), known, before))
+    terms = body.replay_losses(output, Batch("replay", Images(np.arange(4), images, labels), before, known))
     logits = output.logits[:, classes]
     assert set(terms) == {"cross_entropy", "features", "weights"}
     torch.testing.assert_close(terms["cross_entropy"], F.cross_entropy(logits, torch.arange(4)))
@@ -298,7 +299,7 @@ def test_the_order_of_a_round_depends_on_seed_client_and_round_only(federation: 
     body = enter_client(federation, 0)
 
     def order(round: int, seed: int) -> list[int]:
-        body.begin_round(1, round, seed)
+        body.begin_round(Round(1, round, False, seed))
         return torch.cat([part for _, part in body.plan]).tolist()
 
     first = order(1, 0)

@@ -29,6 +29,7 @@ from fedlscl.federation import Federation
 from fedlscl.messages import Download
 from fedlscl.methods.fed_lscl import FedLSCL
 from fedlscl.methods.frozen_vit import FrozenViTClient
+from fedlscl.schedule import Round
 
 
 def deliver(body: FedLSCL, seed: int) -> None:
@@ -46,7 +47,7 @@ def count_snapshots(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     observe = Client.observe
 
     def spy(self: Client, indices: Tensor, compute: Any) -> dict[str, Tensor]:
-        if compute == self._generate:
+        if compute == self._preserved:
             counts.append(len(indices))
         return observe(self, indices, compute)
 
@@ -119,11 +120,11 @@ def test_the_buffer_holds_the_samples_of_lowest_loss(federation: Federation) -> 
         mine = (labels == label).nonzero().flatten().tolist()
         loss = {i: float(logits[i, list(classes)].logsumexp(0) - logits[i, label]) for i in mine}
         wanted |= {int(current[i]) for i in sorted(mine, key=loss.__getitem__)[:3]}
-    assert set(body.kept.tolist()) == wanted
-    body.begin_round(2, 2, 0)
+    assert set(body.remembered.tolist()) == wanted
+    body.begin_round(Round(2, 2, False, 0))
     assert set(body.memory.buffer.tolist()) == wanted
     fit(body, 2, 2)
-    kept = torch.as_tensor(body.data.dataset.train.labels)[body.kept]
+    kept = torch.as_tensor(body.data.dataset.train.labels)[body.remembered]
     own = [label for part in body.data.split.clients[0].tasks for label in part.classes]
     available = torch.as_tensor(body.data.dataset.train.labels)[task_images(body, 1, 2)]
     assert {c: int((kept == c).sum()) for c in own} == {c: min(3, int((available == c).sum())) for c in own}
@@ -132,7 +133,7 @@ def test_the_buffer_holds_the_samples_of_lowest_loss(federation: Federation) -> 
 def test_uploaded_features_are_those_of_the_buffer(federation: Federation) -> None:
     body = enter_client(federation, 0)
     fit(body, 1, 1)
-    sent, wanted = body.upload().tensors["features"], outputs(body, body.kept)["features"]
+    sent, wanted = body.upload().tensors["features"], outputs(body, body.remembered)["features"]
     distances = torch.cdist(sent, wanted)
     order = distances.argmin(dim=1)
     assert sorted(order.tolist()) == list(range(len(wanted)))
@@ -149,7 +150,7 @@ def test_no_buffer_no_replay(tmp_path: Path, data: FederatedDataModule, vit: Fro
     for task in (1, 2):
         fit(body, task, task)
         assert {phase for phase, _ in body.plan} == {"collaborate"}
-        assert len(body.kept) == 0
+        assert len(body.remembered) == 0
 
 
 @pytest.mark.parametrize("selection", ["herding", "random"])
@@ -161,7 +162,7 @@ def test_other_selections_are_balanced_and_repeatable(
         federation = make_federation(tmp_path / str(attempt), data, vit, make_client(selection=selection))
         body = enter_client(federation, 0)
         fit(body, 1, 1)
-        kept.append(body.kept)
+        kept.append(body.remembered)
     assert torch.equal(*kept)
     labels = torch.as_tensor(data.dataset.train.labels)
     counts = {c: int((labels[task_images(body, 1)] == c).sum()) for c in data.split.clients[0].tasks[0].classes}

@@ -89,6 +89,13 @@ def test_the_closing_table_holds_every_number() -> None:
     assert lines[-2:] == [f"picture: {Path('runs/[1]/accuracy.png')}", f"run: {Path('runs/[1]')}"]
 
 
+def test_a_method_that_was_told_the_task_says_so() -> None:
+    lines = show({**run_summary(SEEN), "task_aware": True})
+    assert lines[1].endswith("among the classes seen so far, the task of each image being known")
+    for summary in (run_summary(SEEN), {**run_summary(SEEN), "task_aware": False}):
+        assert show(summary)[1].endswith("among the classes seen so far")
+
+
 def test_one_task_has_no_forgetting_to_show() -> None:
     lines = show(run_summary(SEEN[:, :1, :1]))
     assert row(lines, "0")[1:4] == ["80.0", "80.0", "-"]

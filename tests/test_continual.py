@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlscl.continual import Continual, NoReplay, Output, Replay
+from fedlscl.continual import Continual, NoReplay, Output, Replay, Step
 from fedlscl.losses import masked_cross_entropy
 
 
@@ -23,9 +21,8 @@ CURRENT = torch.tensor([4, 4, 9, 4, 9, 4])  # four samples of class 4, two of cl
 
 def test_without_replay_there_is_no_pass() -> None:
     assert NoReplay().passes_over(10, CURRENT, 2, rng()) == []
-    output = Output(torch.zeros(1, 2), torch.zeros(1, 1))
-    with pytest.raises(NotImplementedError, match="no replay phase"):
-        NoReplay().losses(output, torch.zeros(1), torch.ones(2), {}, torch.ones(1))
+    with pytest.raises(NotImplementedError, match="NoReplay has no replay phase"):
+        NoReplay().replay_losses(step({}))
 
 
 def test_an_empty_buffer_gives_no_pass() -> None:
@@ -87,8 +84,26 @@ BEFORE = {"features": torch.tensor([[0.0, 0.0], [7.0, 7.0]]), "weights": torch.t
 KNOWN = torch.tensor([1.0, 0.0])
 
 
+def step(snapshot: dict[str, Tensor]) -> Step:
+    output = Output(LOGITS, torch.zeros(2, 1), NOW)
+    return Step(output, LABELS, SEEN, torch.tensor([True, False, False]), snapshot, KNOWN, {}, {})
+
+
 def terms(replay: Continual, snapshot: dict[str, Tensor]) -> dict[str, Tensor]:
-    return replay.losses(Output(LOGITS, torch.zeros(2, 1), NOW), LABELS, SEEN, snapshot, KNOWN)
+    return replay.replay_losses(step(snapshot))
+
+
+def test_a_strategy_does_nothing_that_it_does_not_say() -> None:
+    plain = NoReplay()
+    assert plain.collaborative_losses(step(BEFORE)) == {}
+    assert plain.preserved(Output(LOGITS, torch.zeros(2, 1), NOW)) == {}
+    assert plain.consolidate({"w": torch.zeros(1)}, iter([torch.zeros(())]), {}) == {}
+    assert (plain.observes, Replay().observes) == ("nothing", "buffer")
+
+
+def test_replay_preserves_what_the_method_generates() -> None:
+    assert Replay().preserved(Output(LOGITS, torch.zeros(2, 1), NOW)) == NOW
+    assert Replay().preserved(Output(LOGITS, torch.zeros(2, 1))) == {}
 
 
 def test_the_terms_are_those_of_eq_4_with_their_weights() -> None:
@@ -117,9 +132,3 @@ def test_the_weights_do_not_get_mixed_up() -> None:
 def test_a_negative_setting_is_named(name: str) -> None:
     with pytest.raises(ValueError, match=rf"continual\.{name} is -1, must not be negative"):
         Replay(**{name: -1})
-
-
-def test_a_strategy_is_complete_or_cannot_be_made() -> None:
-    assert inspect.isabstract(Continual)
-    assert not inspect.isabstract(Replay)
-    assert not inspect.isabstract(NoReplay)

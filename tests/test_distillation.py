@@ -15,6 +15,7 @@ from fedlscl.distillation import Generator, Student, Sums, matrix, ridge, second
 from fedlscl.losses import o2d_objective
 from fedlscl.messages import Upload
 from fedlscl.methods.fed_lscl import ExactO2D, IterativeO2D
+from fedlscl.schedule import Round
 from fedlscl.trainer import RoundTrainer
 
 FEATURES, OUTPUTS = 6, 5
@@ -152,7 +153,8 @@ def test_gradient_descent_with_the_trainer_never_gets_below_it_and_comes_close()
     strength = 0.1
     iterative = IterativeO2D(strength, epochs=10, learning_rate=0.02, batch_size=8)
     closed = ExactO2D(strength)
-    answers = {server: dict(server.aggregate(uploads, 3, 7, trainer)) for server in (iterative, closed)}
+    now = Round(1, 1, True, 7)
+    answers = {server: dict(server.aggregate(uploads, 3, now, trainer)) for server in (iterative, closed)}
     for index in clients:
         start, descended, solved = (
             objective(clients, index, solution, strength)
@@ -171,7 +173,7 @@ def test_gradient_descent_with_the_trainer_never_gets_below_it_and_comes_close()
     assert closed.metrics["objective_after"] == pytest.approx(sum(values) / len(values), rel=1e-5)
 
     server = IterativeO2D(strength, epochs=10, learning_rate=0.02, batch_size=8)
-    again = dict(server.aggregate(uploads, 3, 7, trainer))
+    again = dict(server.aggregate(uploads, 3, now, trainer))
     assert all(torch.equal(again[k]["weight"], answers[iterative][k]["weight"]) for k in clients)
     for index, upload in uploads.items():  # what the clients sent is as it was
         assert torch.equal(upload.tensors["weight"], clients[index].weight)

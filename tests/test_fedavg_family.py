@@ -18,6 +18,7 @@ from fedlscl.messages import Message, Upload
 from fedlscl.methods.fedavg import FedAvgClient
 from fedlscl.methods.fedprox import FedProxClient, proximal
 from fedlscl.methods.joint import JointClient
+from fedlscl.schedule import Round
 from fedlscl.server import FedAvg, Isolated
 
 Make = Callable[..., Federation]
@@ -101,7 +102,7 @@ def test_joint_training_sees_every_image_and_every_class(make: Make, wire: list[
     wanted = sorted(index for part in everything for index in part.train.tolist())
     for index, task in ((0, 1), (2, 2)):
         body = enter_client(federation, index)
-        body.begin_round(task, task, 0)
+        body.begin_round(Round(task, task, False, 0))
         seen: list[int] = [i for batch in body.train_dataloader() for i in batch.images.indices.tolist()]
         assert sorted(seen) == wanted
         assert bool(body.seen_mask.all())

@@ -26,11 +26,12 @@ from torch import Tensor
 
 from fedlscl.backbones import FrozenViT
 from fedlscl.data import FederatedDataModule
-from fedlscl.federation import Federation, Schedule
+from fedlscl.federation import Federation
 from fedlscl.messages import Download, Message, Upload
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL, IterativeO2D
 from fedlscl.methods.frozen_vit import FrozenViTClient
 from fedlscl.methods.small_model import SmallModelClient
+from fedlscl.schedule import Schedule
 from fedlscl.server import FedAvg, Isolated, Server
 from fedlscl.trainer import RoundTrainer
 
@@ -215,7 +216,7 @@ def test_without_exchange_nothing_travels(
 
     def spy(self: FedLSCL) -> None:
         on_train_end(self)
-        fitted[self.index, self.round] = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        fitted[self.index, self.round.number] = {name: tensor.clone() for name, tensor in self.state_dict().items()}
 
     monkeypatch.setattr(FedLSCL, "on_train_end", spy)
     federation = make(server=Isolated())
@@ -275,12 +276,13 @@ def test_drawn_clients_are_as_many_as_asked_and_change(make: Make) -> None:
 
 def test_the_draw_is_the_same_for_the_same_seed() -> None:
     schedule = Schedule(1, 4)
-    draws = [schedule.participants(10, round, seed=5) for round in range(1, 30)]
-    assert draws == [Schedule(1, 4).participants(10, round, seed=5) for round in range(1, 30)]
+    rounds = list(schedule.after(0, 29, seed=5))
+    draws = [schedule.participants(10, round) for round in rounds]
+    assert draws == [Schedule(1, 4).participants(10, round) for round in rounds]
     assert all(len(set(draw)) == 4 and draw == sorted(draw) for draw in draws)
     counts = np.bincount(np.concatenate(draws), minlength=10)
     assert counts.min() > 0
-    assert Schedule(1).participants(10, 1, seed=5) == list(range(10))
+    assert Schedule(1).participants(10, rounds[0]) == list(range(10))
 
 
 @pytest.mark.parametrize("number", [0, -1, 4])

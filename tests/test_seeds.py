@@ -11,7 +11,17 @@ import torch
 
 from fedlscl.seeds import derive, generator, seeded
 
-PURPOSES = ("server", "client", "order", "selection", "fit", "participants", "aggregate", "distillation")
+PURPOSES = (
+    "server",
+    "client",
+    "order",
+    "selection",
+    "fit",
+    "participants",
+    "aggregate",
+    "distillation",
+    "consolidation",
+)
 
 
 def test_a_stream_has_the_same_seed_for_ever() -> None:

@@ -10,10 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlscl.messages import TensorSpec, Upload
+from fedlscl.schedule import Round
 from fedlscl.server import FedAvg, Isolated, OnDemand, Server, Sum, average
+
+
+def no_model() -> nn.Module:
+    raise AssertionError("nobody asked for a model")
 
 
 def no_trainer() -> Trainer:
@@ -94,33 +99,33 @@ def fedavg(weighting: Literal["samples", "uniform"] = "samples") -> FedAvg:
     """A server whose clients take back all that they send."""
     server = FedAvg(weighting)
     schema = {name: TensorSpec.like(tensor) for name, tensor in UPLOADS[0].tensors.items()}
-    server.begin(schema, schema)
+    server.begin(schema, schema, no_model)
     return server
 
 
 def test_fedavg_averages_what_clients_take_back_and_needs_something_to_average() -> None:
     schema = {name: TensorSpec.like(tensor) for name, tensor in UPLOADS[0].tensors.items()}
     server = FedAvg()
-    server.begin(schema, {"weight": schema["weight"]})
-    assert set(server.aggregate(UPLOADS, 1, 0, no_trainer)[0]) == {"weight"}
+    server.begin(schema, {"weight": schema["weight"]}, no_model)
+    assert set(server.aggregate(UPLOADS, 1, Round(1, 1, True, 0), no_trainer)[0]) == {"weight"}
     with pytest.raises(ValueError, match="nothing to average"):
-        server.begin(schema, {})
+        server.begin(schema, {}, no_model)
 
 
 def test_fedavg_answers_everyone_with_the_mean_absent_clients_included() -> None:
-    answers = fedavg().aggregate(UPLOADS, 4, 0, no_trainer)
+    answers = fedavg().aggregate(UPLOADS, 4, Round(1, 1, True, 0), no_trainer)
     assert sorted(answers) == [0, 1, 2, 3]
     for answer in answers.values():
         assert answer["weight"].tolist() == [[4.0, -1.0]]
         assert answer["steps"] == 7
-    uniform = fedavg("uniform").aggregate(UPLOADS, 4, 0, no_trainer)
+    uniform = fedavg("uniform").aggregate(UPLOADS, 4, Round(1, 1, True, 0), no_trainer)
     assert sorted(uniform) == [0, 1, 2, 3]
     assert uniform[1]["weight"].tolist() == [[3.0, 0.0]]
     assert UPLOADS[0].tensors["weight"].tolist() == [[1.0, 2.0]]
 
 
 def test_the_mean_of_one_upload_is_that_upload() -> None:
-    answers = fedavg().aggregate({2: UPLOADS[2]}, 3, 0, no_trainer)
+    answers = fedavg().aggregate({2: UPLOADS[2]}, 3, Round(1, 1, True, 0), no_trainer)
     assert torch.equal(answers[0]["weight"], UPLOADS[2].tensors["weight"])
 
 
@@ -128,7 +133,7 @@ def test_isolated_clients_send_nothing_and_get_no_answer() -> None:
     assert not Isolated.listens
     assert FedAvg.listens
     with pytest.raises(NotImplementedError, match="send nothing"):
-        Isolated().aggregate(UPLOADS, 4, 0, no_trainer)
+        Isolated().aggregate(UPLOADS, 4, Round(1, 1, True, 0), no_trainer)
 
 
 def test_a_server_has_no_numbers_of_its_own_before_it_has_worked() -> None:
@@ -173,14 +178,14 @@ def test_sums_are_for_clients_that_expect_them() -> None:
     schema = {"x": TensorSpec((2,))}
     sums = {"x_sum": TensorSpec((2,))}
     server = Sum()
-    server.begin(schema, sums)
+    server.begin(schema, sums, no_model)
     uploads = {index: upload(index, 1, x=torch.tensor([1.0, 2.0**-30 * index])) for index in (0, 1, 3)}
-    answers = server.aggregate(uploads, 5, 0, no_trainer)
+    answers = server.aggregate(uploads, 5, Round(1, 1, True, 0), no_trainer)
     assert set(answers) == {0, 1, 3}
     assert answers[1]["x_sum"].tolist() == [3.0, 2.0**-30 * 4]
     assert answers[1]["x_sum"].dtype == torch.float32
     for downloads in (schema, {}, {**sums, "y_sum": TensorSpec((1,))}, {"x_sum": TensorSpec((3,))}):
         with pytest.raises(ValueError, match="not what model takes back"):
-            server.begin(schema, downloads)
+            server.begin(schema, downloads, no_model)
     with pytest.raises(ValueError, match="wants 'x_sum' back"):
-        FedAvg().begin(schema, sums)
+        FedAvg().begin(schema, sums, no_model)

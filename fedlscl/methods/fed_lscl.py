@@ -33,6 +33,7 @@ from fedlscl.client import Client
 from fedlscl.continual import Output
 from fedlscl.distillation import Generator, Student
 from fedlscl.messages import AtMost, Schema, TensorSpec, Upload
+from fedlscl.schedule import Round
 from fedlscl.server import Answers, OnDemand, Server
 from fedlscl.trainer import fit_once
 
@@ -87,13 +88,14 @@ class FedLSCL(Client):
     def on_train_end(self) -> None:
         """Also compute FS, the features of the buffered samples and of those that would enter the buffer now."""
         super().on_train_end()
-        self.feature_set = self.observe(self.kept, lambda images: {"features": self.cnn(images.pixels)})["features"]
+        features = self.observe(self.remembered, lambda images: {"features": self.cnn(images.pixels)})
+        self.feature_set = features["features"]
 
     def outgoing(self) -> dict[str, Tensor]:
         """phi and FS (n, e)."""
         # in random order: that of the buffer would tell the server which features are of one class
-        rng = seeds.generator(self.seed, "features", self.index, self.round)
-        return {**self.shared(), "features": self.feature_set[torch.randperm(len(self.feature_set), generator=rng)]}
+        order = torch.randperm(len(self.feature_set), generator=self.rng("features"))
+        return {**self.shared(), "features": self.feature_set[order]}
 
     def upload_schema(self) -> Schema:
         """FS holds at most M features of each class."""
@@ -114,7 +116,7 @@ class O2D(Server):
             raise ValueError(f"server.strength is {strength}, must not be negative")
         self.strength = strength
 
-    def begin(self, uploads: Schema, downloads: Schema) -> None:
+    def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
         """O2D is for clients that share a linear generator and send features with it."""
         if set(uploads) != {"weight", "bias", "features"}:
             raise ValueError(
@@ -124,12 +126,12 @@ class O2D(Server):
 
     @abstractmethod
     def fuse(
-        self, index: int, uploads: Mapping[int, Upload], student: Student, seed: int, trainer: Callable[[], Trainer]
+        self, index: int, uploads: Mapping[int, Upload], student: Student, round: Round, trainer: Callable[[], Trainer]
     ) -> tuple[Tensor, Tensor]:
         """Weight and bias for one student."""
 
     def aggregate(
-        self, uploads: Mapping[int, Upload], clients: int, seed: int, trainer: Callable[[], Trainer]
+        self, uploads: Mapping[int, Upload], clients: int, round: Round, trainer: Callable[[], Trainer]
     ) -> Answers:
         """A generator for each client that sent one; about the absent ones the server knows nothing."""
         everyone = distillation.total(_generator(upload) for upload in uploads.values())
@@ -139,7 +141,7 @@ class O2D(Server):
             own = _generator(uploads[index])
             moments = distillation.second_moments(own.features)
             student = Student(own.weight, own.bias, moments, everyone, self.strength)
-            weight, bias = self.fuse(index, uploads, student, seed, trainer)
+            weight, bias = self.fuse(index, uploads, student, round, trainer)
             objectives.append([student.start, student.objective(weight, bias)])
             before, after = torch.tensor(objectives, dtype=torch.float64).mean(dim=0).tolist()
             self.metrics = {"objective_before": before, "objective_after": after}
@@ -156,7 +158,7 @@ class ExactO2D(O2D):
     """O2D solved as the ridge regression that it is."""
 
     def fuse(
-        self, index: int, uploads: Mapping[int, Upload], student: Student, seed: int, trainer: Callable[[], Trainer]
+        self, index: int, uploads: Mapping[int, Upload], student: Student, round: Round, trainer: Callable[[], Trainer]
     ) -> tuple[Tensor, Tensor]:
         """The minimiser of Eq. 5."""
         return student.exact()
@@ -186,11 +188,11 @@ class IterativeO2D(O2D):
         self.epochs, self.learning_rate, self.batch_size = epochs, learning_rate, batch_size
 
     def fuse(
-        self, index: int, uploads: Mapping[int, Upload], student: Student, seed: int, trainer: Callable[[], Trainer]
+        self, index: int, uploads: Mapping[int, Upload], student: Student, round: Round, trainer: Callable[[], Trainer]
     ) -> tuple[Tensor, Tensor]:
         """What the student is after its fit; a client without teachers keeps its own generator."""
         teachers = [_generator(upload) for other, upload in uploads.items() if other != index]
-        rng = seeds.generator(seed, "distillation", index)
+        rng = seeds.generator(round.seed, "distillation", index, round.number)
         fit = Distillation(_generator(uploads[index]), teachers, self, rng)
         if teachers:
             fit_once(trainer(), fit)

@@ -128,6 +128,6 @@ class FedLSCLSums(FedLSCL):
 
     def _loss(self) -> float:
         """Mean cross-entropy among the seen classes on the buffer and on what would enter it now."""
-        logits = self.observe(self.kept, self._classify)["logits"]
+        logits = self.observe(self.remembered, self._classify)["logits"]
         seen = self._class_mask(0, self.memory.begun)
-        return float(masked_cross_entropy(logits, self._labels(self.kept), seen))
+        return float(masked_cross_entropy(logits, self._labels(self.remembered), seen))

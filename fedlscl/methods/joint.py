@@ -13,6 +13,7 @@ Logged: collaborate/cross_entropy.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from fedlscl.methods.fedavg import FedAvgClient
 
@@ -20,13 +21,11 @@ from fedlscl.methods.fedavg import FedAvgClient
 class JointClient(FedAvgClient):
     """A small model that sees everything; for the settings see `Client`."""
 
-    def begin_round(self, task: int, round: int, seed: int) -> None:
+    def training_set(self) -> tuple[Tensor, Tensor, Tensor]:
         """Every image of every client and task is current, every class competes."""
-        super().begin_round(task, round, seed)
-        everyone = [part for client in self.data.split.clients for part in client.tasks]
-        self.current = torch.cat([torch.as_tensor(part.train) for part in everyone])
-        self.current_mask = self.seen_mask = torch.ones(self.num_classes, dtype=torch.bool)
-        self.plan = self._plan()
+        everyone = [torch.as_tensor(part.train) for client in self.data.split.clients for part in client.tasks]
+        everything = torch.ones(self.num_classes, dtype=torch.bool)
+        return torch.cat(everyone), everything, everything
 
     def on_train_end(self) -> None:
         """No sample needs to be remembered."""

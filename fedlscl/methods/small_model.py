@@ -39,15 +39,10 @@ class SmallModelClient(Client):
         self.cnn = SmallModel(cnn, cnn_name)
         self.head = nn.Linear(cnn.features, num_classes)
 
-    def generate(self, images: Tensor) -> dict[str, Tensor]:
-        """E (B, e)."""
-        return {"features": self.cnn(images)}
-
     def forward(self, images: Tensor, frozen: Mapping[str, Tensor]) -> Output:
         """The head on E."""
-        generated = self.generate(images)
-        features = generated["features"]
-        return Output(self.head(self.logit_scale * features), features, generated)
+        features = self.cnn(images)
+        return Output(self.head(self.logit_scale * features), features, {"features": features})
 
     def shared(self) -> dict[str, Tensor]:
         """As `share` says; running statistics of batch normalisation included."""

@@ -1,0 +1,251 @@
+"""What clients and servers offer to methods: strategies that act while a task is learned, servers with a memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import Recorder, copy_of, enter_client, fit, make_client, make_federation, outcome, run, same
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch import Tensor, nn
+
+from fedlscl.backbones import FrozenViT
+from fedlscl.client import Client, Images
+from fedlscl.continual import Continual, Output, Step
+from fedlscl.data import FederatedDataModule
+from fedlscl.federation import Federation
+from fedlscl.losses import masked_cross_entropy
+from fedlscl.messages import Download, Message, MessageError, Schema, TensorSpec, Upload
+from fedlscl.methods.fedavg import FedAvgClient
+from fedlscl.schedule import Round, Schedule
+from fedlscl.server import Answers, FedAvg
+from fedlscl.trainer import fit_once
+
+Make = Callable[..., Federation]
+
+
+class Watching(Continual):
+    """Observes the current task's logits and consolidates; notes everything."""
+
+    observes = "current"
+
+    def __init__(self) -> None:
+        self.consolidated: list[tuple[dict[str, Tensor], list[float], dict[str, Tensor]]] = []
+        self.steps: list[Step] = []
+
+    def __deepcopy__(self, memo: Any) -> Watching:
+        return self  # a federation copies its client
+
+    def preserved(self, output: Output) -> dict[str, Tensor]:
+        return {"logits": output.logits}
+
+    def consolidate(
+        self, parameters: Mapping[str, Tensor], losses: Iterator[Tensor], kept: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        values = []
+        for loss in losses:
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            assert any(g is not None and bool(g.any()) for g in gradients)
+            values.append(float(loss.detach()))
+        self.consolidated.append((copy_of(parameters), values, dict(kept)))
+        return {"calls": kept.get("calls", torch.zeros(1)) + 1}
+
+    def collaborative_losses(self, step: Step) -> dict[str, Tensor]:
+        self.steps.append(step)
+        return {"extra": 0 * step.output.logits.sum()}
+
+
+@pytest.fixture
+def watched(make: Make) -> tuple[Watching, Client]:
+    strategy = Watching()
+    client = make_client(FedAvgClient, continual=strategy, train_mask="task", buffer_size=0)
+    return strategy, enter_client(make(client=client, server=FedAvg()), 0)
+
+
+def test_a_task_is_consolidated_once_with_the_model_received_last(watched: tuple[Watching, Client]) -> None:
+    strategy, body = watched
+    fit(body, 1, 1)
+    fit(body, 1, 2)
+    assert strategy.consolidated == []
+    received = {name: t + 0.01 if t.is_floating_point() else t for name, t in copy_of(body.shared()).items()}
+    body.download(Download(0, 1, 2, 0, received))
+    body.eval()
+    part = body.data.split.clients[0].tasks[0]
+    pixels, labels = body.data.batch("train", part.train)
+    classes = torch.zeros(body.num_classes, dtype=torch.bool)
+    classes[list(part.classes)] = True
+    with torch.no_grad():
+        wanted = masked_cross_entropy(body(pixels, {}).logits, labels, classes, reduction="none")
+    fit(body, 2, 3)
+    fit(body, 2, 4)
+    ((parameters, losses, before),) = strategy.consolidated
+    assert before == {}
+    assert all(torch.equal(tensor, received[name]) for name, tensor in parameters.items())
+    torch.testing.assert_close(torch.tensor(losses).sort().values, wanted.sort().values, rtol=1e-4, atol=1e-5)
+    assert body.memory.kept["calls"].tolist() == [1]
+    assert body.state()["memory.kept.calls"].tolist() == [1]
+    assert body.learned_mask.tolist() == classes.tolist()
+
+
+def test_the_outputs_of_the_received_model_come_with_the_current_images(watched: tuple[Watching, Client]) -> None:
+    strategy, body = watched
+    fit(body, 1, 1)
+    assert all(step.snapshot == {} and not step.observed.any() for step in strategy.steps)
+    body.eval()
+    current = torch.as_tensor(body.data.split.clients[0].tasks[1].train)
+    pixels, _ = body.data.batch("train", current)
+    with torch.no_grad():
+        logits = body(pixels, {}).logits
+    strategy.steps.clear()
+    fit(body, 2, 2)
+    fit(body, 2, 3)  # still those of the model with which the task began
+    assert strategy.steps
+    found = torch.cat([step.snapshot["logits"] for step in strategy.steps])
+    assert bool(torch.cat([step.observed for step in strategy.steps]).all())
+    assert len(found) == 2 * len(current)  # one epoch a round
+    distance = torch.cdist(found, logits, compute_mode="donot_use_mm_for_euclid_dist")
+    assert float(distance.min(dim=1).values.max()) < 1e-4
+    assert sorted(distance.argmin(dim=1).tolist()) == sorted(2 * list(range(len(current))))
+    assert all(set(step.parameters) == {name for name, _ in body.named_parameters()} for step in strategy.steps)
+    assert all(step.kept["calls"].tolist() == [1] for step in strategy.steps)
+
+
+def test_a_local_snapshot_of_images_to_come_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"model\.snapshot is local, .* take deployed"):
+        make_client(FedAvgClient, continual=Watching(), snapshot="local")
+
+
+# ---- servers
+
+
+class Ageing(FedAvg):
+    """Counts its rounds, tells the clients how many there have been, and fits a model of its own."""
+
+    def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
+        super().begin(uploads, downloads, model)
+        self.age, self.model, self.drawn = torch.zeros(1), model(), torch.zeros(1)
+        self.heard: list[Round] = []
+
+    def state(self) -> dict[str, Tensor]:
+        return {"age": self.age}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self.age = state["age"]
+
+    def aggregate(
+        self, uploads: Mapping[int, Upload], clients: int, round: Round, trainer: Callable[[], Trainer]
+    ) -> Answers:
+        self.age = self.age + 1
+        self.heard.append(round)
+        self.drawn = torch.rand(1)
+        self.metrics = {"age": float(self.age), "drawn": float(self.drawn)}
+        fit_once(trainer(), BoringModel())
+        answers = super().aggregate(uploads, clients, round, trainer)
+        extra = {"age": self.age} if round.ends_task else {}
+        return {index: {**answer, **extra} for index, answer in answers.items()}
+
+
+class Told(FedAvgClient):
+    """Takes the server's age where it comes."""
+
+    def download(self, message: Download) -> None:
+        tensors = dict(message.tensors)
+        if (age := tensors.pop("age", None)) is not None:
+            self.memory.received["age"] = age
+        self.adopt(tensors)
+
+    def download_schema(self) -> Schema:
+        return {**super().download_schema(), "age": TensorSpec((1,), optional=True)}
+
+
+def ageing(folder: Path, data: FederatedDataModule, vit: FrozenViT) -> Federation:
+    return make_federation(folder, data, vit, make_client(Told, train_mask="task"), Ageing(), rounds=2)
+
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+def test_a_server_with_a_memory_is_resumed(tmp_path: Path, data: FederatedDataModule, vit: FrozenViT) -> None:
+    recorder = Recorder()
+    whole = run(ageing(tmp_path / "one", data, vit), recorder)
+    results = []
+    for _ in range(4):
+        federation = ageing(tmp_path / "other", data, vit)
+        result = next(federation.run(Recorder()))
+        federation.store.commit({"round": result.round})
+        results.append(result)
+    assert outcome(results) == outcome(whole)
+    assert [r.server["age"] for r in whole] == [1, 2, 3, 4]
+    assert len({r.server["drawn"] for r in whole}) == 4
+    assert recorder.served_rounds == [(1, 1), (1, 2), (2, 3), (2, 4)]
+    assert recorder.steps[-1] == (64, 64)
+    assert enter_client(federation, 1).memory.received["age"].tolist() == [4]
+    sizes = [result.bytes_down[0] for result in whole]
+    assert sizes[0] == sizes[2] < sizes[1] == sizes[3]
+
+
+def test_a_server_hears_where_it_is_and_gets_a_model(tmp_path: Path, data: FederatedDataModule, vit: FrozenViT) -> None:
+    federation = ageing(tmp_path, data, vit)
+    server: Any = federation.server
+    shared = enter_client(federation, 0).shared()
+    assert set(server.model.state_dict()) == set(shared)
+    output = server.model(torch.rand(2, 3, 8, 8), {})
+    assert output.logits.shape == (2, data.num_classes)
+    next(federation.run(Recorder()))
+    assert server.heard == [Round(1, 1, False, 0)]
+
+
+def test_the_rounds_of_a_schedule() -> None:
+    rounds = list(Schedule(2).after(1, 2, seed=9))
+    assert rounds == [Round(1, 2, True, 9), Round(2, 3, False, 9), Round(2, 4, True, 9)]
+    assert list(Schedule(2).after(4, 2, seed=9)) == []
+
+
+# ---- messages and images
+
+
+def test_an_optional_tensor_may_be_missing_but_not_wrong() -> None:
+    schema = {"x": TensorSpec((2,)), "y": TensorSpec((1,), optional=True)}
+
+    def received(tensors: dict[str, Tensor]) -> Message:
+        return Download.from_bytes(Download(0, 1, 1, 0, tensors).to_bytes(), schema)
+
+    assert set(received({"x": torch.zeros(2)}).tensors) == {"x"}
+    assert same(received({"x": torch.zeros(2), "y": torch.ones(1)}).tensors, {"x": torch.zeros(2), "y": torch.ones(1)})
+    with pytest.raises(MessageError, match=r"lacks tensors \['x'\]"):
+        received({"y": torch.ones(1)})
+    with pytest.raises(MessageError, match="'y' has shape"):
+        received({"x": torch.zeros(2), "y": torch.ones(2)})
+
+
+def test_images_may_be_floats(vit: FrozenViT, make: Make) -> None:
+    body = enter_client(make(client=make_client(FedAvgClient, train_mask="task"), server=FedAvg()), 0)
+    images = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
+    body.eval()
+    torch.testing.assert_close(body(images, {}).logits, body(images.float() / 255, {}).logits)
+    grown = (images.float() / 255).requires_grad_()
+    body(grown, {}).logits.sum().backward()
+    assert grown.grad is not None
+    assert bool(grown.grad.any())
+
+
+class Oracle(FedAvgClient):
+    """Knows the task of a test image, and predicts its first class."""
+
+    task_aware = True
+
+    def test_logits(self, batch: Images, tasks: Tensor) -> Tensor:
+        firsts = torch.tensor([part.classes[0] for part in self.data.split.clients[self.index].tasks])
+        return nn.functional.one_hot(firsts[tasks], self.num_classes).float()
+
+
+def test_a_task_aware_method_is_told_the_task(make: Make) -> None:
+    federation = make(client=make_client(Oracle, train_mask="task"), server=FedAvg())
+    result = run(federation)[-1]
+    labels = torch.as_tensor(federation.data.dataset.test.labels)
+    for index, one in enumerate(federation.data.split.clients):
+        for number, part in enumerate(one.tasks):
+            share = (labels[torch.as_tensor(part.test)] == part.classes[0]).double().mean()
+            assert result.accuracy["none"][index][number] == pytest.approx(100 * float(share))
