@@ -40,6 +40,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedlscl import distillation, seeds
+from fedlscl.adapters import LowRank
 from fedlscl.cli import FederatedCLI, main
 from fedlscl.client import Client
 from fedlscl.data import Dataset, FederatedDataModule, ImageSet, Source
@@ -270,8 +271,8 @@ def plain_round(client: Client) -> None:
     for batch in client.train_dataloader():
         generated = client.generate(batch.images.pixels)
         tokens = client.vit.prefix(client.vit.prepare(batch.images.pixels), client.block)
-        lora = client.generator.split(generated["weights"])
-        logits = client.head(client.vit.suffix(tokens, client.block, lora, client.scale))
+        lora = LowRank(client.block, client.generator.split(generated["weights"]), scale=client.scale)
+        logits = client.head(client.vit.suffix(tokens, client.block, [lora]))
         loss = F.cross_entropy(logits.masked_fill(~client.seen_mask, -torch.inf), batch.images.labels)
         if batch.phase == "replay":
             for name, weight in (("features", 0.1), ("weights", 0.01)):

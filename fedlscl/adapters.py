@@ -1,24 +1,29 @@
-"""Per-sample LoRA: a linear layer generates, for every image, the pair that adapts one attention block of the ViT.
+"""How a frozen ViT is adapted: what can be injected into its blocks, and the generator of per-sample LoRA weights.
 
-Shapes: B batch, T tokens, d ViT width, e feature width, r LoRA rank, P = r*d + 3*d*r.
+Prompts at the input are no injection: they are tokens among the others, see `FrozenViT.prompted`.
+
+Shapes: B batch, T tokens, d ViT width, e feature width, r LoRA rank, P = r*d + 3*d*r, L length of a prefix.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class LoRA(NamedTuple):
-    """One LoRA pair per sample, for a fused query-key-value projection."""
+    """A LoRA pair for a linear layer, for all samples or one per sample."""
 
-    a: Tensor  # (B, r, d)
-    b: Tensor  # (B, 3d, r)
+    a: Tensor  # (r, in) or (B, r, in)
+    b: Tensor  # (out, r) or (B, out, r)
 
 
 class ParameterGenerator(nn.Linear):
@@ -43,22 +48,90 @@ class ParameterGenerator(nn.Linear):
         return LoRA(a.view(-1, self.rank, self.width), b.view(-1, 3 * self.width, self.rank))
 
 
-@contextmanager
-def per_sample_lora(projection: nn.Linear, lora: LoRA, scale: float) -> Iterator[None]:
-    """Inside this context `projection(h)` returns W h + c + scale * (h A^T) B^T, with every sample's own A and B.
+class Injection(Protocol):
+    """Something that acts inside one block of a ViT."""
+
+    @property
+    def block(self) -> int:
+        """Index of the block."""
+
+    def into(self, block: nn.Module) -> AbstractContextManager[None]:
+        """Act on this block inside the context, and leave no trace behind."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A linear layer returns W h + c + scale * (h A^T) B^T.
 
     Args:
-        projection: the fused query-key-value projection of one attention block, d to 3d.
-        lora: a pair per sample of the batch that will pass.
+        block: index of the block.
+        lora: one pair for all samples, or one for each sample of the batch that will pass.
+        layer: which linear layer of the block: attn.qkv, attn.proj, mlp.fc1 or mlp.fc2.
         scale: alpha / r.
     """
 
-    def add_low_rank(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        (h,) = inputs  # (B, T, d)
-        return output + scale * ((h @ lora.a.mT) @ lora.b.mT)
+    block: int
+    lora: LoRA
+    layer: str = "attn.qkv"
+    scale: float = 1.0
 
-    handle = projection.register_forward_hook(add_low_rank)
+    @contextmanager
+    def into(self, block: nn.Module) -> Iterator[None]:
+        """Add the product of low rank to what the layer returns."""
+
+        def add(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            (h,) = inputs  # (B, T, in)
+            return output + self.scale * ((h @ self.lora.a.mT) @ self.lora.b.mT)
+
+        with _hooks(block.get_submodule(self.layer).register_forward_hook(add)):
+            yield
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """Every token of a block also attends to L keys and values that no token has (prefix tuning; Li and Liang, 2021).
+
+    Args:
+        block: index of the block.
+        keys_values: (B, 2, L, heads, d / heads), keys first; where the model normalises its keys, these are too.
+    """
+
+    block: int
+    keys_values: Tensor
+
+    @contextmanager
+    def into(self, block: nn.Module) -> Iterator[None]:
+        """Put L rows behind the tokens for as long as the attention lasts; what they would attend to is dropped."""
+        count = self.keys_values.shape[2]
+        if count == 0:
+            yield
+            return
+        keys, values = self.keys_values.flatten(3).unbind(1)  # (B, L, d) each
+        rows = torch.cat([torch.zeros_like(keys), keys, values], dim=2)  # they ask nothing
+
+        def lengthen(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            return (F.pad(inputs[0], (0, 0, 0, count)),)
+
+        def replace(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            return torch.cat([output[:, :-count], rows.to(output.dtype)], dim=1)
+
+        def shorten(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            return output[:, :-count]
+
+        attention = block.get_submodule("attn")
+        with _hooks(
+            attention.register_forward_pre_hook(lengthen),
+            attention.get_submodule("qkv").register_forward_hook(replace),
+            attention.register_forward_hook(shorten),
+        ):
+            yield
+
+
+@contextmanager
+def _hooks(*handles: RemovableHandle) -> Iterator[None]:
+    """Remove them at the end, whatever happens."""
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

@@ -6,8 +6,8 @@ Shapes: B batch, T tokens, S input size in pixels, d ViT width, e feature width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from fedlscl import seeds
-from fedlscl.adapters import LoRA, per_sample_lora
+from fedlscl.adapters import Injection
 
 SHIPPED = Path(__file__).parent / "weights"
 
@@ -74,6 +74,7 @@ class FrozenViT(nn.Module):
         self.vit: Any = vit
         self.width, self.depth = int(vit.embed_dim), len(vit.blocks)
         blocks: Any = vit.blocks
+        self.heads, self.num_prefix_tokens = int(blocks[0].attn.num_heads), int(vit.num_prefix_tokens)
         for block in blocks:
             # On a CPU the backward pass of torch's fused attention takes longer than all the rest of a block
             block.attn.fused_attn = torch.cuda.is_available()
@@ -114,14 +115,37 @@ class FrozenViT(nn.Module):
             entering: Tensor = vit.blocks[:block](tokens)
         return entering
 
-    def suffix(self, tokens: Tensor, block: int, lora: LoRA | None = None, scale: float = 1.0) -> Tensor:
-        """Features (B, d) from the tokens that enter `block`, with `lora` on that block's fused qkv projection."""
+    def prompted(self, tokens: Tensor, prompts: Tensor) -> Tensor:
+        """Tokens (B, T + L, d) that enter block 0, with prompts (B, L, d) right behind the class token.
+
+        They are at the class token's position, and stand in the places `num_prefix_tokens` to `num_prefix_tokens + L`.
+        """
+        vit, first = self._model(), self.num_prefix_tokens
+        if first and vit.pos_embed is not None and not vit.no_embed_class:
+            prompts = prompts + vit.pos_embed[:, :1]
+        return torch.cat([tokens[:, :first], vit.norm_pre(prompts).to(tokens.dtype), tokens[:, first:]], dim=1)
+
+    def encode(self, tokens: Tensor, block: int, injections: Sequence[Injection] = ()) -> Tensor:
+        """All tokens (B, T, d) as they leave the last block, normalised, from those that enter `block`.
+
+        Raises:
+            ValueError: an injection is for a block that these tokens do not pass.
+        """
         vit = self._model()
-        adapted = vit.blocks[block]
-        with nullcontext() if lora is None else per_sample_lora(adapted.attn.qkv, lora, scale):
-            tokens = adapted(tokens)
-        tokens = vit.norm(vit.blocks[block + 1 :](tokens))
-        features: Tensor = vit.forward_head(tokens, pre_logits=True)
+        with ExitStack() as stack:
+            for injection in injections:
+                if not block <= injection.block < self.depth:
+                    raise ValueError(
+                        f"something is to be injected into block {injection.block}, but these tokens pass blocks "
+                        f"{block} to {self.depth - 1}"
+                    )
+                stack.enter_context(injection.into(vit.blocks[injection.block]))
+            encoded: Tensor = vit.norm(vit.blocks[block:](tokens))
+        return encoded
+
+    def suffix(self, tokens: Tensor, block: int, injections: Sequence[Injection] = ()) -> Tensor:
+        """Features (B, d) from the tokens that enter `block`."""
+        features: Tensor = self._model().forward_head(self.encode(tokens, block, injections), pre_logits=True)
         return features
 
     def forward(self, images: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlscl import seeds
 from fedlscl.backbones import FrozenViT, SmallModelSpec
@@ -28,8 +28,6 @@ from fedlscl.precomputed import Part, Precomputed
 from fedlscl.resident import send
 from fedlscl.schedule import Round
 
-Phase = Literal["collaborate", "replay"]
-
 
 class Images(NamedTuple):
     """Some images of the data set, on the client's device, with their places in it."""
@@ -42,7 +40,7 @@ class Images(NamedTuple):
 class Batch(NamedTuple):
     """One training step's samples."""
 
-    phase: Phase
+    phase: str
     images: Images
     snapshot: dict[str, Tensor]  # (B, ...) each, arbitrary where not observed
     observed: Tensor  # (B,) 1.0 for samples with a row in the snapshot
@@ -62,6 +60,7 @@ class Client(LightningModule, ABC):
         epochs: passes over the current task's images in each round.
         batch_size: largest batch of both phases.
         evaluation_batch_size: largest batch where nothing is trained; the larger, the more memory and, on a GPU, speed.
+        gradient_clip: largest L2 norm of a step's gradient over all that is trained; a larger one is scaled down.
         train_mask: the classes that compete in the collaborative phase: of the current `task`, or all `seen` so far.
         buffer_size: M, the samples kept of each class; 0 for no buffer.
         selection: which samples those are.
@@ -70,7 +69,8 @@ class Client(LightningModule, ABC):
     """
 
     automatic_optimization = False
-    task_aware: ClassVar[bool] = False  # true: a test image is classified knowing the task it belongs to
+    # the masks under which a test image is classified with parameters that the task it belongs to has chosen
+    task_aware: ClassVar[tuple[str, ...]] = ()
     vit: FrozenViT
     precomputed: Precomputed
     current_mask: Tensor  # (K,) true for the classes of the current task
@@ -88,6 +88,7 @@ class Client(LightningModule, ABC):
         epochs: int = 5,
         batch_size: int = 16,
         evaluation_batch_size: int = 128,
+        gradient_clip: float | None = None,
         train_mask: Literal["task", "seen"] = "seen",
         buffer_size: int = 20,
         selection: Literal["lowest_loss", "herding", "random"] = "lowest_loss",
@@ -103,6 +104,8 @@ class Client(LightningModule, ABC):
         ):
             if not value >= least:
                 raise ValueError(f"model.{name} is {value}, must be at least {least}")
+        if gradient_clip is not None and not gradient_clip > 0:
+            raise ValueError(f"model.gradient_clip is {gradient_clip}, must be positive, or null for none")
         if snapshot == "local" and continual.observes == "current":
             raise ValueError(
                 "model.snapshot is local, but model.continual compares with outputs on images that are not there "
@@ -110,7 +113,7 @@ class Client(LightningModule, ABC):
             )
         self.continual = continual
         self.learning_rate, self.epochs, self.batch_size = learning_rate, epochs, batch_size
-        self.evaluation_batch_size = evaluation_batch_size
+        self.evaluation_batch_size, self.gradient_clip = evaluation_batch_size, gradient_clip
         self.train_mask, self.buffer_size, self.selection = train_mask, buffer_size, selection
         self.snapshot = snapshot
         # Buffers follow the module to its device; these belong to one fit or test and to no state
@@ -215,23 +218,28 @@ class Client(LightningModule, ABC):
         """A generator for what this client draws in this round."""
         return seeds.generator(self.round.seed, purpose, self.index, self.round.number)
 
-    def _plan(self) -> list[tuple[Phase, Tensor]]:
-        """The steps of this round as positions into the buffered and then the current samples."""
-        m, rng = len(self.memory.buffer), self.rng("order")
-        plan: list[tuple[Phase, Tensor]] = []
+    def passes(self, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+        """The passes of this round, one after another: the phase, and the samples as `epoch` gives them.
 
-        def go_over(phase: Phase, samples: Tensor) -> None:
+        The epochs on the current task, then those of the replay phase; a method may have phases of its own.
+        """
+        m = len(self.memory.buffer)
+        for _ in range(self.epochs):
+            yield "collaborate", self.epoch(m, len(self.current))
+        for samples in self.continual.passes_over(m, self._labels(self.current), self.buffer_size, rng):
+            yield "replay", samples
+
+    def _plan(self) -> list[tuple[str, Tensor]]:
+        """The steps of this round as positions into the buffered and then the current samples."""
+        rng = self.rng("order")
+        plan: list[tuple[str, Tensor]] = []
+        for phase, samples in self.passes(rng):
             order = samples[torch.randperm(len(samples), generator=rng)]
             plan.extend((phase, part) for part in _batches(order, self.batch_size))
-
-        for _ in range(self.epochs):
-            go_over("collaborate", self.epoch(m, len(self.current)))
-        for samples in self.continual.passes_over(m, self._labels(self.current), self.buffer_size, rng):
-            go_over("replay", samples)
         return plan
 
     def train_dataloader(self) -> TrainingBatches:
-        """The batches of this round: the epochs on the current task, then the passes of the replay phase."""
+        """The batches of this round, pass after pass."""
         return TrainingBatches(self)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -261,15 +269,25 @@ class Client(LightningModule, ABC):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One step of manual optimization, in the phase to which the batch belongs."""
-        losses = self.collaborative_losses if batch.phase == "collaborate" else self.replay_losses
-        terms = losses(self._output(batch.images, "train"), batch)
+        terms = self.losses(batch)
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)  # there is one
         optimizer.zero_grad()
         self.manual_backward(torch.stack(list(terms.values())).sum())
+        if self.gradient_clip is not None:
+            if scaler := getattr(self.trainer.precision_plugin, "scaler", None):  # of 16-mixed
+                scaler.unscale_(optimizer.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters(), self.gradient_clip)
         optimizer.step()
         logged = {f"{batch.phase}/{name}": term.detach() for name, term in terms.items()}
         self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(batch.images.labels))
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The terms whose sum a step minimises, by name."""
+        output = self._output(batch.images, "train")
+        if batch.phase == "collaborate":
+            return self.collaborative_losses(output, batch)
+        return self.replay_losses(output, batch)
 
     def collaborative_losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         """The terms of stage 1 by name (Fed-LSCL, Eq. 3), and what `continual` adds."""
@@ -375,8 +393,8 @@ class Client(LightningModule, ABC):
 
         Args:
             batch: the images.
-            tasks: (B,) number of the task that each image's class belongs to, from 0. Only a `task_aware` method may
-                look at it.
+            tasks: (B,) number of the task that each image's class belongs to, from 0. What follows from it must not
+                count under a mask that is not in `task_aware`.
         """
         return self._output(batch, self.data.split.evaluate_on).logits
 

@@ -124,7 +124,7 @@ def summary_table(summary: Mapping[str, Any], console: Console, *, picture: Path
 
     Args:
         summary: the content of the run's ``summary.json``: ``method``, ``setting``, ``seed``, ``backbone``, and
-            ``task_aware`` (false if missing); ``accuracy`` for each mask as
+            ``task_aware`` (no mask if missing); ``accuracy`` for each mask as
             :func:`fedlscl.evaluation.summarise` gives it; ``bytes_up`` and ``bytes_down`` with
             ``per_client_round``, ``total`` and ``by_client``; ``seconds`` with ``total`` and one for each phase;
             ``peak_memory_mib``.
@@ -154,16 +154,21 @@ def summary_table(summary: Mapping[str, Any], console: Console, *, picture: Path
     table.width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
 
     run = f"{summary['method']} on {summary['setting']}, seed {summary['seed']}, {summary['backbone']}"
-    averages = "  ".join(f"{mask} {_number(summary['accuracy'][mask]['final_average'])}" for mask in MASKS)
+    told = summary.get("task_aware", ())
+
+    def star(mask: str) -> str:
+        return "*" if mask in told else ""
+
+    averages = "  ".join(f"{mask} {_number(summary['accuracy'][mask]['final_average'])}{star(mask)}" for mask in MASKS)
     ways = (f"{way} {human_bytes(summary[f'bytes_{way}']['per_client_round'])}" for way in ("up", "down"))
     seconds = summary["seconds"]
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
-    told = ", the task of each image being known" if summary.get("task_aware") else ""
     for part in (
         Text(run, style="bold"),
-        Text(f"accuracy in % after task {after + 1}, predicted among the classes seen so far{told}"),
+        Text(f"accuracy in % after task {after + 1}, predicted among the classes seen so far{star('seen')}"),
         table,
         Text(f"final average (%) by mask: {averages}"),
+        *([Text("* with parameters that the task of each image, which had to be known, has chosen")] if told else []),
         Text(f"bytes per client and round: {'  '.join(ways)}"),
         Text(f"seconds: {seconds['total']:.1f} ({parts})  peak memory: {summary['peak_memory_mib']:.0f} MiB"),
         Text(f"picture: {picture}"),

@@ -15,6 +15,7 @@ from lightning import LightningDataModule
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedlscl import seeds
 from fedlscl.datasets import (
     Dataset,
     ImageFolder,
@@ -221,6 +222,29 @@ class FederatedDataModule(LightningDataModule):
             sizes = {"train": len(self.dataset.train.labels), "test": len(self.dataset.test.labels)}
             self._resident = Resident(self._gather, sizes, self.device_mib, device)
         return self._resident(part, positions)
+
+    def public(self, per_class: int) -> tuple[Tensor, Tensor]:
+        """Training images that a server may hold, of each class up to `per_class`, drawn from the run's seed.
+
+        Images that no client has come first. Where the split leaves too few, as when all images are dealt out, clients
+        have the others too. Images that are held out for evaluation are never among them.
+
+        Returns:
+            Images (n, 3, H, W) in uint8 and class ids (n,), ascending.
+        """
+        assert self.seed is not None  # or there would be no split
+        labels, parts = self.dataset.train.labels, [part for client in self.split.clients for part in client.tasks]
+        held, evaluated = np.zeros(len(labels), dtype=bool), np.zeros(len(labels), dtype=bool)
+        for part in parts:
+            held[part.train] = True
+            if self.split.evaluate_on == "train":
+                evaluated[part.test] = True
+        chosen = []
+        for label in range(self.num_classes):
+            members = np.flatnonzero((labels == label) & ~evaluated)
+            order = np.random.default_rng(seeds.derive(self.seed, "public", label)).permutation(members)
+            chosen.append(order[np.argsort(held[order], kind="stable")][:per_class])
+        return self.batch("train", np.concatenate(chosen))
 
     def _gather(self, part: str, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         chosen = self.dataset.train if part == "train" else self.dataset.test

@@ -206,7 +206,7 @@ class Experiment:
             "seed": self.seed,
             "backbone": f"{self.vit.name}, {self.vit.source}, {self.vit.image_size} px",
             "cnn": self.cnn.name,
-            "task_aware": self.client.task_aware,
+            "task_aware": list(self.client.task_aware),
             "evaluated_on": "test images" if self.data.split.evaluate_on == "test" else "images held out of training",
             "split_sha256": self.data.split.sha256,
             "accuracy": {mask: summarise(values) for mask, values in acc.items()},

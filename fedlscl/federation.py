@@ -110,6 +110,8 @@ class Federation:
                     "cnn.name lists different CNNs, but this method exchanges tensors of the CNN, which then do not fit"
                 )
         self.server.begin(first.upload_schema(), first.download_schema(), lambda: self._body(names[0]))
+        if self.server.public_images:
+            self.server.hold(*self.data.public(self.server.public_images))
         self.handout = {name: tensor.detach().clone() for name, tensor in first.shared().items()}
         self.setup_bytes = sum(tensor.nbytes for tensor in self.handout.values())
 

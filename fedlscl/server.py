@@ -53,6 +53,7 @@ class Server(ABC):
 
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}  # of the last aggregation, by name, for the record
+        self.public_images = 0  # how many labelled training images of each class this server must have of its own
 
     def begin(  # noqa: B027 - most servers have nothing to check
         self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]
@@ -68,6 +69,15 @@ class Server(ABC):
         Raises:
             ValueError: if the server cannot work with these messages.
         """
+
+    def hold(self, images: Tensor, labels: Tensor) -> None:
+        """Keep the public images, if any are wanted; called once, before any training.
+
+        Args:
+            images: (n, 3, H, W) in uint8.
+            labels: (n,) class numbers, ascending.
+        """
+        raise NotImplementedError(f"{type(self).__name__} asks for public images and takes none")
 
     def state(self) -> dict[str, Tensor]:
         """Everything of this server that must survive a round, as named tensors on the CPU; nothing by default."""

@@ -1,4 +1,4 @@
-"""Per-sample LoRA against one adapted copy of the projection per sample, in a block of a timm ViT."""
+"""What is injected into the blocks of a timm ViT, against the definitions written out sample by sample."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedlscl.adapters import LoRA, ParameterGenerator, per_sample_lora
+from fedlscl.adapters import LoRA, LowRank, ParameterGenerator, Prefixes
 from fedlscl.backbones import FrozenViT
 
 WIDTH, RANK, DEPTH = 12, 3, 4
@@ -54,7 +54,7 @@ def sample_by_sample(block: nn.Module, tokens: Tensor, lora: LoRA, scale: float)
 @pytest.mark.parametrize("scale", [1.0, 0.25, 16.0])
 def test_every_sample_passes_a_block_of_its_own(block: nn.Module, scale: float) -> None:
     tokens, lora = normal(5, 7, WIDTH), pairs(5)
-    with per_sample_lora(block.attn.qkv, lora, scale):
+    with LowRank(0, lora, scale=scale).into(block):
         adapted = block(tokens)
     torch.testing.assert_close(adapted, sample_by_sample(block, tokens, lora, scale), rtol=1e-11, atol=1e-11)
     assert not torch.allclose(adapted, block(tokens))
@@ -65,7 +65,7 @@ def test_the_gradients_are_those_of_the_loop(block: nn.Module) -> None:
     a.requires_grad_()
     b.requires_grad_()
     upstream = normal(4, 5, WIDTH, seed=9)
-    with per_sample_lora(block.attn.qkv, LoRA(a, b), 0.5):
+    with LowRank(0, LoRA(a, b), scale=0.5).into(block):
         adapted = block(tokens)
     leaves = (tokens, a, b)
     got = torch.autograd.grad((adapted * upstream).sum(), leaves)
@@ -79,7 +79,7 @@ def test_the_gradients_are_those_of_finite_differences() -> None:
     projection = nn.Linear(2, 6).double().requires_grad_(False)
 
     def adapted(h: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        with per_sample_lora(projection, LoRA(a, b), 0.7):
+        with LowRank(0, LoRA(a, b), layer="0", scale=0.7).into(nn.Sequential(projection)):
             return projection(h)
 
     inputs = [normal(*shape, seed=k).requires_grad_() for k, shape in enumerate([(2, 3, 2), (2, 1, 2), (2, 6, 1)])]
@@ -89,24 +89,24 @@ def test_the_gradients_are_those_of_finite_differences() -> None:
 def test_no_sample_touches_another(block: nn.Module) -> None:
     tokens, lora = normal(4, 5, WIDTH), pairs(4)
     order = torch.tensor([2, 0, 3, 1])
-    with per_sample_lora(block.attn.qkv, lora, 1.0):
+    with LowRank(0, lora).into(block):
         straight = block(tokens)
-    with per_sample_lora(block.attn.qkv, LoRA(lora.a[order], lora.b[order]), 1.0):
+    with LowRank(0, LoRA(lora.a[order], lora.b[order])).into(block):
         torch.testing.assert_close(block(tokens[order]), straight[order], rtol=1e-11, atol=1e-11)
 
 
 def test_afterwards_the_projection_is_as_before(block: nn.Module) -> None:
     tokens, qkv = normal(2, 5, WIDTH), block.attn.qkv
     before = block(tokens)
-    with per_sample_lora(qkv, pairs(2), 1.0):
+    with LowRank(0, pairs(2)).into(block):
         assert len(qkv._forward_hooks) == 1
     assert len(qkv._forward_hooks) == 0
     assert torch.equal(block(tokens), before)
 
-    with pytest.raises(KeyError, match="inside"), per_sample_lora(qkv, pairs(2), 1.0):
+    with pytest.raises(KeyError, match="inside"), LowRank(0, pairs(2)).into(block):
         raise KeyError("inside")
     assert len(qkv._forward_hooks) == 0
-    with pytest.raises(RuntimeError), per_sample_lora(qkv, pairs(3), 1.0):  # three pairs for two samples
+    with pytest.raises(RuntimeError), LowRank(0, pairs(3)).into(block):  # three pairs for two samples
         block(tokens)
     assert len(qkv._forward_hooks) == 0
     assert torch.equal(block(tokens), before)
@@ -162,7 +162,8 @@ def test_the_first_step_can_leave_the_start() -> None:
     """B is zero, so A gets no gradient yet; B must get one, or nothing would ever be learned."""
     frozen_projection = nn.Linear(6, 18).requires_grad_(False)
     generator = ParameterGenerator(4, 6, 2)
-    with per_sample_lora(frozen_projection, generator.split(generator(torch.ones(3, 4))), 1.0):
+    lora = generator.split(generator(torch.ones(3, 4)))
+    with LowRank(0, lora, layer="0").into(nn.Sequential(frozen_projection)):
         frozen_projection(torch.ones(3, 5, 6)).square().sum().backward()
     assert generator.weight.grad is not None
     assert torch.count_nonzero(generator.weight.grad[: 2 * 6]) == 0
@@ -179,14 +180,16 @@ def test_at_the_start_the_adapted_vit_is_the_frozen_one_to_the_last_bit(frozen: 
     lora = generator.split(generator(torch.randn(5, 8, generator=torch.Generator().manual_seed(2))))
     tokens = frozen.prefix(frozen.prepare(images), block_index)
     for scale in (1.0, 16.0):
-        assert torch.equal(frozen.suffix(tokens, block_index, lora, scale), frozen(images))
+        assert torch.equal(
+            frozen.suffix(tokens, block_index, [LowRank(block_index, lora, scale=scale)]), frozen(images)
+        )
 
 
 @pytest.mark.parametrize("block_index", range(DEPTH))
 def test_only_the_adapted_block_changes(frozen: FrozenViT, block_index: int) -> None:
     tokens = frozen.prefix(torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(5)), block_index)
     lora = LoRA(*(tensor.float() for tensor in pairs(3)))
-    adapted = frozen.suffix(tokens, block_index, lora, 0.5)
+    adapted = frozen.suffix(tokens, block_index, [LowRank(block_index, lora, scale=0.5)])
     blocks = frozen.vit.blocks
     expected = sample_by_sample(blocks[block_index], tokens, lora, 0.5)
     expected = frozen.vit.norm(blocks[block_index + 1 :](expected))[:, 0]
@@ -194,3 +197,179 @@ def test_only_the_adapted_block_changes(frozen: FrozenViT, block_index: int) -> 
     plain = frozen.suffix(tokens, block_index)
     assert not torch.allclose(adapted, plain, atol=1e-3)
     torch.testing.assert_close(plain, frozen.vit.norm(blocks[block_index:](tokens))[:, 0])
+
+
+# ---------------------------------------------------------------- fixed LoRA
+
+LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_fixed_pair_is_a_change_of_the_weight(block: nn.Module, layer: str) -> None:
+    weight = block.get_submodule(layer).weight
+    lora = LoRA(normal(RANK, weight.shape[1], seed=3), normal(weight.shape[0], RANK, seed=4))
+    tokens = normal(5, 7, WIDTH)
+    with LowRank(0, lora, layer, 0.3).into(block):
+        adapted = block(tokens)
+    merged = functional_call(block, {f"{layer}.weight": weight + 0.3 * lora.b @ lora.a}, (tokens,))
+    torch.testing.assert_close(adapted, merged, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(adapted, block(tokens))
+
+
+def test_several_layers_of_several_blocks_are_adapted_at_once(frozen: FrozenViT) -> None:
+    tokens = frozen.prefix(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5)), 1)
+    injections, changed = [], {}
+    for number, (index, layer) in enumerate([(1, "mlp.fc1"), (3, "attn.proj"), (3, "mlp.fc1")]):
+        weight = frozen.vit.blocks[index].get_submodule(layer).weight
+        a, b = normal(2, weight.shape[1], seed=number).float(), normal(weight.shape[0], 2, seed=9 + number).float()
+        injections.append(LowRank(index, LoRA(a, b), layer))
+        changed[f"{index}.{layer}.weight"] = weight + b @ a
+    expected = tokens
+    for index in range(1, DEPTH):
+        own = {n.removeprefix(f"{index}."): w for n, w in changed.items() if n.startswith(f"{index}.")}
+        expected = functional_call(frozen.vit.blocks[index], own, (expected,))
+    adapted = frozen.suffix(tokens, 1, injections)
+    torch.testing.assert_close(adapted, frozen.vit.norm(expected)[:, 0], rtol=1e-4, atol=1e-4)
+    assert not any(len(module._forward_hooks) for module in frozen.modules())
+
+
+def test_what_no_token_passes_is_refused(frozen: FrozenViT) -> None:
+    tokens = frozen.prefix(torch.zeros(1, 3, 16, 16), 2)
+    for index in (1, DEPTH):
+        with pytest.raises(ValueError, match=f"block {index}, but these tokens pass blocks 2 to 3"):
+            frozen.suffix(tokens, 2, [LowRank(index, LoRA(torch.zeros(1, WIDTH), torch.zeros(3 * WIDTH, 1)))])
+
+
+# ---------------------------------------------------------------- prefixes of keys and values
+
+
+def attention_with_prefix(attention: nn.Module, tokens: Tensor, prefix: Tensor) -> Tensor:
+    """The definition, one sample and one head at a time: softmax over the prefix's keys and the tokens' own."""
+    heads, size = prefix.shape[3:]
+    outputs = []
+    for x, (keys, values) in zip(tokens, prefix, strict=True):
+        q, k, v = attention.qkv(x).view(len(x), 3, heads, size).unbind(1)
+        of_heads = []
+        for head in range(heads):
+            own_keys = torch.cat([k[:, head], keys[:, head]])
+            weights = (q[:, head] @ own_keys.T / math.sqrt(size)).softmax(dim=1)
+            of_heads.append(weights @ torch.cat([v[:, head], values[:, head]]))
+        outputs.append(attention.proj(torch.cat(of_heads, dim=1)))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_every_token_also_attends_to_the_prefix(block: nn.Module, fused: bool) -> None:
+    block.attn.fused_attn = fused
+    tokens, prefix = normal(2, 5, WIDTH), normal(2, 2, 4, 3, WIDTH // 3, seed=8)
+    with Prefixes(0, prefix).into(block):
+        extended = block.attn(tokens)
+        whole = block(tokens)
+    assert extended.shape == tokens.shape
+    torch.testing.assert_close(extended, attention_with_prefix(block.attn, tokens, prefix), rtol=1e-10, atol=1e-10)
+    attended = tokens + attention_with_prefix(block.attn, block.norm1(tokens), prefix)
+    torch.testing.assert_close(whole, attended + block.mlp(block.norm2(attended)), rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(whole, block(tokens))
+
+
+def test_the_gradients_of_a_prefix_are_those_of_finite_differences(block: nn.Module) -> None:
+    tokens = normal(2, 3, WIDTH).requires_grad_()
+    prefix = normal(2, 2, 2, 3, WIDTH // 3, seed=8).requires_grad_()
+
+    def extended(x: Tensor, keys_values: Tensor) -> Tensor:
+        with Prefixes(0, keys_values).into(block):
+            return block(x)
+
+    assert torch.autograd.gradcheck(extended, (tokens, prefix))
+
+
+@pytest.mark.parametrize("index", range(DEPTH))
+def test_a_prefix_of_no_length_changes_no_bit(frozen: FrozenViT, index: int) -> None:
+    images = torch.randint(256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    tokens = frozen.prefix(frozen.prepare(images), 0)
+    empty = Prefixes(index, torch.zeros(2, 2, 0, 3, WIDTH // 3))
+    assert torch.equal(frozen.suffix(tokens, 0, [empty]), frozen(images))
+    assert torch.equal(frozen.suffix(tokens, 0), frozen(images))
+
+
+def test_a_prefix_and_a_pair_may_share_a_block(block: nn.Module) -> None:
+    """Either order gives the same: the pair changes the tokens' keys, the prefix none of them."""
+    tokens, prefix, lora = normal(2, 5, WIDTH), normal(2, 2, 4, 3, WIDTH // 3, seed=8), pairs(2)
+    one, other = LowRank(0, lora), Prefixes(0, prefix)
+    with one.into(block), other.into(block):
+        both = block(tokens)
+    with other.into(block), one.into(block):
+        torch.testing.assert_close(block(tokens), both, rtol=1e-10, atol=1e-10)
+    weight = block.attn.qkv.weight
+    looped = []
+    for n in range(2):
+        with torch.no_grad(), Prefixes(0, prefix[n : n + 1]).into(block):
+            merged = {"attn.qkv.weight": weight + lora.b[n] @ lora.a[n]}
+            looped.append(functional_call(block, merged, (tokens[n : n + 1],)))
+    torch.testing.assert_close(both, torch.cat(looped), rtol=1e-10, atol=1e-10)
+
+
+def test_a_prefix_leaves_no_trace(block: nn.Module) -> None:
+    prefix = normal(2, 2, 4, 3, WIDTH // 3, seed=8)
+    with pytest.raises(KeyError, match="inside"), Prefixes(0, prefix).into(block):
+        raise KeyError("inside")
+    with pytest.raises(RuntimeError), Prefixes(0, prefix).into(block):  # prefixes for two samples, three samples
+        block(normal(3, 5, WIDTH))
+    assert not any(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in block.modules())
+
+
+# ---------------------------------------------------------------- prompts at the input
+
+
+def test_prompts_stand_behind_the_class_token_at_its_position(frozen: FrozenViT) -> None:
+    images = torch.randint(256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    tokens, prompts = frozen.prefix(frozen.prepare(images), 0), normal(2, 3, WIDTH).float()
+    longer = frozen.prompted(tokens, prompts)
+    assert longer.shape == (2, 5 + 3, WIDTH)
+    assert torch.equal(longer[:, :1], tokens[:, :1])
+    torch.testing.assert_close(longer[:, 1:4], prompts + frozen.vit.pos_embed[0, 0])
+    assert torch.equal(longer[:, 4:], tokens[:, 1:])
+    encoded = frozen.encode(longer, 0)
+    torch.testing.assert_close(encoded, frozen.vit.norm(frozen.vit.blocks(longer)))
+    assert torch.equal(frozen.suffix(longer, 0), encoded[:, 0])
+    assert torch.equal(frozen.suffix(frozen.prompted(tokens, prompts[:, :0]), 0), frozen(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [("deit3_small_patch16_224", 1), ("vit_base_patch16_siglip_224", 0), ("vit_base_patch16_clip_224", 1)],
+)
+def test_prompts_go_into_other_plain_vits(name: str, first: int) -> None:
+    args = {"patch_size": 8, "embed_dim": WIDTH, "depth": 2, "num_heads": 3}
+    vit = FrozenViT(name, image_size=16, model_args=args)
+    assert vit.num_prefix_tokens == first
+    tokens, prompts = vit.prefix(torch.randn(2, 3, 16, 16), 0), torch.randn(2, 3, WIDTH)
+    longer = vit.prompted(tokens, prompts)
+    own = 0 if first == 0 or vit.vit.no_embed_class else vit.vit.pos_embed[0, 0]
+    torch.testing.assert_close(longer[:, first : first + 3], vit.vit.norm_pre(prompts + own))
+    assert torch.equal(torch.cat([longer[:, :first], longer[:, first + 3 :]], dim=1), tokens)
+
+
+def test_the_gradients_of_prompts_are_those_of_finite_differences(frozen: FrozenViT) -> None:
+    vit = FrozenViT(
+        "vit_tiny_patch16_224", image_size=16, model_args={"patch_size": 8, "embed_dim": 6, "depth": 2, "num_heads": 3}
+    )
+    vit.double()
+    tokens = vit.prefix(torch.randn(2, 3, 16, 16, dtype=torch.float64), 0)
+    prompts = torch.randn(2, 2, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda p: vit.encode(vit.prompted(tokens, p), 0), (prompts,))
+
+
+def test_injections_work_under_autocast(frozen: FrozenViT) -> None:
+    tokens = frozen.prefix(torch.randn(2, 3, 16, 16), 0)
+    prefix = torch.randn(2, 2, 4, 3, WIDTH // 3, requires_grad=True)
+    a, b = torch.randn(2, WIDTH, requires_grad=True), torch.randn(3 * WIDTH, 2, requires_grad=True)
+    prompts = torch.randn(2, 3, WIDTH, requires_grad=True)
+    injections = [Prefixes(1, prefix), LowRank(1, LoRA(a, b), scale=0.1)]
+    with torch.no_grad():
+        exact = frozen.suffix(frozen.prompted(tokens, prompts), 0, injections)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = frozen.suffix(frozen.prompted(tokens, prompts), 0, injections)
+        (mixed * torch.arange(WIDTH)).sum().backward()
+    torch.testing.assert_close(mixed.float(), exact, rtol=0.1, atol=0.1)
+    assert all(leaf.grad is not None and bool(leaf.grad.any()) for leaf in (prefix, a, b, prompts))

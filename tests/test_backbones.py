@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from fedlscl.adapters import LoRA
+from fedlscl.adapters import LoRA, LowRank
 from fedlscl.backbones import SHIPPED, FrozenViT, SmallModel, SmallModelSpec, resize
 
 TINY = {"patch_size": 8, "embed_dim": 12, "depth": 3, "num_heads": 3}
@@ -146,7 +146,7 @@ def test_gradients_reach_the_pair_and_nothing_else() -> None:
     assert not tokens.requires_grad
     a, b = torch.randn(2, 2, 12, requires_grad=True), torch.randn(2, 36, 2, requires_grad=True)
     # not the plain sum, whose gradient the closing layer normalisation makes zero
-    (frozen.suffix(tokens, 1, LoRA(a, b)) * torch.arange(12)).sum().backward()
+    (frozen.suffix(tokens, 1, [LowRank(1, LoRA(a, b))]) * torch.arange(12)).sum().backward()
     assert a.grad is not None
     assert torch.count_nonzero(a.grad) > 0
     assert b.grad is not None

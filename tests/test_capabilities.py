@@ -6,17 +6,31 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from helpers import Recorder, copy_of, enter_client, fit, make_client, make_federation, outcome, run, same
+from helpers import (
+    Recorder,
+    copy_of,
+    enter_client,
+    fit,
+    make_client,
+    make_data,
+    make_federation,
+    make_trainer,
+    outcome,
+    run,
+    same,
+)
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
 from fedlscl.backbones import FrozenViT
-from fedlscl.client import Client, Images
-from fedlscl.continual import Continual, Output, Step
+from fedlscl.client import Batch, Client, Images
+from fedlscl.continual import Continual, NoReplay, Output, Step
 from fedlscl.data import FederatedDataModule
+from fedlscl.evaluation import MASKS
 from fedlscl.federation import Federation
 from fedlscl.losses import masked_cross_entropy
 from fedlscl.messages import Download, Message, MessageError, Schema, TensorSpec, Upload
@@ -234,7 +248,7 @@ def test_images_may_be_floats(vit: FrozenViT, make: Make) -> None:
 class Oracle(FedAvgClient):
     """Knows the task of a test image, and predicts its first class."""
 
-    task_aware = True
+    task_aware = MASKS
 
     def test_logits(self, batch: Images, tasks: Tensor) -> Tensor:
         firsts = torch.tensor([part.classes[0] for part in self.data.split.clients[self.index].tasks])
@@ -249,3 +263,137 @@ def test_a_task_aware_method_is_told_the_task(make: Make) -> None:
         for number, part in enumerate(one.tasks):
             share = (labels[torch.as_tensor(part.test)] == part.classes[0]).double().mean()
             assert result.accuracy["none"][index][number] == pytest.approx(100 * float(share))
+
+
+# ------------------------------------------------------------------ gradients of bounded length
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_gradient_is_cut_to_its_largest_norm(make: Make, monkeypatch: pytest.MonkeyPatch, scaled: bool) -> None:
+    """Also behind the scaler of 16-mixed, whose factor is none of the gradient's length."""
+    federation = make(client=make_client(FedAvgClient, continual=NoReplay(), gradient_clip=1e-3), server=FedAvg())
+    body, norms = enter_client(federation, 0), []
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    backward = body.manual_backward
+
+    class Looking(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            norms.append(torch.stack([p.grad.norm() for p in body.parameters()]).norm().item())
+            if scaled:
+                scaler.update()  # as 16-mixed does it after a step
+            return super().step(closure)
+
+    monkeypatch.setattr(body, "configure_optimizers", lambda: Looking(body.parameters(), lr=0.1))
+    trainer = make_trainer()
+    if scaled:
+        monkeypatch.setattr(trainer.precision_plugin, "scaler", scaler, raising=False)
+        monkeypatch.setattr(body, "manual_backward", lambda loss: backward(scaler.scale(loss)))
+    body.begin_round(Round(1, 1, False, 0))
+    trainer.fit(body)
+    assert norms == pytest.approx([1e-3] * len(body.plan), rel=1e-3)
+
+
+def test_a_short_gradient_stays_as_it_is(make: Make) -> None:
+    found = []
+    for clip in (None, 1e6):
+        federation = make(client=make_client(FedAvgClient, continual=NoReplay(), gradient_clip=clip), server=FedAvg())
+        body = enter_client(federation, 0)
+        fit(body, 1, 1)
+        found.append(copy_of(body.state()))
+    assert same(*found)
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, float("nan")])
+def test_an_impossible_bound_is_refused(clip: float) -> None:
+    with pytest.raises(ValueError, match=r"model.gradient_clip is .*, must be positive, or null"):
+        make_client(FedAvgClient, gradient_clip=clip)
+
+
+# ------------------------------------------------------------------ phases of a method's own
+
+
+class Phases(FedAvgClient):
+    """First the head alone, then all."""
+
+    def passes(self, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+        samples = self.epoch(0, len(self.current))
+        yield "head", samples
+        yield "all", samples[:3]
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        output = self._output(batch.images, "train")
+        features = output.representation.detach() if batch.phase == "head" else output.representation
+        return {"own": nn.functional.cross_entropy(self.head(features), batch.images.labels)}
+
+
+def test_a_method_may_have_phases_of_its_own(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = make(client=make_client(Phases, continual=NoReplay()), server=FedAvg())
+    body, logged, before = enter_client(federation, 0), [], {}
+    monkeypatch.setattr(Phases, "log_dict", lambda self, terms, **_: logged.append(list(terms)))
+    body.begin_round(Round(1, 1, False, 0))
+    steps = [phase for phase, _ in body.plan]
+    assert steps == sorted(steps, reverse=True)
+    assert [len(samples) for phase, samples in body.plan if phase == "all"] == [3]
+    body.plan = [step for step in body.plan if step[0] == "head"]
+    before = copy_of(dict(body.named_parameters()))
+    make_trainer().fit(body)
+    moved = {name for name, parameter in body.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {"head.weight", "head.bias"}
+    assert logged == [["head/own"]] * len(body.plan)
+
+
+# ------------------------------------------------------------------ images that a server holds
+
+
+class Holding(FedAvg):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.public_images = count
+
+    def hold(self, images: Tensor, labels: Tensor) -> None:
+        self.held = images, labels
+
+
+def test_a_server_gets_the_public_images_it_asks_for(make: Make) -> None:
+    server = Holding(2)
+    federation = make(client=make_client(FedAvgClient, continual=NoReplay()), server=server)
+    images, labels = server.held
+    assert labels.tolist() == sorted([*range(8)] * 2)
+    assert images.shape == (16, 3, 8, 8)
+    assert images.dtype == torch.uint8
+    train = federation.data.dataset.train
+    places = [np.flatnonzero((train.images == image.numpy()).all(axis=(1, 2, 3))).tolist() for image in images]
+    assert [int(train.labels[place]) for (place,) in places] == labels.tolist()
+
+
+def test_public_images_are_those_of_no_client_as_far_as_they_go(cache: Path) -> None:
+    data = make_data(cache, train_per_class=10)
+    held = {int(i) for client in data.split.clients for part in client.tasks for i in part.train}
+    train = data.dataset.train
+    free = {label: {i for i in np.flatnonzero(train.labels == label).tolist() if i not in held} for label in range(8)}
+    used = {label for client in data.split.clients for part in client.tasks for label in part.classes}
+    assert {len(free[label]) for label in used} == {2}
+
+    def places(per_class: int) -> dict[int, list[int]]:
+        images, labels = data.public(per_class)
+        found: dict[int, list[int]] = {label: [] for label in range(8)}
+        for image, label in zip(images.numpy(), labels.tolist(), strict=True):
+            found[label].append(int(np.flatnonzero((train.images == image).all(axis=(1, 2, 3)))[0]))
+        return found
+
+    for label in used:
+        assert set(places(2)[label]) == free[label]
+        assert set(places(3)[label]) > free[label]
+        assert len(set(places(99)[label])) == 12
+    assert places(3) == places(3)
+
+
+def test_images_held_out_for_evaluation_are_not_public(cache: Path) -> None:
+    data = make_data(cache, local_test="holdout30")
+    evaluated = {int(i) for client in data.split.clients for part in client.tasks for i in part.test}
+    images, _ = data.public(99)
+    shown = {image.tobytes() for image in images.numpy()}
+    train = data.dataset.train.images
+    assert evaluated
+    assert not any(train[i].tobytes() in shown for i in evaluated)
+    assert len(shown) == len(train) - len(evaluated)

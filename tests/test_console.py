@@ -90,10 +90,15 @@ def test_the_closing_table_holds_every_number() -> None:
 
 
 def test_a_method_that_was_told_the_task_says_so() -> None:
-    lines = show({**run_summary(SEEN), "task_aware": True})
-    assert lines[1].endswith("among the classes seen so far, the task of each image being known")
-    for summary in (run_summary(SEEN), {**run_summary(SEEN), "task_aware": False}):
-        assert show(summary)[1].endswith("among the classes seen so far")
+    lines = show({**run_summary(SEEN), "task_aware": ["task", "seen", "none"]})
+    assert lines[1].endswith("among the classes seen so far*")
+    assert "final average (%) by mask: task 98.8*  seen 51.7*  none 12.3*" in lines
+    assert any(line.startswith("* ") for line in lines)
+    lines = show({**run_summary(SEEN), "task_aware": ["task"]})
+    assert lines[1].endswith("among the classes seen so far")
+    assert "final average (%) by mask: task 98.8*  seen 51.7  none 12.3" in lines
+    for summary in (run_summary(SEEN), {**run_summary(SEEN), "task_aware": []}):
+        assert not any("*" in line for line in show(summary))
 
 
 def test_one_task_has_no_forgetting_to_show() -> None:

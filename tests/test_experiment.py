@@ -109,7 +109,7 @@ def test_the_summary_holds_what_was_promised(finished: tuple[Experiment, dict[st
             assert -100 <= metrics[name] <= 100
     assert summary["split_sha256"] == experiment.data.split.sha256
     assert summary["skipped"] == []
-    assert summary["task_aware"] is False
+    assert summary["task_aware"] == []
     assert summary["seconds"]["total"] >= sum(summary["seconds"][phase] for phase in ("fit", "aggregate", "evaluate"))
     assert summary["peak_memory_mib"] > 1
     assert torch.__version__.startswith(summary["versions"]["torch"])
@@ -330,14 +330,14 @@ def test_skipped_clients_are_reported(make: Make, monkeypatch: pytest.MonkeyPatc
 
 
 class Told(FedLSCL):
-    task_aware = True
+    task_aware = ("task",)
 
 
 def test_who_knows_the_task_of_an_image_says_so(make: Make) -> None:
     screen = console()
     summary = make(client=make_client(Told), schedule=Schedule(1)).run(screen)
-    assert summary["task_aware"] is True
-    assert "the task of each image being known" in text(screen)
+    assert summary["task_aware"] == ["task"]
+    assert "* with parameters that the task of each image" in text(screen)
 
 
 def test_few_clients_a_round_reach_the_summary(make: Make) -> None:

@@ -27,7 +27,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from fedlscl import distillation, seeds
-from fedlscl.adapters import ParameterGenerator
+from fedlscl.adapters import LowRank, ParameterGenerator
 from fedlscl.backbones import FrozenViT, SmallModel, SmallModelSpec
 from fedlscl.client import Client
 from fedlscl.continual import Output
@@ -77,8 +77,8 @@ class FedLSCL(Client):
     def forward(self, images: Tensor, frozen: Mapping[str, Tensor]) -> Output:
         """H(Theta adapted by phi(theta(x)))."""
         generated = self.generate(images)
-        lora = self.generator.split(generated["weights"])
-        adapted = self.vit.suffix(frozen["tokens"], self.block, lora, self.scale)
+        lora = LowRank(self.block, self.generator.split(generated["weights"]), scale=self.scale)
+        adapted = self.vit.suffix(frozen["tokens"], self.block, [lora])
         return Output(self.head(adapted), adapted, generated)
 
     def shared(self) -> dict[str, Tensor]:

@@ -63,6 +63,7 @@ from fedlscl.backbones import FrozenViT, SmallModel, SmallModelSpec
 from fedlscl.buffer import below
 from fedlscl.client import Batch, Client, Images
 from fedlscl.continual import NoReplay, Output
+from fedlscl.evaluation import MASKS
 from fedlscl.messages import AtMost, Download, Schema, TensorSpec, Upload
 from fedlscl.schedule import Round
 from fedlscl.server import Answers, OnDemand, Server
@@ -91,7 +92,7 @@ class FedWeITClient(Client):
         **kwargs: settings of every client, see `Client`.
     """
 
-    task_aware = True
+    task_aware = MASKS
     knowledge: Tensor  # (J, n) the A_j
     adaptive: nn.Parameter  # (n,) A
     mask: nn.Parameter  # (c,) m
