@@ -9,6 +9,7 @@ hardware      FLOP/s of a client's step beside those of a large matrix product
 framework     `fedlscl fit` beside the same training as a bare PyTorch loop
 distillation  exact O2D beside iterative O2D; exact O2D for 5, 50 and 500 clients
 clients       a client's round, memory and start-up for 5, 50 and 500 clients
+device        what would travel to an accelerator, or wait for it, while a federation goes on, read off a profile
 
 Images are noise and the large ViTs are untrained: neither changes the time. FLOPs are counted by torch, and a product
 and a sum are two.
@@ -28,15 +29,19 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from torch.profiler import profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedlscl import distillation, seeds
@@ -550,6 +555,74 @@ def clients() -> Iterator[Row]:
         yield in_a_process(federate, count, torch.get_num_threads())
 
 
+class StepMarks(Callback):
+    """Marks every training step in a profile."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """A step begins."""
+        self.mark = ExitStack()
+        self.mark.enter_context(record_function("step"))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """It ends."""
+        self.mark.close()
+
+
+WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "cudaStreamSynchronize", "cudaDeviceSynchronize")
+
+
+def ancestors(event: Any) -> set[str]:
+    """The names of all operations that an operation of a profile is part of."""
+    names = set()
+    while event.cpu_parent is not None:
+        event = event.cpu_parent
+        names.add(event.name)
+    return names
+
+
+def device() -> Iterator[Row]:
+    """The second round of all clients; the smallest models, since numbers of operations do not depend on the size."""
+    for precision in ("32-true", "bf16-mixed"):
+        with tempfile.TemporaryDirectory() as folder:
+            words = [*CIFAR, *TINY.words, "--federation.rounds=2", f"--trainer.precision={precision}"]
+            yield {"precision": precision, **profiled(experiment(words, folder))}
+
+
+def profiled(described: Experiment) -> Row:
+    """What the second round of an experiment does to the frozen model, and where its steps wait."""
+
+    def trainer(logger: Logger | None) -> Trainer:
+        made = described.trainer(logger)
+        made.callbacks.append(StepMarks())  # type: ignore[attr-defined]
+        return made
+
+    federation = replace(described, trainer=trainer).federation()
+    rounds = federation.run(Quiet())
+    next(rounds)
+    federation.store.commit({"round": 1})
+    vit = federation.vit
+    places = [tensor.data_ptr() for tensor in vit.state_dict().values()]
+    with mock.patch.object(vit, "_apply", wraps=vit._apply) as moves, profile(record_shapes=True) as recorded:
+        next(rounds)
+    events = recorded.events() or []
+    own = {tuple(tensor.shape) for body in federation.bodies.values() for tensor in body.state_dict().values()}
+    frozen = {tuple(tensor.shape) for tensor in vit.state_dict().values()} - own
+    # the fused Adam of CPUs reads its counters, which on a GPU stay there
+    waits = [above for e in events if e.name in WAITS and "aten::_fused_adam_" not in (above := ancestors(e))]
+    return {
+        "fits and tests": 2 * federation.clients,
+        "steps": sum(e.name == "step" for e in events),
+        "moves of the ViT": moves.call_count,
+        "tensors of it elsewhere": sum(
+            a != t.data_ptr() for a, t in zip(places, vit.state_dict().values(), strict=True)
+        ),
+        "copies of its weights": sum(e.name == "aten::copy_" and tuple(e.input_shapes[0]) in frozen for e in events),
+        "waits in steps": sum("step" in above for above in waits),
+    }
+
+
 def in_a_process(run: Callable[..., Row], *args: int) -> Row:
     """The result of `run` in a fresh process, so that its peak of memory is its own."""
     if scale is TINY:
@@ -596,6 +669,7 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "framework": framework,
     "distillation": distillation_,
     "clients": clients,
+    "device": device,
 }
 
 

@@ -1,6 +1,8 @@
 """Print finished runs as a Markdown table: mean and deviation over seeds for each setting and method.
 
 python experiments/compare.py RUN_DIR_OR_SUMMARY [...]
+
+A star marks accuracies of a method that had to be told the task of a test image to choose its parameters.
 """
 
 from __future__ import annotations
@@ -22,12 +24,16 @@ HEADER = ("method", "seeds", *ACCURACIES, "up", "down", "seconds")
 def row(method: str, runs: list[dict[str, Any]]) -> list[str]:
     """The cells of one method: accuracies in %, bytes per client and round, seconds for one run."""
     accuracy = [run["accuracy"] for run in runs]
+
+    def star(mask: str) -> str:
+        return "*" if mask in (runs[0].get("task_aware") or ()) else ""
+
     return [
         method,
         ", ".join(str(run["seed"]) for run in runs),
-        *(spread([entry[mask]["final_average"] for entry in accuracy]) for mask in MASKS),
-        spread([entry["seen"]["average_incremental"] for entry in accuracy]),
-        spread([entry["seen"]["forgetting"] for entry in accuracy]),
+        *(spread([entry[mask]["final_average"] for entry in accuracy]) + star(mask) for mask in MASKS),
+        spread([entry["seen"]["average_incremental"] for entry in accuracy]) + star("seen"),
+        spread([entry["seen"]["forgetting"] for entry in accuracy]) + star("seen"),
         *(
             human_bytes(statistics.mean(run[f"bytes_{way}"]["per_client_round"] for run in runs))
             for way in ("up", "down")

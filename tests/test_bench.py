@@ -18,7 +18,7 @@ def test_every_part_runs(tmp_path: Path) -> None:
     found = json.loads(report.read_text())
     assert set(found) == {
         *("machine", "prefix", "replay", "throughput", "hardware"),
-        *("framework", "distillation", "clients"),
+        *("framework", "distillation", "clients", "device"),
     }
     # what does not depend on time
     ratios = [row["FLOP ratio"] for row in found["prefix"]]
@@ -28,4 +28,8 @@ def test_every_part_runs(tmp_path: Path) -> None:
     assert exact["objective before"] == iterative["objective before"]
     assert exact["after"] <= iterative["after"]
     assert [row["clients"] for row in sizes] == [row["clients"] for row in found["clients"]] == [2, 3]
+    for row in found["device"]:
+        assert row["steps"] > row["fits and tests"] == 10
+        untouched = ("moves of the ViT", "tensors of it elsewhere", "copies of its weights", "waits in steps")
+        assert [row[name] for name in untouched] == [0, 0, 0, 0]
     assert "| ViT | block |" in done.stdout
