@@ -1,0 +1,182 @@
+"""FedDualPrompt (FedDualP): DualPrompt (Wang et al., 2022), with prompts, keys and head averaged.
+
+The ViT is frozen. Prefixes are L keys and values that the tokens of a block attend to besides their own, so that the
+number of tokens stays the same. G-prefixes are common to all images. E-prefixes come in M slots with a key kappa_m
+each, of the ViT's width d: the slot of task n is trained on the images of task n, and a test image takes the slot
+whose key points most in the direction of its query q(x), its feature under the unprompted ViT. The head sees the
+feature of the ViT under both.
+
+Objective, on the images of the current task n of client i, with C(i, n) its classes (`train_mask: task`):
+
+    CE(z, y; C(i, n)) - lambda * mean over x of cos(q(x), kappa_n).
+
+The second term is all that moves a key. In training the slot is that of the task (slot n - 1, counted from 0), for
+every client; a client that catches up trains on all it has missed with the slot of the task at hand. In tests each
+image takes the best of all M keys. Those of tasks to come are among them, as published: as long as a trained key is no
+nearer to the queries than a random one (a cosine of about 1 / sqrt(d)), an image may take a slot that was never
+trained. A step of Adam moves an entry of a key, from U(-1, 1), by about the learning rate, so that after a few dozen
+steps this is what many images do. With `pool_size` equal to the number of tasks no such slot is left at the end.
+
+Start of a task: the E-prefixes of slot n - 1 are copied to slot n, its key stays as drawn. A client copies within the
+model it has received, before its first round of the task, unless it has received a model of that task: this one holds
+the copy already, trained by others. So all copies of a task are equal. Without a server, a client copies what it
+trained last to all slots up to the new one.
+
+Aggregation: w <- sum over i of p_i w_i, as FedAvg. Of the E-prefixes and keys only those of the current task differ
+among clients. What slot n stands for differs, too, as the classes of task n do.
+
+What travels: G-prefixes (G, 2, L_g, heads, d / heads) for G blocks, E-prefixes (E, 2, M, L, heads, d / heads) for E
+blocks, keys (M, d) and head, both ways, 4 (2 G L_g d + 2 E M L d + M d + (d + 1) K) bytes; with d = 768 these are
+1,321,360 for K = 100 and L = 5, and 4,393,760 for K = 200 and L = 20. Sending the current slot alone would do; we send
+all of them. Nothing else is kept of old tasks.
+
+Defaults are those of the published settings and of their port to torch: G-prefixes of length 5 in blocks 0 and 1,
+E-prefixes in blocks 2, 3 and 4 (of a ViT that has fewer blocks, in those that exist), M = 10, lambda = 1, all from
+U(-1, 1), gradients clipped at norm 1 (`gradient_clip`, in the YAML); L = 5 for CIFAR-100, 20 for ImageNet-R. With more
+tasks than slots the port goes on without a slot; here it is refused. The port's CIFAR-100 setting also makes one choice
+for a whole batch, which tells of a test image what else is in its batch; that is not offered.
+
+`legacy_reshape` repeats an error of the ports, for comparison with their numbers. They view the chosen E-prefixes,
+(2, B, L, ...) in memory, as (B, 2, L, ...), instead of exchanging the two dimensions. Where all images have the same
+slot, as in training, the first half of a batch gets the slot's keys both as keys and as values, and the second half its
+values; where they differ, images get one another's. What an image is classified as then depends on its batch, so that
+accuracies under this setting depend on `evaluation_batch_size`.
+
+Cached for each image are its query and the tokens that enter the first adapted block, 4 (T + 1) d bytes for T tokens.
+
+Logged: collaborate/cross_entropy, collaborate/pull (the second term, between -lambda and lambda).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlscl.adapters import Prefixes
+from fedlscl.backbones import FrozenViT, SmallModelSpec
+from fedlscl.continual import Output
+from fedlscl.data import FederatedDataModule
+from fedlscl.messages import Download
+from fedlscl.methods.fed_l2p import PromptClient, similarities
+from fedlscl.precomputed import Precomputed
+from fedlscl.schedule import Round
+
+GENERAL_BLOCKS, EXPERT_BLOCKS = (0, 1), (2, 3, 4)  # as published
+
+
+class FedDualPromptClient(PromptClient):
+    """Prefixes in the blocks of the frozen ViT, common ones and one slot for each task, and a linear head.
+
+    Args:
+        pool_size: M, slots of the E-prefixes, at least one for each task.
+        length: L, keys and values of an E-prefix; 0 for none.
+        general_length: L_g, keys and values of a G-prefix; 0 for none.
+        general_blocks: indices of the blocks with G-prefixes; by default those of 0 and 1 that exist.
+        expert_blocks: indices of the blocks with E-prefixes; by default those of 2, 3 and 4 that exist.
+        pull: lambda, weight of the pull on the task's key.
+        legacy_reshape: mix up the chosen E-prefixes of a batch as the ports do.
+        **kwargs: settings of every client, see `Client`.
+    """
+
+    def __init__(
+        self,
+        pool_size: int = 10,
+        length: int = 5,
+        general_length: int = 5,
+        general_blocks: list[int] | None = None,
+        expert_blocks: list[int] | None = None,
+        pull: float = 1.0,
+        legacy_reshape: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(pool_size, pull, **kwargs)
+        for name, value in (("length", length), ("general_length", general_length)):
+            if value < 0:
+                raise ValueError(f"model.{name} is {value}, must not be negative")
+        self.length, self.general_length, self.legacy_reshape = length, general_length, legacy_reshape
+        self.general_blocks, self.expert_blocks = general_blocks, expert_blocks
+
+    def build(self, vit: FrozenViT, cnn: SmallModelSpec, cnn_name: str, num_classes: int) -> None:
+        """Prefixes, keys and head."""
+        general = blocks_of("general_blocks", self.general_blocks, GENERAL_BLOCKS, vit.depth)
+        experts = blocks_of("expert_blocks", self.expert_blocks, EXPERT_BLOCKS, vit.depth)
+        if not experts:
+            raise ValueError(f"model.expert_blocks is {experts} for a ViT of {vit.depth} blocks, must name one or more")
+        self.blocks = [*general, *experts]
+        if len(set(self.blocks)) < len(self.blocks):
+            raise ValueError(
+                f"model.expert_blocks is {experts} and model.general_blocks {general}, but a block can take one prefix"
+            )
+        self.first = min(self.blocks)
+        head = (vit.heads, vit.width // vit.heads)
+        self.general = nn.Parameter(torch.empty(len(general), 2, self.general_length, *head).uniform_(-1, 1))
+        self.experts = nn.Parameter(torch.empty(len(experts), 2, self.pool_size, self.length, *head).uniform_(-1, 1))
+        self.keys = nn.Parameter(torch.empty(self.pool_size, vit.width).uniform_(-1, 1))
+        self.head = nn.Linear(vit.width, num_classes)
+
+    def enter(
+        self, index: int, data: FederatedDataModule, precomputed: Precomputed, state: Mapping[str, Tensor]
+    ) -> None:
+        """Refuse more tasks than there are slots."""
+        if (tasks := data.split.spec.tasks) > self.pool_size:
+            raise ValueError(f"model.pool_size is {self.pool_size}, must be at least the number of tasks, {tasks}")
+        super().enter(index, data, precomputed, state)
+
+    # ---- from task to task
+
+    def begin_round(self, round: Round) -> None:
+        """Also let a new task begin with the prefixes of the task before."""
+        received = int(self.memory.received.get("task", torch.tensor(0)))
+        known = max(self.memory.begun, received)
+        super().begin_round(round)
+        if known:
+            with torch.no_grad():
+                self.experts[:, :, known : round.task] = self.experts[:, :, known - 1 : known]
+
+    def download(self, message: Download) -> None:
+        """Also remember which task the model is of."""
+        super().download(message)
+        self.memory.received["task"] = torch.tensor(message.task)
+
+    # ---- the model
+
+    def choose(self, similarity: Tensor) -> Tensor:
+        """In training the slot of the task, otherwise the most similar one."""
+        if self.training:
+            return similarity.new_full((len(similarity), 1), self.round.task - 1, dtype=torch.int64)
+        return similarity.argmax(dim=1, keepdim=True)
+
+    def forward(self, images: Tensor, frozen: Mapping[str, Tensor]) -> Output:
+        """The head on the features under both kinds of prefixes."""
+        slots = self.choose(similarities(frozen["query"], self.keys)).squeeze(1)
+        chosen = self.experts[:, :, slots]
+        experts = legacy_reshape(chosen) if self.legacy_reshape else chosen.transpose(1, 2)
+        general = self.general.unsqueeze(1).expand(-1, len(slots), -1, -1, -1, -1)
+        injections = [Prefixes(*pair) for pair in zip(self.blocks, [*general, *experts], strict=True)]
+        features = self.vit.suffix(frozen["tokens"], self.first, injections)
+        return Output(self.head(features), features)
+
+
+def blocks_of(field: str, wanted: list[int] | None, published: tuple[int, ...], depth: int) -> list[int]:
+    """The blocks to adapt: those wanted, or the published ones as far as a ViT of `depth` blocks has them.
+
+    Raises:
+        ValueError: a block is wanted that does not exist.
+    """
+    if wanted is None:
+        return [block for block in published if block < depth]
+    if missing := [block for block in wanted if not 0 <= block < depth]:
+        raise ValueError(f"model.{field} holds {missing[0]}, but the ViT has the blocks 0 to {depth - 1}")
+    return wanted
+
+
+def legacy_reshape(chosen: Tensor) -> Tensor:
+    """The ports' mistake: the chosen prefixes (E, 2, B, ...) read in their order in memory as (E, B, 2, ...).
+
+    Image b gets, of the keys of all images followed by the values of all images, the entry 2 b as its keys and the
+    entry 2 b + 1 as its values. Right is the exchange of the two dimensions.
+    """
+    return chosen.reshape(len(chosen), chosen.shape[2], 2, *chosen.shape[3:])

@@ -1,0 +1,140 @@
+"""FedL2P: learning to prompt (Wang et al., 2022), with pool and head averaged.
+
+The ViT is frozen. A pool holds M prompts P_m (L tokens each) with a key kappa_m of the ViT's width d. An image's query
+q(x), its feature under the unprompted ViT, chooses the k prompts whose keys point most in its direction. They enter
+the ViT right behind the class token, at the class token's position, and the head sees the mean of what leaves the
+last block in their k L places.
+
+Objective, on the images of the current task n of client i, with C(i, n) its classes (`train_mask: task`):
+
+    s_m(x) = cos(q(x), kappa_m),    CE(z, y; C(i, n)) - lambda * mean over x of sum over the k chosen m of s_m(x).
+
+The second term pulls the chosen keys towards the queries; it is all that moves a key, as the choice has no gradient.
+The query depends on nothing trained.
+
+Aggregation: prompts, keys and head as FedAvg, w <- sum over i of p_i w_i. Nothing ties a slot to the same meaning for
+two clients, and the average mixes them: this is the expected weakness of the method.
+
+What travels: prompts (M, L, d), keys (M, d) and head, both ways, 4 (M L d + M d + (d + 1) K) bytes; with d = 768 and
+K = 100 or 200 these are 491,920 or 799,520. Nothing is kept of old tasks.
+
+Published are the centralised method in JAX (M = 10, L = 10, k = 4, lambda = 1) and a port to torch (M = 10, L = 5,
+k = 5, lambda = 0.1); the defaults here are the port's, as are prompts and keys from U(-1, 1) and gradients clipped at
+norm 1 (`gradient_clip`, in the YAML). Both can make one choice for a whole batch, by majority. At test time such a
+choice tells of an image what else is in its batch, so it is not offered: here every image chooses for itself, in
+training and in tests. A federated port leaves out the pull, and its keys stay as they were drawn. The port's learning
+rate is 0.03 / 256 for each image of a batch, 1.875e-3 with 16; here it is that of all methods.
+
+Cached for each image are its query and the tokens that enter the first block, 4 (T + 1) d bytes for T tokens.
+
+Logged: collaborate/cross_entropy, collaborate/pull (the second term, between -lambda k and lambda k).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedlscl.backbones import FrozenViT, SmallModelSpec
+from fedlscl.client import Batch, Client
+from fedlscl.continual import Output
+
+
+class PromptClient(Client):
+    """A client whose images choose among the slots of a pool by its keys; all that it trains is shared.
+
+    Args:
+        pool_size: M, slots of the pool.
+        pull: lambda, weight of the pull on the chosen keys.
+        **kwargs: settings of every client, see `Client`.
+    """
+
+    keys: nn.Parameter  # (M, d)
+    first = 0  # the first block that is adapted
+
+    def __init__(self, pool_size: int, pull: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if pool_size < 1:
+            raise ValueError(f"model.pool_size is {pool_size}, must be at least 1")
+        if not pull >= 0:
+            raise ValueError(f"model.pull is {pull}, must not be negative")
+        self.pool_size, self.pull = pool_size, pull
+
+    @abstractmethod
+    def choose(self, similarity: Tensor) -> Tensor:
+        """The k slots (B, k) of each image, from the similarity (B, M) of its query and the keys."""
+
+    def precompute(self, images: Tensor) -> dict[str, Tensor]:
+        """The query (B, d), a feature of the unprompted ViT, and the tokens (B, T, d) that enter the first block."""
+        tokens = self.vit.prefix(self.vit.prepare(images), self.first)
+        return {"query": self.vit.suffix(tokens, self.first), "tokens": tokens}
+
+    def shared(self) -> dict[str, Tensor]:
+        """The pool with its keys, and the head."""
+        return self.state_dict(keep_vars=True)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Those of the phase, and the pull."""
+        frozen = self.precomputed("train", batch.images.indices, self.device)
+        of_phase = self.collaborative_losses if batch.phase == "collaborate" else self.replay_losses
+        terms = of_phase(self(batch.images.pixels, frozen), batch)
+        similarity = similarities(frozen["query"], self.keys)
+        return {**terms, "pull": -self.pull * chosen_similarity(similarity, self.choose(similarity))}
+
+
+class FedL2PClient(PromptClient):
+    """A pool of input prompts and a linear head on what becomes of the chosen ones.
+
+    Args:
+        pool_size: M, prompts in the pool.
+        length: L, tokens of a prompt.
+        top_k: k, prompts that an image chooses.
+        pull: lambda, weight of the pull on the chosen keys.
+        **kwargs: settings of every client, see `Client`.
+    """
+
+    def __init__(self, pool_size: int = 10, length: int = 5, top_k: int = 5, pull: float = 0.1, **kwargs: Any) -> None:
+        super().__init__(pool_size, pull, **kwargs)
+        if length < 1:
+            raise ValueError(f"model.length is {length}, must be at least 1")
+        if not 1 <= top_k <= pool_size:
+            raise ValueError(f"model.top_k is {top_k}, must be between 1 and model.pool_size {pool_size}")
+        self.length, self.top_k = length, top_k
+
+    def build(self, vit: FrozenViT, cnn: SmallModelSpec, cnn_name: str, num_classes: int) -> None:
+        """Prompts, keys and head."""
+        self.prompts = nn.Parameter(torch.empty(self.pool_size, self.length, vit.width).uniform_(-1, 1))
+        self.keys = nn.Parameter(torch.empty(self.pool_size, vit.width).uniform_(-1, 1))
+        self.head = nn.Linear(vit.width, num_classes)
+
+    def choose(self, similarity: Tensor) -> Tensor:
+        """The k most similar ones."""
+        return similarity.topk(self.top_k, dim=1).indices
+
+    def forward(self, images: Tensor, frozen: Mapping[str, Tensor]) -> Output:
+        """The head on the mean of the prompts' outputs."""
+        prompts = prompts_of(self.prompts, self.choose(similarities(frozen["query"], self.keys)))
+        encoded = self.vit.encode(self.vit.prompted(frozen["tokens"], prompts), 0)
+        start = self.vit.num_prefix_tokens
+        features = encoded[:, start : start + prompts.shape[1]].mean(dim=1)
+        return Output(self.head(features), features)
+
+
+def similarities(query: Tensor, keys: Tensor) -> Tensor:
+    """Cosines (B, M) of queries (B, d) and keys (M, d), in float32 under autocast too."""
+    return F.cosine_similarity(query.float().unsqueeze(1), keys.float(), dim=2)
+
+
+def chosen_similarity(similarity: Tensor, chosen: Tensor) -> Tensor:
+    """The mean over the images of the summed similarity (B, M) of their chosen slots (B, k), a scalar in [-k, k]."""
+    return similarity.gather(1, chosen).sum(dim=1).mean()
+
+
+def prompts_of(pool: Tensor, chosen: Tensor) -> Tensor:
+    """The chosen prompts one behind another, (B, k L, d), from the pool (M, L, d) and the choice (B, k)."""
+    return pool[chosen].flatten(1, 2)
