@@ -1,0 +1,543 @@
+"""LoRM: least-squares merging of factors, whose turn it is, what is deployed, and the Gram matrices behind it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    CNN,
+    VIT,
+    Recorder,
+    copy_of,
+    enter_client,
+    fit,
+    make_client,
+    make_data,
+    make_federation,
+    make_trainer,
+    outcome,
+    output_of,
+    run,
+    same,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedlscl import seeds
+from fedlscl.backbones import FrozenViT, SmallModelSpec
+from fedlscl.continual import NoReplay, Replay
+from fedlscl.data import FederatedDataModule
+from fedlscl.federation import Federation
+from fedlscl.messages import Download, Message, Upload
+from fedlscl.methods import lorm
+from fedlscl.methods.fedavg import FedAvgClient
+from fedlscl.methods.lorm import LAYERS, LoRMClient, LoRMServer, merge, projected
+from fedlscl.schedule import Round
+from fedlscl.server import FedAvg
+from fedlscl.trainer import RoundTrainer
+
+Make = Callable[..., Federation]
+Wire = list[tuple[Message, bytes]]
+SEEDS = st.integers(0, 2**31)
+INPUTS, RANK, OUTPUTS = 7, 3, 5
+
+
+def client(**changes: Any) -> Any:
+    return make_client(LoRMClient, **{"continual": NoReplay(), "train_mask": "task", "rank": 2, **changes})
+
+
+@pytest.fixture
+def body(make: Make) -> Any:
+    return enter_client(make(client=client(), server=LoRMServer()), 0)
+
+
+# ---- merging
+
+
+def drawn(seed: int, clients: int, rows: int = 20) -> tuple[list[Tensor], list[Tensor], Tensor, list[Tensor]]:
+    """Each client's B (out, r) and A (r, in), a common A, and each client's inputs (rows, in)."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+    scales = (1 + torch.arange(clients)).double()  # of very different weight
+    return (
+        [normal(OUTPUTS, RANK) for _ in range(clients)],
+        [normal(RANK, INPUTS) for _ in range(clients)],
+        normal(RANK, INPUTS),
+        [scale * normal(rows, INPUTS) for scale in scales],
+    )
+
+
+def merged(factors: list[Tensor], grams: list[Tensor]) -> Tensor:
+    return merge({"x": pair} for pair in zip(factors, grams, strict=True))["x"]
+
+
+def gram(x: Tensor) -> Tensor:
+    return x.mT @ x
+
+
+def assert_close(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS)
+def test_one_client_keeps_its_factor(seed: int) -> None:
+    (b,), (own,), a, (x,) = drawn(seed, 1)
+    for g in (gram(x), gram(x).diag()):
+        assert_close(merged([b], [projected(a, g)]), b)
+        assert_close(merged([own], [g]), own)
+
+
+def test_with_few_inputs_b_is_kept_and_a_is_not() -> None:
+    (b,), (own,), a, (x,) = drawn(0, 1, rows=RANK + 1)  # G of rank 4 in 7 dimensions
+    assert_close(merged([b], [projected(a, gram(x))]), b)
+    found = merged([own], [gram(x)])
+    assert_close(found, own @ torch.linalg.pinv(x) @ x)  # what A does to the inputs that there were
+    assert float((found - own).abs().max()) > 0.1
+    few = x[: RANK - 1]  # not even A G A^T is invertible
+    assert float((merged([b], [projected(a, gram(few))]) - b).abs().max()) > 0.1
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS, st.integers(2, 4))
+def test_identical_clients_change_nothing_and_equal_inputs_give_the_mean(seed: int, clients: int) -> None:
+    b, own, a, x = drawn(seed, clients)
+    for take in (gram, lambda x: gram(x).diag()):
+        grams = [take(one) for one in x]
+        assert_close(merged([b[0]] * clients, [projected(a, g) for g in grams]), b[0])
+        assert_close(merged([own[0]] * clients, grams), own[0])
+        assert_close(merged(b, [projected(a, grams[0])] * clients), torch.stack(b).mean(0))
+        assert_close(merged(own, grams[:1] * clients), torch.stack(own).mean(0))
+
+
+def test_with_diagonals_each_column_is_a_weighted_mean() -> None:
+    one, other = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[5.0, 6.0, 7.0]])
+    found = merged([one, other], [torch.tensor([1.0, 0.0, 0.0]), torch.tensor([3.0, 2.0, 0.0])])
+    assert found.tolist() == [[4.0, 6.0, 0.0]]  # the last input was always zero
+    assert found.dtype == torch.float32
+
+
+def test_a_diagonal_is_the_matrix_that_has_it() -> None:
+    b, own, a, x = drawn(3, 3)
+    diagonals = [gram(one).diag() for one in x]
+    assert_close(
+        merged(b, [projected(a, g) for g in diagonals]), merged(b, [projected(a, g.diag()) for g in diagonals])
+    )
+    assert_close(merged(own, diagonals), merged(own, [g.diag() for g in diagonals]))
+
+
+def test_blocks_are_merged_each_by_itself() -> None:
+    (b, own, a, x), (b2, own2, a2, x2) = drawn(1, 2), drawn(2, 2)
+    both = torch.stack([a, a2])
+    for take in (gram, lambda x: gram(x).diag()):
+        grams = [torch.stack([take(p), take(q)]) for p, q in zip(x, x2, strict=True)]
+        found = merged([torch.stack(p) for p in zip(b, b2, strict=True)], [projected(both, g) for g in grams])
+        assert_close(found[0], merged(b, [projected(a, take(one)) for one in x]))
+        assert_close(found[1], merged(b2, [projected(a2, take(one)) for one in x2]))
+        found = merged([torch.stack(p) for p in zip(own, own2, strict=True)], grams)
+        assert_close(found[1], merged(own2, [take(one) for one in x2]))
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS, st.integers(1, 4))
+def test_the_outputs_change_least(seed: int, clients: int) -> None:
+    b, own, a, x = drawn(seed, clients)
+    rng = torch.Generator().manual_seed(seed + 1)
+    for factors, seen, grams in (
+        (b, [one @ a.mT for one in x], [projected(a, gram(one)) for one in x]),
+        (own, x, [gram(one) for one in x]),
+    ):
+
+        def change(
+            common: Tensor, factors: list[Tensor] = factors, seen: list[Tensor] = seen
+        ) -> float:  # sum over clients of ||(X - X_i) x||^2
+            terms = [((common - one) @ inputs.mT).square().sum() for one, inputs in zip(factors, seen, strict=True)]
+            return float(torch.stack(terms).sum())
+
+        found = merged(factors, grams)
+        wanted = torch.cat([inputs @ one.mT for one, inputs in zip(factors, seen, strict=True)])
+        assert_close(found, torch.linalg.lstsq(torch.cat(seen), wanted).solution.mT)
+        for size in (1e-3, 0.1, 10):
+            nearby = found + size * torch.randn(found.shape, generator=rng, dtype=found.dtype)
+            assert change(nearby) > change(found)
+
+
+def test_one_task_deploys_what_it_has_learned() -> None:
+    (b,), (a,), _, (x,) = drawn(5, 1)
+    assert_close(merged([b @ a], [gram(x)]), b @ a)
+    found = lorm.joined(a[None, None], b[None, None], torch.ones(1, 1, INPUTS, dtype=torch.float64))
+    assert_close((found.b @ found.a)[0], b @ a)
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS, st.integers(1, 4))
+def test_the_joined_tasks_are_their_merged_products(seed: int, tasks: int) -> None:
+    b, a, _, x = drawn(seed, tasks)
+    g = [gram(one).diag() for one in x]
+    for diagonal in g:
+        diagonal[2] = 0  # an input that was always zero
+    stacked = torch.stack(g)[:, None]
+    found = lorm.joined(torch.stack(a)[:, None], torch.stack(b)[:, None], lorm.divided(stacked, stacked.sum(0)))
+    assert found.a.shape == (1, tasks * RANK, INPUTS)
+    products = [one @ other for one, other in zip(b, a, strict=True)]
+    assert_close((found.b @ found.a)[0], merged(products, g))
+
+
+def test_alpha_leaves_the_diagonal_alone() -> None:
+    found = lorm.shrunk(torch.tensor([[4.0, 2.0], [2.0, 8.0]]), 0.25)
+    assert found.tolist() == [[4.0, 0.5], [0.5, 8.0]]
+
+
+# ---- factors
+
+
+def test_a_is_drawn_alike_everywhere_and_anew_in_each_task(vit: FrozenViT) -> None:
+    with seeds.seeded(1):
+        one = lorm.initial((6, 20, 50), 7, 1, "attn.qkv")
+    other = lorm.initial((6, 20, 50), 7, 1, "attn.qkv")
+    assert torch.equal(one, other)
+    bound = 1 / math.sqrt(50)
+    assert 0.99 * bound < float(one.max()) <= bound
+    assert -bound <= float(one.min()) < -0.99 * bound
+    assert float(one.std()) == pytest.approx(bound / math.sqrt(3), rel=0.03)
+    for changed in ((8, 1, "attn.qkv"), (7, 2, "attn.qkv"), (7, 1, "mlp.fc1")):
+        assert not torch.equal(one, lorm.initial((6, 20, 50), *changed))
+
+
+def test_the_start_is_the_frozen_vit(body: Any, vit: FrozenViT) -> None:
+    images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    for training in (True, False):
+        body.train(training)
+        assert torch.equal(output_of(body, images).representation, vit(images))
+
+
+def pretend(body: Any, tasks: int) -> None:
+    """Factors of the current task and of so many before it, as if they had been learned."""
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in [*body.a, *body.b]:
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=rng))
+    for name, none in body.past.items():
+        random = torch.randn(tasks, *none.shape[1:], generator=rng)
+        body.past[name] = random.square() if name.startswith("gram.") else 0.3 * random
+
+
+def dense(vit: FrozenViT, change: Callable[[str, int], Tensor]) -> FrozenViT:
+    """A ViT with other weights in each layer of each block."""
+    other = copy.deepcopy(vit)
+    for layer in LAYERS:
+        for number, block in enumerate(other.vit.blocks):
+            block.get_submodule(layer).weight.add_(change(layer, number))
+    return other
+
+
+def product(body: Any, layer: str, block: int) -> Tensor:
+    """B A of the current task."""
+    place = LAYERS.index(layer)
+    result: Tensor = (body.b[place][block] @ body.a[place][block]).detach()
+    return result
+
+
+def earlier(body: Any, layer: str, block: int) -> list[Tensor]:
+    """B A of the tasks before."""
+    pairs = zip(body.past[f"b.{layer}"], body.past[f"a.{layer}"], strict=True)
+    return [b[block] @ a[block] for b, a in pairs]
+
+
+def between_rounds(body: Any, layer: str, block: int) -> Tensor:
+    return torch.stack([*earlier(body, layer, block), product(body, layer, block)]).mean(0)
+
+
+def test_training_knows_the_current_task_alone(body: Any, vit: FrozenViT) -> None:
+    pretend(body, 2)
+    body.train()
+    images = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
+    wanted = dense(vit, lambda *place: product(body, *place))(images)
+    for body.merges in (0, 1):
+        output = output_of(body, images)
+        torch.testing.assert_close(output.representation, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(output.logits, body.head(output.representation))
+    assert float((wanted - vit(images)).abs().max()) > 0.1
+
+
+def test_between_the_rounds_all_tasks_count_alike(body: Any, vit: FrozenViT) -> None:
+    images = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
+    body.eval()
+    for tasks in (0, 2):
+        pretend(body, tasks)
+        body.merges = 1
+        wanted = dense(vit, lambda *place: between_rounds(body, *place))(images)
+        torch.testing.assert_close(output_of(body, images).representation, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_finished_tasks_count_by_their_inputs(body: Any, vit: FrozenViT) -> None:
+    pretend(body, 3)
+    body.eval()
+    images = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
+
+    def change(layer: str, block: int) -> Tensor:
+        grams = [g[block].diag() for g in body.past[f"gram.{layer}"]]
+        u = torch.stack([delta @ g for delta, g in zip(earlier(body, layer, block), grams, strict=True)]).sum(0)
+        return u @ torch.linalg.inv(torch.stack(grams).sum(0))
+
+    torch.testing.assert_close(output_of(body, images).representation, dense(vit, change)(images), rtol=1e-4, atol=1e-4)
+
+
+# ---- a round
+
+
+def test_only_the_factor_whose_turn_it_is_moves(make: Make) -> None:
+    body = enter_client(make(client=client(), server=LoRMServer()), 0)
+    pretend(body, 0)
+    for number, moving in ((1, "b"), (2, "a"), (3, "b")):
+        before = copy_of(body.shared())
+        fit(body, 1, number)
+        for name, tensor in body.shared().items():
+            moved = not torch.equal(tensor, before[name])
+            assert moved == name.startswith((f"{moving}.", "head.")), name
+        sent = body.upload().tensors
+        assert {name[0] for name in sent if name[:2] in ("a.", "b.")} == {moving}
+        body.merges += 1
+
+
+def measured(body: Any, vit: FrozenViT, indices: Tensor) -> dict[str, Tensor]:
+    """The Gram matrices of some images, by hooks on a ViT that has the deployed weights."""
+    other, grams = dense(vit, lambda *place: between_rounds(body, *place)), {}
+    heard: dict[tuple[str, int], Tensor] = {}
+    for layer in LAYERS:
+        for number, block in enumerate(other.vit.blocks):
+            block.get_submodule(layer).register_forward_pre_hook(
+                lambda _, inputs, key=(layer, number): heard.__setitem__(key, inputs[0].double())
+            )
+    features = other(body.data.batch("train", indices)[0]).double()
+    for layer in LAYERS:
+        tokens = [heard[layer, number].flatten(0, 1) for number in range(other.depth)]
+        grams[f"gram.{layer}"] = torch.stack([(x.mT @ x).diag() for x in tokens]).float()
+    return {**grams, "gram.head": (features.mT @ features).float()}
+
+
+def test_the_gram_matrices_are_sums_over_all_tokens_under_the_trained_weights(make: Make, vit: FrozenViT) -> None:
+    body = enter_client(make(client=client(evaluation_batch_size=5, rank=3), server=LoRMServer()), 1)
+    pretend(body, 2)
+    fit(body, 1, 1)
+    assert len(body.current) > 5
+    wanted = measured(body, vit, body.current)
+    sent = body.upload().tensors
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(sent[name], tensor, rtol=1e-3, atol=1e-3)
+    hooks = [m for m in vit.modules() if m._forward_pre_hooks or m._forward_hooks]
+    assert hooks == []
+
+
+def test_mixed_precision_measures_about_the_same(make: Make) -> None:
+    grams = []
+    for trainer in (make_trainer(), RoundTrainer("cpu", precision="bf16-mixed")):
+        body = enter_client(make(client=client(), server=LoRMServer()), 0)
+        body.begin_round(Round(1, 1, False, 0))
+        with seeds.seeded(0):
+            trainer.fit(body)
+        grams.append(body.grams)
+    for name, tensor in grams[0].items():
+        assert tensor.dtype == grams[1][name].dtype == torch.float32
+        torch.testing.assert_close(grams[1][name], tensor, rtol=0.1, atol=0.02 * float(tensor.abs().max()))
+    head = grams[1]["gram.head"]  # the product is no half-precision one
+    assert not torch.equal(head, head.bfloat16().float())
+
+
+# ---- the federation
+
+
+def by_hand(uploads: Mapping[int, Upload], which: str, a: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The formulas of the merge, map by map with dense matrices."""
+    sent = [{name: t.double() for name, t in upload.tensors.items()} for upload in uploads.values()]
+    result = {}
+    for layer in LAYERS:
+        blocks = []
+        for n in range(len(sent[0][f"gram.{layer}"])):
+            g, x = [one[f"gram.{layer}"][n].diag() for one in sent], [one[f"{which}.{layer}"][n] for one in sent]
+            total = torch.stack(g).sum(0)
+            if which == "b":
+                common = a[layer][n].double()
+                right = torch.linalg.inv(common @ total @ common.T)
+                blocks.append(sum(b @ common @ one for b, one in zip(x, g, strict=True)) @ common.T @ right)
+            else:
+                blocks.append(sum(own @ one for own, one in zip(x, g, strict=True)) @ torch.linalg.inv(total))
+        result[f"merged.{which}.{layer}"] = torch.stack(blocks)
+    h = [(one["gram.head"] + one["gram.head"].diag().diag()) / 2 for one in sent]
+    total = sum(one["head.weight"] @ g for one, g in zip(sent, h, strict=True))
+    result["merged.head.weight"] = total @ torch.linalg.inv(torch.stack(h).sum(0))
+    samples = torch.tensor([float(upload.samples) for upload in uploads.values()], dtype=torch.float64)
+    result["merged.head.bias"] = torch.stack([one["head.bias"] for one in sent]).T @ (samples / samples.sum())
+    return result
+
+
+def test_turns_merges_and_tasks_in_a_federation_with_absent_clients(make: Make, wire: Wire, vit: FrozenViT) -> None:
+    federation = make(client=client(), server=LoRMServer(), rounds=3, clients_per_round=2)
+    server: Any = federation.server
+    joined_late = set()
+    known: set[int] = set()
+    common = dict(server.a)
+    for result in federation.run(Recorder()):
+        federation.store.commit({"round": result.round})
+        which = "bab"[(result.round - 1) % 3]
+        uploads = {m.client: m for m, _ in wire if isinstance(m, Upload) and m.round == result.round}
+        assert len(uploads) == 2
+        if which == "a":
+            joined_late |= set(uploads) - known
+        known |= set(uploads)
+        for upload in uploads.values():
+            assert {name.split(".")[0] for name in upload.tensors} == {which, "head", "gram"}
+        answers = [m.tensors for m, _ in wire if isinstance(m, Download) and m.round == result.round]
+        assert len(answers) == 3
+        assert all(same(answers[0], other) for other in answers)
+        ends = result.round % 3 == 0
+        wanted = by_hand(uploads, which, common)
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(answers[0][name].double(), tensor, rtol=1e-3, atol=1e-4)
+        assert set(answers[0]) - set(wanted) == ({f"gram.{layer}" for layer in LAYERS} if ends else set())
+        for name in set(answers[0]) - set(wanted):
+            total = torch.stack([upload.tensors[name] for upload in uploads.values()]).sum(0)
+            torch.testing.assert_close(answers[0][name], total)
+        bodies = [copy_of(federation.visit(index).shared()) for index in range(3)]
+        assert same(bodies[0], bodies[1])
+        assert same(bodies[0], bodies[2])
+        common = {layer: bodies[0][f"a.{layer}"] for layer in LAYERS}
+        assert same(common, server.a)
+        body: Any = federation.visit(0)
+        assert body.merges == (0 if ends else (result.round - 1) % 3 + 1)
+        assert all(len(tensor) == result.round // 3 for tensor in body.past.values())
+    assert result.round == 6
+    assert joined_late  # somebody was new in a round of A
+
+
+def test_a_run_goes_on_in_the_middle_of_a_task(tmp_path: Path, data: FederatedDataModule, vit: FrozenViT) -> None:
+    def federation(folder: str) -> Federation:
+        options: dict[str, Any] = {"rounds": 4, "clients_per_round": 2}
+        return make_federation(tmp_path / folder, data, vit, client(), LoRMServer(), **options)
+
+    whole = federation("one")
+    wanted = run(whole)
+    first = []
+    for result in (broken := federation("other")).run(Recorder()):
+        broken.store.commit({"round": result.round})
+        first.append(result)
+        if result.round == 2:  # both factors have been merged once
+            break
+    rest = run(again := federation("other"))
+    assert outcome([*first, *rest]) == outcome(wanted)
+    for index in range(3):
+        assert same(copy_of(again.visit(index).state()), whole.visit(index).state())
+
+
+def test_a_finished_task_is_kept_and_the_next_begins_anew(make: Make, wire: Wire) -> None:
+    federation = make(client=client(), server=LoRMServer(), rounds=2)
+    first = copy_of(enter_client(federation, 0).shared())
+    run(federation)
+    body = enter_client(federation, 0)
+    of_round = {m.round: m.tensors for m, _ in wire if isinstance(m, Download) and m.client == 0}
+    for layer in LAYERS:
+        for task, (for_b, for_a) in enumerate(((1, 2), (3, 4))):
+            assert torch.equal(body.past[f"b.{layer}"][task], of_round[for_b][f"merged.b.{layer}"])
+            assert torch.equal(body.past[f"a.{layer}"][task], of_round[for_a][f"merged.a.{layer}"])
+            assert torch.equal(body.past[f"gram.{layer}"][task], of_round[for_a][f"gram.{layer}"])
+        assert not body.shared()[f"b.{layer}"].any()
+        shape = body.shared()[f"a.{layer}"].shape
+        assert torch.equal(first[f"a.{layer}"], lorm.initial(shape, int(body.origin), 1, layer))
+        assert torch.equal(body.shared()[f"a.{layer}"], lorm.initial(shape, int(body.origin), 3, layer))
+    # what is deployed does not change because another round begins
+    images = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
+    body.eval()
+    before = output_of(body, images)
+    body.begin_round(Round(2, 5, False, 0))
+    body.eval()
+    assert torch.equal(output_of(body, images).logits, before.logits)
+    # and comes back with the state
+    state = body.state()
+    other = enter_client(make(client=client(), server=LoRMServer()), 0)
+    other.load(state)
+    other.eval()
+    assert torch.equal(output_of(other, images).logits, before.logits)
+
+
+def test_a_single_task_of_a_single_round(make: Make, cache: Path) -> None:
+    data = make_data(cache, tasks=1, private_classes=1, public_classes=1)
+    (result,) = run(make(client=client(), server=LoRMServer(), data=data))
+    assert result.skipped == {}
+    assert all(len(row) == 1 for row in result.accuracy["task"])
+
+
+# ---- messages
+
+
+def test_messages_have_the_bytes_of_the_formula() -> None:
+    with torch.device("meta"):
+        vit = FrozenViT("vit_base_patch16_224")
+    body = client(rank=16).assemble(vit, SmallModelSpec(**CNN), "resnet18", 100)
+    body.initial_state(0)
+    schema = body.upload_schema()
+    body.grams = {name: torch.ones(spec.shape) for name, spec in schema.items() if name.startswith("gram.")}
+    body.index, body.current, server = 0, torch.arange(3), LoRMServer()
+    server.begin(schema, body.download_schema(), lambda: body)
+    sizes = []
+    for number in (1, 2):
+        body.round = Round(1, number, number == 2, 0)
+        upload = body.upload()
+        answer = server.aggregate({0: upload}, 1, body.round, make_trainer)[0]
+        sizes.append([sum(t.nbytes for t in message.values()) for message in (upload.tensors, answer)])
+        body.download(Download(0, 1, number, 0, answer))
+    assert sizes == [[8_233_360, 5_616_016], [7_053_712, 4_436_368 + 258_048]]
+    d, depth, r, k = vit.width, vit.depth, 16, 100
+    head, diagonals = 4 * (d + 1) * k, 4 * depth * 7 * d
+    assert sizes[0][0] == 4 * depth * 9 * d * r + diagonals + head + 4 * d * d
+    assert sizes[1][0] == 4 * depth * 7 * d * r + diagonals + head + 4 * d * d
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"rank": 0}, r"model\.rank is 0, must be at least 1"),
+        ({"continual": Replay()}, r"model\.continual is Replay, must be NoReplay"),
+    ],
+)
+def test_bad_settings_are_named(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        client(**changes)
+
+
+def test_what_does_not_fit_the_vit_or_the_method_is_named(make: Make, vit: FrozenViT) -> None:
+    with pytest.raises(ValueError, match=r"model\.rank is 33, must be between 1 and the width 32"):
+        client(rank=33).assemble(vit, SmallModelSpec(**CNN), "resnet18", 4)
+    other = FrozenViT(**{**VIT, "name": "vit_small_patch16_224", "model_args": {**VIT["model_args"], "mlp_layer": Odd}})
+    with pytest.raises(ValueError, match=r"have no linear layer mlp\.fc1"):
+        client().assemble(other, SmallModelSpec(**CNN), "resnet18", 4)
+    with pytest.raises(ValueError, match=r"server\.alpha is 1\.5, must be between 0 and 1"):
+        LoRMServer(1.5)
+    with pytest.raises(ValueError, match="LoRMServer merges LoRA factors"):
+        make(client=make_client(FedAvgClient, continual=NoReplay()), server=LoRMServer())
+    with pytest.raises(ValueError, match="FedAvg averages what clients send"):
+        make(client=client(), server=FedAvg())
+
+
+class Odd(torch.nn.Module):
+    """An MLP without the usual names."""
+
+    def __init__(self, in_features: int, hidden_features: int, **kwargs: Any) -> None:
+        super().__init__()
+        self.only = torch.nn.Linear(in_features, in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.only(x)
+        return y
