@@ -27,6 +27,7 @@ from fedlscl.messages import Download, Schema, TensorSpec, Upload
 from fedlscl.precomputed import Part, Precomputed
 from fedlscl.resident import send
 from fedlscl.schedule import Round
+from fedlscl.splits import Split
 
 
 class Images(NamedTuple):
@@ -129,6 +130,9 @@ class Client(LightningModule, ABC):
     @abstractmethod
     def forward(self, images: Tensor, frozen: Mapping[str, Tensor]) -> Output:
         """Outputs for uint8 images (B, 3, H, W), given what `precompute` returned for them."""
+
+    def check(self, split: Split) -> None:
+        """Raise ValueError, before any training, if the method cannot work with this split."""
 
     def precompute(self, images: Tensor) -> dict[str, Tensor]:
         """What of `forward` depends on nothing trained, (B, ...) each by name: computed once per image."""

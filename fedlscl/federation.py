@@ -98,6 +98,7 @@ class Federation:
         self.clients = len(self.data.split.clients)
         self.schedule.check(self.clients)
         self.cnn.check(self.clients)
+        self.client.check(self.data.split)
         names = [self.cnn.name_of(index) for index in range(self.clients)]
         self.bodies: dict[str, Client] = {}
         for name in dict.fromkeys(names):

@@ -376,12 +376,8 @@ def test_all_clients_begin_each_fit_alike(
 
 
 def test_more_tasks_than_slots_are_refused_before_training(make: Make, deep: FrozenViT) -> None:
-    federation = make(client=client(pool_size=1), server=FedAvg(), vit=deep)
-    message = r"model\.pool_size is 1, must be at least the number of tasks, 2"
-    with pytest.raises(ValueError, match=message):
-        federation.visit(0)
-    with pytest.raises(RuntimeError, match=message):
-        run(federation)
+    with pytest.raises(ValueError, match=r"model\.pool_size is 1, must be at least the number of tasks, 2"):
+        make(client=client(pool_size=1), server=FedAvg(), vit=deep)
     enter_client(make(client=client(pool_size=2), server=FedAvg(), vit=deep), 0)
 
 

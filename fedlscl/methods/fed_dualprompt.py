@@ -58,11 +58,10 @@ from torch import Tensor, nn
 from fedlscl.adapters import Prefixes
 from fedlscl.backbones import FrozenViT, SmallModelSpec
 from fedlscl.continual import Output
-from fedlscl.data import FederatedDataModule
 from fedlscl.messages import Download
 from fedlscl.methods.fed_l2p import PromptClient, similarities
-from fedlscl.precomputed import Precomputed
 from fedlscl.schedule import Round
+from fedlscl.splits import Split
 
 GENERAL_BLOCKS, EXPERT_BLOCKS = (0, 1), (2, 3, 4)  # as published
 
@@ -117,13 +116,10 @@ class FedDualPromptClient(PromptClient):
         self.keys = nn.Parameter(torch.empty(self.pool_size, vit.width).uniform_(-1, 1))
         self.head = nn.Linear(vit.width, num_classes)
 
-    def enter(
-        self, index: int, data: FederatedDataModule, precomputed: Precomputed, state: Mapping[str, Tensor]
-    ) -> None:
+    def check(self, split: Split) -> None:
         """Refuse more tasks than there are slots."""
-        if (tasks := data.split.spec.tasks) > self.pool_size:
+        if (tasks := split.spec.tasks) > self.pool_size:
             raise ValueError(f"model.pool_size is {self.pool_size}, must be at least the number of tasks, {tasks}")
-        super().enter(index, data, precomputed, state)
 
     # ---- from task to task
 
