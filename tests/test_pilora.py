@@ -301,6 +301,14 @@ def test_all_clients_may_count_with_their_unchanged_copies() -> None:
     torch.testing.assert_close(server.prototypes[1], row)  # not that of the other
 
 
+def test_each_client_has_one_copy_among_all() -> None:
+    near, far, mean = torch.tensor([9.0, 9.0]), torch.tensor([8.0, 9.0]), torch.tensor([9.0, 9.5])
+    uploads = {0: upload(0, 1, {1: (near, mean)}), 4: upload(4, 1, {1: (far, mean)})}
+    server, _, before = served(uploads, 5, proto_clients="all")
+    u = weights(torch.stack([near, far, *[before[1]] * 3]), torch.stack([mean, mean]), 0.2).float()
+    torch.testing.assert_close(server.prototypes[1], u[0] * near + u[1] * far + u[2:].sum() * before[1])
+
+
 def test_equal_copies_are_a_fixed_point() -> None:
     same_row, mean = torch.tensor([0.3, 0.7]), torch.tensor([0.1, 0.2])
     uploads = {index: upload(index, 1, {0: (same_row, mean)}) for index in range(3)}
