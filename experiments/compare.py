@@ -2,7 +2,8 @@
 
 python experiments/compare.py RUN_DIR_OR_SUMMARY [...]
 
-A star marks accuracies of a method that had to be told the task of a test image to choose its parameters.
+"new" is the accuracy on each task right after it was learned, as in the paper's Table 1, averaged over the tasks. A star
+marks accuracies of a method that had to be told the task of a test image to choose its parameters.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from fedlscl.console import human_bytes
 from fedlscl.evaluation import MASKS
 
-ACCURACIES = (*(f"final, {mask}" for mask in MASKS), "average, seen", "forgetting, seen")
+ACCURACIES = ("new, task", *(f"final, {mask}" for mask in MASKS), "average, seen", "forgetting, seen")
 HEADER = ("method", "seeds", *ACCURACIES, "up", "down", "seconds")
 
 
@@ -31,6 +32,7 @@ def row(method: str, runs: list[dict[str, Any]]) -> list[str]:
     return [
         method,
         ", ".join(str(run["seed"]) for run in runs),
+        spread([statistics.mean(entry["task"]["table1"]) for entry in accuracy]) + star("task"),
         *(spread([entry[mask]["final_average"] for entry in accuracy]) + star(mask) for mask in MASKS),
         spread([entry["seen"]["average_incremental"] for entry in accuracy]) + star("seen"),
         spread([entry["seen"]["forgetting"] for entry in accuracy]) + star("seen"),
