@@ -20,6 +20,7 @@ from fedlscl.methods.fed_lscl import FedLSCL
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # the models are tiny: a second thread would only wait for the first
     # LightningCLI 2.6 calls a function that newer releases of jsonargparse deprecate
     config.addinivalue_line("filterwarnings", "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 
