@@ -2,8 +2,8 @@
 
 python experiments/compare.py RUN_DIR_OR_SUMMARY [...]
 
-"new" is the accuracy on each task right after it was learned, as in the paper's Table 1, averaged over the tasks. A star
-marks accuracies of a method that had to be told the task of a test image to choose its parameters.
+"new" is the accuracy on each task right after it was learned, as in the paper's Table 1, averaged over the tasks. A
+star marks accuracies of a method that had to be told the task of a test image to choose its parameters.
 """
 
 from __future__ import annotations
