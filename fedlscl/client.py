@@ -288,10 +288,12 @@ class Client(LightningModule, ABC):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The terms whose sum a step minimises, by name."""
-        output = self._output(batch.images, "train")
-        if batch.phase == "collaborate":
-            return self.collaborative_losses(output, batch)
-        return self.replay_losses(output, batch)
+        return self.phase_losses(self._output(batch.images, "train"), batch)
+
+    def phase_losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
+        """The terms of the phase that the batch is of, by name."""
+        of_phase = self.collaborative_losses if batch.phase == "collaborate" else self.replay_losses
+        return of_phase(output, batch)
 
     def collaborative_losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         """The terms of stage 1 by name (Fed-LSCL, Eq. 3), and what `continual` adds."""

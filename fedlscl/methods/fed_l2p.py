@@ -81,8 +81,7 @@ class PromptClient(Client):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Those of the phase, and the pull."""
         frozen = self.precomputed("train", batch.images.indices, self.device)
-        of_phase = self.collaborative_losses if batch.phase == "collaborate" else self.replay_losses
-        terms = of_phase(self(batch.images.pixels, frozen), batch)
+        terms = self.phase_losses(self(batch.images.pixels, frozen), batch)
         similarity = similarities(frozen["query"], self.keys)
         return {**terms, "pull": -self.pull * chosen_similarity(similarity, self.choose(similarity))}
 

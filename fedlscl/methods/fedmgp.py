@@ -81,6 +81,8 @@ from fedlscl.client import Batch, Client, Images
 from fedlscl.continual import NoReplay, Output
 from fedlscl.losses import masked_cross_entropy
 from fedlscl.messages import Schema, TensorSpec, Upload
+from fedlscl.methods.fed_l2p import similarities
+from fedlscl.methods.frozen_vit import make_head
 from fedlscl.schedule import Round
 from fedlscl.server import Answers, Server, average
 from fedlscl.trainer import fit_once
@@ -141,11 +143,11 @@ class FedMGPClient(Client):
             return nn.Parameter(torch.empty(shape).uniform_(-1, 1))
 
         self.prompt, self.key = uniform(1, self.length, vit.width), uniform(1, vit.width)
-        self.global_head = head(vit.width, self.hidden, num_classes)
+        self.global_head = make_head(vit.width, self.hidden, num_classes)
         per_head = vit.width // vit.heads
         self.slots = uniform(num_classes, len(self.adapted), 2, self.local_length, vit.heads, per_head)
         self.slot_keys = uniform(num_classes, vit.width)
-        self.local_head = head(vit.width, self.hidden, num_classes)
+        self.local_head = make_head(vit.width, self.hidden, num_classes)
         self.register_buffer("owner", torch.zeros(num_classes, dtype=torch.int64))
         # local heads of finished tasks, by the number of the last task that each is for
         self.sets: dict[int, dict[str, Tensor]] = {}
@@ -227,7 +229,7 @@ class FedMGPClient(Client):
         if 0 < last < round.task:
             self.sets[last] = {name: t.detach().clone() for name, t in self.local_head.state_dict().items()}
             with seeds.seeded(round.seed, "local head", self.index, round.number):
-                self.local_head = head(self.vit.width, self.hidden, self.num_classes).to(self.device)
+                self.local_head = make_head(self.vit.width, self.hidden, self.num_classes).to(self.device)
         super().begin_round(round)
         self.owner[self.current_mask.to(self.owner.device)] = round.task
 
@@ -268,13 +270,6 @@ class FedMGPClient(Client):
         return super().test_logits(batch, tasks).float().masked_fill(~self.seen_mask, -torch.inf)
 
 
-def head(features: int, hidden: int, classes: int) -> nn.Module:
-    """Features to logits, with one hidden layer, or none where its width is 0."""
-    if hidden == 0:
-        return nn.Linear(features, classes)
-    return nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes))
-
-
 def similarity(query: Tensor, keys: Tensor) -> Tensor:
     """The mean cosine of queries (B, d) and their keys, (B, d) or one for all (1, d), a scalar in [-1, 1]."""
     return F.cosine_similarity(query.float(), keys.float(), dim=1).mean()
@@ -288,8 +283,7 @@ def nearest(query: Tensor, keys: Tensor, learned: Tensor) -> Tensor:
         keys: (K, d).
         learned: (K,) true for the classes to choose from; with none the first class, whose slot is as good as any.
     """
-    cosines = F.cosine_similarity(query.float().unsqueeze(1), keys.float(), dim=2)
-    return cosines.masked_fill(~learned, -torch.inf).argmax(dim=1)
+    return similarities(query, keys).masked_fill(~learned, -torch.inf).argmax(dim=1)
 
 
 class FedMGPServer(Server):

@@ -53,12 +53,7 @@ class FrozenViTClient(Client):
 
     def build(self, vit: FrozenViT, cnn: SmallModelSpec, cnn_name: str, num_classes: int) -> None:
         """The head."""
-        self.head: nn.Module
-        if self.hidden:
-            first, last = nn.Linear(vit.width, self.hidden), nn.Linear(self.hidden, num_classes)
-            self.head = nn.Sequential(first, nn.ReLU(), last)
-        else:
-            self.head = nn.Linear(vit.width, num_classes)
+        self.head = make_head(vit.width, self.hidden, num_classes)
 
     def precompute(self, images: Tensor) -> dict[str, Tensor]:
         """The frozen features (B, d)."""
@@ -71,3 +66,10 @@ class FrozenViTClient(Client):
     def shared(self) -> dict[str, Tensor]:
         """As `share` says; under the names that the tensors have in the head."""
         return dict(self.head.named_parameters()) if self.share == "head" else {}
+
+
+def make_head(features: int, hidden: int, classes: int) -> nn.Module:
+    """Features to logits, with one hidden layer, or none where its width is 0."""
+    if hidden == 0:
+        return nn.Linear(features, classes)
+    return nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes))
