@@ -40,7 +40,8 @@ which clients would have to tell), so G has heard of classes that nobody has lea
 What travels: up P, kappa and G, 4 (L d + d) bytes, 49,152 at d = 768, and 4 (512 (d + 1) + 513 K) for G, 1,780,112 at
 K = 100. Down the same, under `client0` without G. On the client's disk: the slots, 4 K b 2 L d bytes on b blocks
 (28 MB at d = 768, K = 100), their keys, the current heads and one for each finished task. Cached for each image: q and
-the tokens that enter the first block. While it fuses the server keeps what teachers say, 4 (T + L) d bytes an image.
+the tokens that enter the first block. While it fuses the server keeps the latter and what teachers say, 4 (2 T + L) d
+bytes an image.
 
 **As published, fusion does nothing**, by reading: the prompt is copied into the model, so the gradient reaches the
 copy, the optimiser owns the original, and every client gets client 0's prompt. `client0` is that, `distil` what was
@@ -396,7 +397,7 @@ class Fusion(LightningModule, ABC):
         """What of the objective no step changes, for a batch of images."""
 
     @abstractmethod
-    def objective(self, images: Tensor, labels: Tensor, fixed: Any) -> Tensor:
+    def objective(self, labels: Tensor, fixed: Any) -> Tensor:
         """The objective (b,) of each image."""
 
     def train_dataloader(self) -> list[int]:
@@ -424,8 +425,8 @@ class Fusion(LightningModule, ABC):
         self.kept = []
 
     def _of(self, number: int) -> Tensor:
-        images, labels = self.batches[number]
-        return self.objective(images.to(self.device), labels.to(self.device), self.kept[number])
+        _, labels = self.batches[number]
+        return self.objective(labels.to(self.device), self.kept[number])
 
     def _mean(self) -> float:
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
@@ -458,15 +459,15 @@ class Distillation(Fusion):
         """The prompt."""
         return [self.model.prompt]
 
-    def fixed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What the teachers say of a batch, see `consensus`."""
+    def fixed(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens that enter the first block, and what the teachers say of a batch, see `consensus`."""
         tokens = self.model.vit.prefix(self.model.vit.prepare(images), 0)
-        return consensus(self._encoded(tokens, teacher.to(self.device)) for teacher in self.teachers)
+        return tokens, *consensus(self._encoded(tokens, teacher.to(self.device)) for teacher in self.teachers)
 
-    def objective(self, images: Tensor, labels: Tensor, fixed: tuple[Tensor, Tensor]) -> Tensor:
+    def objective(self, labels: Tensor, fixed: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """The squared distances (b,) to all teachers."""
-        tokens = self.model.vit.prefix(self.model.vit.prepare(images), 0)
-        return distances(self._encoded(tokens, self.model.prompt), *fixed, len(self.teachers))
+        tokens, mean, spread = fixed
+        return distances(self._encoded(tokens, self.model.prompt), mean, spread, len(self.teachers))
 
     def _encoded(self, tokens: Tensor, prompt: Tensor) -> Tensor:
         return self.model.vit.encode(self.model.entering(tokens, prompt), 0).float()
@@ -485,7 +486,7 @@ class HeadTraining(Fusion):
         tokens = model.vit.prefix(model.vit.prepare(images), 0)
         return model.pooled(model.vit.encode(model.entering(tokens, model.prompt), 0))
 
-    def objective(self, images: Tensor, labels: Tensor, fixed: Tensor) -> Tensor:
+    def objective(self, labels: Tensor, fixed: Tensor) -> Tensor:
         """Cross-entropies (b,) over all classes."""
         return F.cross_entropy(self.model.global_head(fixed).float(), labels, reduction="none")
 
