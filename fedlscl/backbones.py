@@ -162,7 +162,7 @@ class SmallModelSpec:
         features: common feature width e; a CNN of another width gets a linear map to it.
         image_size: side of the square input in pixels, independent of the ViT's.
         pretrained: start from timm's weights.
-        model_args: further arguments of timm.create_model.
+        model_args: further arguments of timm.create_model; where `name` is a list, those of each CNN under its name.
     """
 
     name: str | list[str] = "resnet18"
@@ -175,11 +175,22 @@ class SmallModelSpec:
         """The CNN of a client."""
         return self.name if isinstance(self.name, str) else self.name[client]
 
+    def args_of(self, name: str) -> dict[str, Any]:
+        """The further arguments of the CNN of this name."""
+        return self.model_args if isinstance(self.name, str) else self.model_args.get(name, {})
+
     def check(self, clients: int) -> None:
-        """Raise ValueError if there is not one name, or one per client."""
-        if not isinstance(self.name, str) and len(self.name) != clients:
+        """Raise ValueError if there is not one name, or one per client, or `model_args` does not fit the names."""
+        if isinstance(self.name, str):
+            return
+        if len(self.name) != clients:
             raise ValueError(
                 f"cnn.name lists {len(self.name)} models for {clients} clients; list one each, or give one name"
+            )
+        if wrong := {k: v for k, v in self.model_args.items() if k not in self.name or not isinstance(v, dict)}:
+            raise ValueError(
+                f"cnn.model_args is {wrong}; with a list of names it must hold the arguments of each under its name, "
+                f"such as {{{self.name[0]}: {{...}}}}"
             )
 
 
@@ -199,7 +210,7 @@ class SmallModel(nn.Module):
         super().__init__()
         self.unit_length = unit_length
         self.image_size = spec.image_size
-        self.backbone = _create("cnn", name, spec.pretrained, spec.model_args)
+        self.backbone = _create("cnn", name, spec.pretrained, spec.args_of(name))
         width = _feature_width(self.backbone, name, spec.image_size)
         self.project = nn.Identity() if width == spec.features else nn.Linear(width, spec.features)
         statistics = resolve_model_data_config(self.backbone)

@@ -1,10 +1,12 @@
-"""The command line: `fedlscl fit` runs or continues a federation, `fedlscl predict` uses a finished one."""
+"""The command line: `fedlscl fit` runs or continues a federation, `sweep` many, `predict` uses a finished one."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+import os
+import shlex
 import signal
 import sys
 import warnings
@@ -23,6 +25,7 @@ from lightning.pytorch.loggers import Logger
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedlscl.backbones import FrozenViT, SmallModelSpec
 from fedlscl.client import Client
@@ -31,13 +34,16 @@ from fedlscl.experiment import Experiment, ImpossibleRun, Tracking
 from fedlscl.predict import predict
 from fedlscl.schedule import Schedule
 from fedlscl.server import Server
+from fedlscl.sweep import LOG, plan, read_sweep, run_all
 from fedlscl.trainer import RoundTrainer
 
 OVERVIEW = """\
 usage: fedlscl fit --config SETTING [--config METHOD] [--run_dir DIR] [--any.field VALUE]
+       fedlscl sweep FILE --setting NAME [--jobs N] [-- --any.field VALUE]
        fedlscl predict RUN_DIR IMAGE [IMAGE ...] [--client N]
 
   fit      run a federation, or continue it if its run folder holds an unfinished run
+  sweep    run all of a W&B sweep file (sweeps/*.yaml) on this machine, or continue it
   predict  classify image files with one client's model of a run
 
 Settings (data, models, schedule) are in experiments/*.yaml, methods in experiments/methods/*.yaml; a later --config
@@ -49,6 +55,15 @@ FIT = (
     "--config and single fields override what came before. The fields of a method: --model.help CLASS_PATH, for "
     "instance fedlscl.methods.fed_lscl.FedLSCL; likewise --server.help and --data.source.help."
 )
+
+SWEEP = (
+    "Run all runs of a W&B sweep file on this machine, with the command lines that `wandb agent` would run. Finished runs "
+    "are skipped, interrupted ones continued, and one that fails stops no other. Words behind -- are put behind every "
+    "command line. Run it where the paths in the file hold: in the root of the repository."
+)
+
+SETTING_VARIABLE = "FEDLSCL_SETTING"
+"""Environment variable that the sweep files take the name of the setting from."""
 
 NOT_PART_OF_A_RUN = ("run_dir", "tracking", "config")
 
@@ -132,11 +147,15 @@ class FederatedCLI(LightningCLI):
         trainer.logger = logger
         return trainer
 
-    def experiment(self, model: Client, datamodule: FederatedDataModule) -> Experiment:
-        """The experiment that the configuration describes, its data loaded and split."""
+    def configuration(self) -> dict[str, Any]:
+        """What was configured as plain values, without what makes no other run of it."""
         parser = self._parser(self.subcommand)
         dumped = yaml.safe_load(parser.dump(self.config[str(self.subcommand)], skip_none=False))
-        config = {key: value for key, value in dumped.items() if key not in NOT_PART_OF_A_RUN}
+        return {key: value for key, value in dumped.items() if key not in NOT_PART_OF_A_RUN}
+
+    def experiment(self, model: Client, datamodule: FederatedDataModule) -> Experiment:
+        """The experiment that the configuration describes, its data loaded and split."""
+        config = self.configuration()
         values = self.config_init[str(self.subcommand)]
         datamodule.prepare_data()
         datamodule.setup()
@@ -157,6 +176,22 @@ class FederatedCLI(LightningCLI):
         )
 
 
+class Parsed(FederatedCLI):
+    """Only parses: the configuration of a command line, without a model or a run."""
+
+    def _set_seed(self) -> None:
+        """Leave the random state of this process alone."""
+
+    def before_instantiate_classes(self) -> None:
+        """Set nothing."""
+
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
 def default_run_dir(config: dict[str, Any]) -> str:
     """runs/<setting>-<method>-seed<seed>-<hash>: the same command finds its run again, another one gets its own."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
@@ -174,12 +209,73 @@ def main(args: list[str] | None = None) -> None:
         # Lightning's own handler only notes the signal, so that a run would go on for up to a round
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         FederatedCLI(args)
+    elif words[:1] == ["sweep"]:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # its runs are ended, too
+        _sweep(words[1:])
     elif words[:1] == ["predict"]:
         _predict(words[1:])
     else:
         Console().print(OVERVIEW, highlight=False, markup=False, soft_wrap=True, end="")
         if words and words[0] not in ("-h", "--help"):
             sys.exit(f"fedlscl: unknown command '{words[0]}'")
+
+
+def _sweep(words: list[str]) -> None:
+    parser = ArgumentParser(prog="fedlscl sweep", description=SWEEP)
+    parser.add_argument("file", type=str, help="the sweep file")
+    parser.add_argument("--setting", type=str | None, help=f"experiments/<setting>.yaml; else ${SETTING_VARIABLE}")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time; each gets its share of the cores")
+    parser.add_argument("--dry_run", type=bool, default=False, help="only show the command lines and their run folders")
+    at = words.index("--") if "--" in words else len(words)
+    options, further = parser.parse_args(words[:at]), words[at + 1 :]
+    if options.jobs < 1:
+        sys.exit(f"fedlscl: jobs is {options.jobs}, must be at least 1")
+    if options.setting is not None:
+        os.environ[SETTING_VARIABLE] = options.setting
+    console = Console()
+    with _in_a_line():
+        sweep = read_sweep(Path(options.file))
+        if any(SETTING_VARIABLE in str(word) for word in sweep["command"]):
+            _check_setting(os.environ.get(SETTING_VARIABLE))
+        with console.status("parsing the command lines"):
+            runs = plan(sweep, further, _configuration, default_run_dir)
+    if options.dry_run:
+        for run in runs:
+            console.print(Text(f"{shlex.join(run.words)}  # {run.run_dir}"), soft_wrap=True)
+        return
+    before = sum(run.finished for run in runs)
+    console.print(f"{len(runs)} runs, {before} of them finished before; their folders: {runs[0].run_dir.parent}/")
+    failed = run_all(runs, options.jobs, console)
+    if failed:
+        table = Table("failed run", "its last line", box=box.SIMPLE_HEAD)
+        for run in failed:
+            table.add_row(Text(str(run.run_dir)), Text(run.last_words))
+        console.print(table)
+        sys.exit(f"fedlscl: {len(failed)} of {len(runs)} runs failed; {LOG} in each folder has what they wrote")
+    console.print(f"All {len(runs)} runs are finished.")
+
+
+def _configuration(words: list[str]) -> dict[str, Any]:
+    """The configuration of the words behind `fedlscl`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            parsed = Parsed(words)
+        if parsed.config[parsed.config.subcommand].run_dir is not None:
+            raise ValueError("run_dir must not be given to a sweep: each run has a folder of its own below runs/")
+        return parsed.configuration()
+    except SystemExit:
+        print(f"fedlscl: that was said of `fedlscl {shlex.join(words)}`", file=sys.stderr)  # noqa: T201
+        raise
+
+
+def _check_setting(name: str | None) -> None:
+    known = sorted(path.stem for path in Path("experiments").glob("*.yaml"))
+    if name not in known:
+        raise ValueError(
+            f"setting is {name!r}, must be one of {', '.join(known) or 'experiments/*.yaml, of which there are none here'}"
+            f" (--setting, or {SETTING_VARIABLE} in the environment)"
+        )
 
 
 def _predict(words: list[str]) -> None:

@@ -24,7 +24,7 @@ from fedlscl.data import CPU, FederatedDataModule
 from fedlscl.evaluation import MASKS, masked_correct
 from fedlscl.losses import masked_cross_entropy
 from fedlscl.messages import Download, Schema, TensorSpec, Upload
-from fedlscl.precomputed import Part, Precomputed
+from fedlscl.precomputed import Lookup, Part
 from fedlscl.resident import send
 from fedlscl.schedule import Round
 from fedlscl.splits import Split
@@ -73,7 +73,7 @@ class Client(LightningModule, ABC):
     # the masks under which a test image is classified with parameters that the task it belongs to has chosen
     task_aware: ClassVar[tuple[str, ...]] = ()
     vit: FrozenViT
-    precomputed: Precomputed
+    precomputed: Lookup
     current_mask: Tensor  # (K,) true for the classes of the current task
     seen_mask: Tensor  # (K,) true for all classes of this client up to the current task
     task_masks: Tensor  # (tasks, K) true for the classes of each task under evaluation
@@ -180,9 +180,7 @@ class Client(LightningModule, ABC):
         model = {f"model.{name}": tensor.detach().cpu() for name, tensor in self.state_dict().items()}
         return model | {f"memory.{name}": tensor for name, tensor in self.memory.to_tensors().items()}
 
-    def enter(
-        self, index: int, data: FederatedDataModule, precomputed: Precomputed, state: Mapping[str, Tensor]
-    ) -> None:
+    def enter(self, index: int, data: FederatedDataModule, precomputed: Lookup, state: Mapping[str, Tensor]) -> None:
         """Become client `index` in the state that `state` returned for it."""
         self.index, self.data, self.precomputed = index, data, precomputed
         self.load(state)

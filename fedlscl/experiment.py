@@ -213,6 +213,7 @@ class Experiment:
             "bytes_up": _traffic([entry["bytes_up"] for entry in history], clients),
             "bytes_down": _traffic([entry["bytes_down"] for entry in history], clients),
             "bytes_setup_per_client": federation.setup_bytes,
+            "compute": federation.compute(),
             "skipped": [
                 {"round": entry["round"], "client": int(client), "reason": reason}
                 for entry in history
@@ -223,6 +224,7 @@ class Experiment:
             "threads": torch.get_num_threads(),
             "machine": f"{platform.system()} {platform.machine()}, {_device()}",
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "config": dict(self.config),
         }
 
     def _draw(self, summary: Mapping[str, Any], history: list[dict[str, Any]], tracker: Tracker) -> None:

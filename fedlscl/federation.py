@@ -13,9 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedlscl import seeds
 from fedlscl.backbones import FrozenViT, SmallModelSpec
@@ -24,7 +28,7 @@ from fedlscl.client import Client
 from fedlscl.data import FederatedDataModule
 from fedlscl.evaluation import MASKS
 from fedlscl.messages import Download, MessageError, Received, Upload
-from fedlscl.precomputed import Precomputed
+from fedlscl.precomputed import Part, Precomputed
 from fedlscl.schedule import Round, Schedule
 from fedlscl.server import Answers, Server
 from fedlscl.trainer import StepCount, fit_once
@@ -209,6 +213,42 @@ class Federation:
             self.store.amend(client_name(index), body.state())
         for mask, values in body.accuracy().items():
             result.accuracy[mask].append(values)
+
+    def compute(self) -> dict[str, dict[str, int]]:
+        """What a client of each CNN trains and computes, counted at the end of a federation.
+
+        Returns:
+            For the CNN of each name `trained_parameters`, and the floating-point operations (matrix products,
+            convolutions and attention) to classify one test image: `flops_frozen`, which do not depend on anything
+            trained and are done once per image, and `flops`, all others.
+        """
+        counts = {}
+        for name in self.bodies:
+            body = self.visit(next(index for index in range(self.clients) if self.cnn.name_of(index) == name))
+            frozen, total = FlopCounterMode(display=False), FlopCounterMode(display=False)
+
+            def lookup(
+                part: Part,
+                indices: NDArray[np.int64],
+                device: torch.device,
+                body: Client = body,
+                frozen: FlopCounterMode = frozen,
+            ) -> dict[str, Tensor]:
+                pixels, _ = self.data.batch(part, indices, device)
+                with frozen:
+                    return body.precompute(pixels)
+
+            body.precomputed = lookup
+            body.begin_evaluation(self.data.split.spec.tasks)
+            body.test_images = body.test_images[:1]
+            with total:
+                self.trainer(None).test(body, verbose=False)
+            counts[name] = {
+                "trained_parameters": sum(p.numel() for p in body.parameters() if p.requires_grad),
+                "flops_frozen": frozen.get_total_flops(),
+                "flops": total.get_total_flops() - frozen.get_total_flops(),
+            }
+        return counts
 
     def visit(self, index: int) -> Client:
         """The client, in its last state; one that was never visited gets the common start from the server."""

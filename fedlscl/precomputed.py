@@ -21,6 +21,9 @@ GROUP = 64  # images computed at a time
 
 Part = Literal["train", "test"]
 
+Lookup = Callable[[Part, NDArray[np.int64], torch.device], dict[str, Tensor]]
+"""Gives the outputs for images of one part, (B, ...) each by name, on a device."""
+
 
 class Precomputed:
     """The outputs of `compute` for the images of a federation, each computed when it is first asked for.

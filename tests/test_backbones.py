@@ -402,6 +402,21 @@ def test_one_name_or_one_for_each_client() -> None:
             several.check(clients)
 
 
+def test_each_of_several_cnns_has_arguments_of_its_own() -> None:
+    own = {"channels": [4, 4, 8, 8], "layers": [1, 1, 1, 1]}
+    spec = SmallModelSpec(name=["resnet18", "regnetx_002"], image_size=16, model_args={"resnet18": own})
+    spec.check(2)
+    assert SmallModel(spec, "resnet18").backbone.num_features == 8
+    plain = timm.create_model("regnetx_002", num_classes=0)
+    shapes = {name: value.shape for name, value in plain.state_dict().items()}
+    mine = {name: value.shape for name, value in SmallModel(spec, "regnetx_002").backbone.state_dict().items()}
+    assert mine == shapes
+    for wrong in ({"norm_layer": "groupnorm"}, {"resnet18": "groupnorm"}, {"resnet": {}}):
+        spec = SmallModelSpec(name=["resnet18", "regnetx_002"], model_args=wrong)
+        with pytest.raises(ValueError, match=r"^cnn\.model_args is .*each under its name, such as {resnet18: "):
+            spec.check(2)
+
+
 # ----------------------------------------------------------------------- resize
 
 
