@@ -57,9 +57,9 @@ FIT = (
 )
 
 SWEEP = (
-    "Run all runs of a W&B sweep file on this machine, with the command lines that `wandb agent` would run. Finished runs "
-    "are skipped, interrupted ones continued, and one that fails stops no other. Words behind -- are put behind every "
-    "command line. Run it where the paths in the file hold: in the root of the repository."
+    "Run all runs of a W&B sweep file on this machine, with the command lines that `wandb agent` would run. Finished "
+    "runs are skipped, interrupted ones continued, and one that fails stops no other. Words behind -- are put behind "
+    "every command line. Run it where the paths in the file hold: in the root of the repository."
 )
 
 SETTING_VARIABLE = "FEDLSCL_SETTING"
@@ -273,8 +273,8 @@ def _check_setting(name: str | None) -> None:
     known = sorted(path.stem for path in Path("experiments").glob("*.yaml"))
     if name not in known:
         raise ValueError(
-            f"setting is {name!r}, must be one of {', '.join(known) or 'experiments/*.yaml, of which there are none here'}"
-            f" (--setting, or {SETTING_VARIABLE} in the environment)"
+            f"setting is {name!r}, must be the name of a file in experiments/, of which there are here: "
+            f"{', '.join(known) or 'none'} (--setting, or {SETTING_VARIABLE} in the environment)"
         )
 
 

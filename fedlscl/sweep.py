@@ -214,7 +214,7 @@ def _start(run: PlannedRun, environment: Mapping[str, str]) -> subprocess.Popen[
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested values as one level with dotted names, as fields are named on the command line."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         name = prefix.rstrip(".") if key == "init_args" else f"{prefix}{key}"
         flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
