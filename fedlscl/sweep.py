@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from fedlscl.results import flat
+
 ARGS = "${args}"
 LOG = "output.log"
 POLL_SECONDS = 0.1
@@ -149,9 +151,9 @@ def not_arrived(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> lis
     """
     wanted = {}
     if "config" in parameters:
-        wanted = _flat(yaml.safe_load(Path(parameters["config"]).read_text()))
-    wanted |= _flat({name: value for name, value in parameters.items() if name != "config"})
-    there = _flat(config)
+        wanted = flat(yaml.safe_load(Path(parameters["config"]).read_text()))
+    wanted |= flat({name: value for name, value in parameters.items() if name != "config"})
+    there = flat(config)
     return [
         f"{name} is {there.get(name)!r}, not {value!r}"
         for name, value in wanted.items()
@@ -210,15 +212,6 @@ def _start(run: PlannedRun, environment: Mapping[str, str]) -> subprocess.Popen[
         return subprocess.Popen(
             run.words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
         )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values as one level with dotted names, as fields are named on the command line."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = prefix.rstrip(".") if key == "init_args" else f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
-    return flat
 
 
 def _same(wanted: Any, there: Any) -> bool:
