@@ -1,0 +1,107 @@
+"""Reading finished runs and telling apart what is repeated from what was varied."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_runs import make_run, make_summary, write_run
+
+from fedlscl.results import compare, flat, read_runs
+
+SEEDS = (42, 1999, 2024)
+
+
+def test_runs_are_found_at_any_depth_and_each_only_once(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a" / "one", seed=1)
+    write_run(tmp_path / "a" / "b" / "two", seed=2)
+    (tmp_path / "a" / "three-seed3.json").write_text(json.dumps(make_summary(seed=3)))
+    (tmp_path / "a" / "broken.json").write_text("{")
+    (tmp_path / "a" / "list.json").write_text("[1]")
+    runs = read_runs([tmp_path / "a", first, first / "summary.json"])
+    assert sorted(run.seed for run in runs) == [1, 2, 3]
+
+
+def test_what_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no finished run in it"):
+        read_runs([tmp_path])
+    with pytest.raises(FileNotFoundError):
+        read_runs([tmp_path / "nowhere"])
+    folder = write_run(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"split\.json is not the summary"):
+        read_runs([folder / "split.json"])
+    old = make_summary()
+    del old["config"]
+    (folder / "summary.json").write_text(json.dumps(old))
+    with pytest.raises(ValueError, match="does not hold the configuration"):
+        read_runs([folder])
+
+
+def test_runs_of_other_conditions_are_not_compared() -> None:
+    runs = [make_run(seed=1), make_run(seed=2, backbone="another"), make_run(seed=3, setting="cifar100")]
+    runs.append(make_run(seed=4, evaluated_on="images held out of training"))
+    comparisons = compare(runs)
+    assert [len(comparison.variants) for comparison in comparisons] == [1] * 4
+    assert [comparison.setting for comparison in comparisons] == ["digits", "digits", "cifar100", "digits"]
+
+
+def test_seeds_threads_and_places_make_no_other_variant() -> None:
+    runs = [make_run(seed=seed, config={"threads": seed}) for seed in reversed(SEEDS)]
+    (comparison,) = compare(runs)
+    (variant,) = comparison.variants
+    assert [run.seed for run in variant.runs] == list(SEEDS)
+    assert variant.label == "fed_lscl"
+
+
+def test_the_usual_configuration_has_the_most_frequent_values() -> None:
+    """A sweep over blocks and one over buffers share their middle; it is what each of them varies."""
+    blocks = [make_run(config={"model.block": block}) for block in (0, 3, 11)]
+    buffers = [make_run(config={"model.buffer_size": size}) for size in (5, 20)]
+    (comparison,) = compare([*blocks, *buffers, make_run("fedavg")])
+    labels = {variant.label for variant in comparison.variants}
+    assert labels == {
+        *("fed_lscl", "fed_lscl (block 0)", "fed_lscl (block 11)"),
+        *("fed_lscl (buffer_size 5)", "fed_lscl (buffer_size 20)", "fedavg"),
+    }
+    assert [variant.label for variant in comparison.usual] == ["fed_lscl", "fedavg"]
+    assert list(comparison.varying("model.block")) == [0, 3, 11]
+    assert list(comparison.varying("model.buffer_size")) == [5, 10, 20]
+    assert comparison.varying("model.epochs") == {}
+
+
+def test_without_a_usual_configuration_all_variants_are_shown() -> None:
+    (comparison,) = compare([make_run(config={"model.block": block}) for block in (11, 0)])
+    assert [variant.label for variant in comparison.usual] == ["fed_lscl (block 11)", "fed_lscl (block 0)"]
+    assert list(comparison.varying("model.block")) == [0, 11]
+
+
+def test_a_seed_more_does_not_make_a_configuration_usual() -> None:
+    runs = [make_run(seed=seed, config={"model.block": 0}) for seed in SEEDS]
+    (comparison,) = compare([*runs, make_run(config={"model.block": 1})])
+    assert all(variant.differs for variant in comparison.variants)
+
+
+def test_the_same_run_twice_is_one_and_with_other_numbers_an_error() -> None:
+    (comparison,) = compare([make_run(), make_run()])
+    assert len(comparison.variants[0].runs) == 1
+    with pytest.raises(ValueError, match="same configuration and seed 42 but other numbers"):
+        compare([make_run(), make_run(value=51.0)])
+
+
+def test_accuracy_over_the_tasks_is_the_mean_of_what_was_learned() -> None:
+    run = make_run(value=50.0)
+    # after task 1: clients 50 and 51; after task 2: 60, 61 and 61, 62
+    np.testing.assert_allclose(run.over_tasks("task"), [50.5, 61.0])
+    np.testing.assert_allclose(run.over_tasks("seen"), [40.5, 51.0])
+
+
+def test_fields_are_named_as_on_the_command_line() -> None:
+    nested = {"model": {"class_path": "X", "init_args": {"continual": {"class_path": "R", "init_args": {"a": 1}}}}}
+    assert flat({**nested, "cnn": {"model_args": {}}}) == {
+        "model.class_path": "X",
+        "model.continual.class_path": "R",
+        "model.continual.a": 1,
+        "cnn.model_args": {},
+    }

@@ -1,0 +1,353 @@
+"""Sweeps: every command line means what the file says, W&B's agent gives the same one, and runs survive each other."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from helpers import SETTING
+from rich.console import Console
+from test_cli import METHOD
+
+from fedlscl import cli
+from fedlscl.cli import SETTING_VARIABLE, main
+from fedlscl.sweep import LOG, PlannedRun, command_lines, not_arrived, plan, read_sweep, run_all
+
+ROOT = Path(__file__).parent.parent
+SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
+SETTINGS = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
+SEEDS = [42, 1999, 2024]
+
+pytestmark = pytest.mark.usefixtures("command_line")
+
+
+@pytest.fixture
+def repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv(SETTING_VARIABLE, "digits")
+
+
+@pytest.fixture(scope="module")
+def parsed() -> dict[tuple[str, ...], dict[str, Any]]:
+    """Configurations that were parsed before."""
+    return {}
+
+
+def configuration(words: list[str], parsed: dict[tuple[str, ...], dict[str, Any]]) -> dict[str, Any]:
+    key = tuple(words)
+    if key not in parsed:
+        parsed[key] = cli._configuration(words)
+    return json.loads(json.dumps(parsed[key]))  # type: ignore[no-any-return]
+
+
+def put(config: dict[str, Any], name: str, value: Any) -> None:
+    """Set a field as a person would in the file."""
+    *groups, last = name.split(".")
+    for group in groups:
+        config = config[group]
+    config = config.get("init_args", config)
+    assert last in config, f"there is no {name}"
+    config[last] = value
+
+
+def sweep_file(folder: Path, **changes: Any) -> Path:
+    sweep = {
+        "program": "fedlscl",
+        "method": "grid",
+        "command": ["fedlscl", "fit", "--config=setting.yaml", "${args}"],
+        "parameters": {"model.block": {"values": [1, 2]}, "seed_everything": {"value": 5}},
+    } | changes
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in sweep.items() if value is not None}))
+    return path
+
+
+# ------------------------------------------------------------------------------ the files
+
+
+def test_the_sweeps_are_those_of_the_paper(repository: None) -> None:
+    assert {path.stem for path in SWEEPS} == {
+        *("table1", "table2_ablation", "vit_block", "buffer_size", "heterogeneous_cnns")
+    }
+    blocks = read_sweep(ROOT / "sweeps" / "vit_block.yaml")
+    drawn = [(parameters["model.block"], parameters["seed_everything"]) for parameters, _ in command_lines(blocks)]
+    assert sorted(drawn) == sorted(itertools.product(range(12), SEEDS))
+    compared = yaml.safe_load((ROOT / "sweeps" / "table1.yaml").read_text())["parameters"]["config"]["values"]
+    assert set(compared) >= {f"experiments/methods/{name}.yaml" for name in cli_names()}
+
+
+def cli_names() -> set[str]:
+    from fedlscl.paper import TABLE1
+
+    return set(TABLE1["cifar100"]) | {"fedweit", "local", "joint"}
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_command_line_is_the_configuration_that_was_meant(
+    path: Path, repository: None, parsed: dict[tuple[str, ...], dict[str, Any]]
+) -> None:
+    """What is expected is put together without any of the sweep's code: the files, then each field by hand."""
+    sweep = read_sweep(path)
+    lines = command_lines(sweep)
+    number = 1
+    for values in sweep["parameters"].values():
+        number *= len(values.get("values", [None]))
+    assert len(lines) == number
+    assert sweep["parameters"]["seed_everything"]["values"] == SEEDS
+    for parameters, words in lines:
+        if parameters["seed_everything"] != 1999:  # not the default, so that it has to arrive
+            continue
+        files = [word for word in words if word.startswith("--config")]
+        expected = configuration(["fit", *files], parsed)
+        for name, value in parameters.items():
+            if name == "seed_everything":
+                expected["seed_everything"] = value
+            elif name != "config":
+                put(expected, name, value)
+        assert configuration(words[1:], parsed) == expected
+        # the server may send the fields of a run in another order
+        fixed = words[: len(words) - len(parameters)]
+        assert configuration([*fixed, *reversed(words[len(fixed) :])][1:], parsed) == expected
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_sweep_works_on_every_setting(
+    path: Path, setting: str, repository: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SETTING_VARIABLE, setting)
+    parameters, words = command_lines(read_sweep(path))[-1]
+    config = cli._configuration(words[1:])
+    assert config["setting"] == setting
+    assert not_arrived(parameters, config) == []
+
+
+def test_wandbs_agent_gives_the_same_command_lines(
+    repository: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from wandb import wandb_agent
+
+    started: list[list[str]] = []
+    monkeypatch.setattr(
+        wandb_agent, "AgentProcess", lambda command, **_: started.append(command) or SimpleNamespace(command=command)
+    )
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):
+        monkeypatch.setenv(name, "x")  # the agent sets them for good
+    for path in SWEEPS:
+        sweep = read_sweep(path)
+        for parameters, words in command_lines(sweep):
+            agent = wandb_agent.Agent.__new__(wandb_agent.Agent)
+            agent._sweep_command, agent._in_jupyter, agent._function = list(sweep["command"]), False, None
+            agent._run_processes, agent._forward_signals = {}, False
+            sent = {name: {"value": value} for name, value in parameters.items()}
+            agent._command_run({"run_id": "r1", "program": sweep["program"], "args": sent})
+            assert started.pop() == words
+
+
+# ------------------------------------------------------------------------- mistakes in a file
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"metod": "grid"}, "not a sweep in W&B's format.*metod"),
+        ({"method": "bayes", "metric": {"name": "x", "goal": "maximize"}}, "method is 'bayes'.*only 'grid'"),
+        ({"command": ["fedlscl", "fit"]}, r"command is .*must begin with fedlscl, fit and hold \${args}"),
+        ({"command": ["python", "x.py", "${args}"]}, "command is .*must begin with fedlscl, fit"),
+        ({"command": None}, r"command is \[\]"),
+    ],
+)
+def test_a_file_that_is_no_sweep(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        read_sweep(sweep_file(tmp_path, **changes))
+
+
+def test_a_file_that_is_no_mapping_or_no_yaml(tmp_path: Path) -> None:
+    for text, complaint in (("- 1", "holds list"), ("a: [", "is not YAML")):
+        (tmp_path / "sweep.yaml").write_text(text)
+        with pytest.raises(ValueError, match=complaint):
+            read_sweep(tmp_path / "sweep.yaml")
+
+
+def test_a_value_that_does_not_arrive_is_an_error(tmp_path: Path) -> None:
+    sweep = read_sweep(sweep_file(tmp_path))
+    deaf = {"model": {"class_path": "X", "init_args": {"block": 1}}, "seed_everything": 5}
+    folders = itertools.count()
+    with pytest.raises(ValueError, match=r"model\.block=2.* does not do what the sweep says: model\.block is 1, not 2"):
+        plan(sweep, [], lambda words: deaf, lambda config: str(next(folders)))
+    without = {"model": {"class_path": "X"}, "seed_everything": 5}
+    with pytest.raises(ValueError, match=r"model\.block is None, not 1"):
+        plan(sweep, [], lambda words: without, lambda config: str(next(folders)))
+
+
+def test_two_runs_that_are_the_same_are_an_error(tmp_path: Path) -> None:
+    sweep = read_sweep(sweep_file(tmp_path, parameters={"model.block": {"values": [1, 1.0]}}))
+    config = {"model": {"init_args": {"block": 1}}}
+    with pytest.raises(ValueError, match="are the same run"):
+        plan(sweep, [], lambda words: config, lambda config: "always")
+
+
+def test_the_fields_of_a_configuration_file_must_arrive_unless_a_parameter_replaces_them(tmp_path: Path) -> None:
+    method = tmp_path / "method.yaml"
+    method.write_text("model: {class_path: A, init_args: {block: 3, learning_rate: 1e-3}}\nserver: {class_path: B}\n")
+    config = {
+        "model": {"class_path": "A", "init_args": {"block": 7, "learning_rate": 0.001}},
+        "server": {"class_path": "B"},
+    }
+    assert not_arrived({"config": str(method), "model.block": 7}, config) == []
+    assert not_arrived({"config": str(method)}, config) == ["model.block is 7, not 3"]
+    config["server"]["class_path"] = "C"
+    assert not_arrived({"config": str(method), "model.block": 7}, config) == ["server.class_path is 'C', not 'B'"]
+
+
+# ---------------------------------------------------------------------------- running
+
+
+def run_of(folder: Path, script: str) -> PlannedRun:
+    return PlannedRun((sys.executable, "-c", script, str(folder)), folder)
+
+
+FINISH = "import sys, pathlib; (pathlib.Path(sys.argv[1]) / 'summary.json').write_text('{}')"
+
+
+def test_a_run_that_fails_stops_no_other_and_its_last_words_are_kept(tmp_path: Path) -> None:
+    good, bad, last = (tmp_path / name for name in ("good", "bad", "last"))
+    runs = [run_of(bad, "print('first'); print(); raise SystemExit('no disk')"), run_of(good, FINISH)]
+    runs.append(run_of(last, FINISH))
+    console = Console(record=True, width=120, file=(tmp_path / "shown").open("w"))
+    with console.file:
+        assert run_all(runs, 1, console) == [runs[0]]
+    assert runs[0].last_words == "no disk"
+    assert (bad / LOG).read_text().startswith("first\n")
+    assert [run.finished for run in runs] == [False, True, True]
+    shown = console.export_text()
+    assert "bad  failed: no disk" in shown
+    assert "good  finished" in shown
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", FINISH)
+    assert run_all([run], 1, Console(quiet=True)) == []
+    again = run_of(tmp_path / "run", "raise SystemExit(1)")
+    assert run_all([again], 1, Console(quiet=True)) == []
+
+
+def test_as_many_run_at_once_as_there_are_jobs(tmp_path: Path) -> None:
+    """Each of two waits for the other to begin, which one after the other they could not."""
+    wait = (
+        "import sys, pathlib, time; here = pathlib.Path(sys.argv[1]); (here / 'here').touch()\n"
+        "while len(list(here.parent.glob('*/here'))) < 2: time.sleep(0.01)\n" + FINISH
+    )
+    runs = [run_of(tmp_path / name, wait) for name in "ab"]
+    assert run_all(runs, 2, Console(quiet=True)) == []
+    assert all(run.finished for run in runs)
+
+
+def test_cores_are_shared_among_jobs_unless_the_user_has_decided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    show = FINISH.replace("'{}'", "__import__('os').environ.get('OMP_NUM_THREADS', 'unset')")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for jobs, decided, expected in ((1, None, "unset"), (2, None, "3"), (9, None, "1"), (2, "5", "5")):
+        if decided:
+            monkeypatch.setenv("OMP_NUM_THREADS", decided)
+        folder = tmp_path / f"{jobs}{decided}"
+        run_all([run_of(folder, show)], jobs, Console(quiet=True))
+        assert (folder / "summary.json").read_text() == expected
+
+
+def test_ending_the_sweep_ends_its_runs(tmp_path: Path) -> None:
+    endless = (
+        "import sys, os, time, pathlib; pathlib.Path(sys.argv[1], 'pid').write_text(str(os.getpid())); time.sleep(99)"
+    )
+    script = (
+        "import signal, sys; from pathlib import Path; from rich.console import Console\n"
+        "from fedlscl.sweep import PlannedRun, run_all\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        f"run = PlannedRun((sys.executable, '-c', {endless!r}, {str(tmp_path)!r}), Path({str(tmp_path)!r}))\n"
+        "run_all([run], 1, Console())"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script])
+    pid = tmp_path / "pid"
+    while not (pid.exists() and pid.read_text()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+# --------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a setting `tiny` and a sweep over its seeds."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv(SETTING_VARIABLE, "")
+    (tmp_path / "experiments").mkdir()
+    content = {**SETTING, **METHOD, "data": {**SETTING["data"], "cache_dir": str(cache)}, "federation": {"rounds": 1}}
+    (tmp_path / "experiments" / "tiny.yaml").write_text(yaml.safe_dump(content))
+    command = ["fedlscl", "fit", "--config=experiments/${envvar:FEDLSCL_SETTING}.yaml", "${args}"]
+    return sweep_file(tmp_path, command=command, parameters={"model.block": {"values": [1, 9]}})
+
+
+def test_a_sweep_from_the_command_line_to_its_numbers(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ViT has 4 blocks: the second run cannot begin, the first is finished and not run again."""
+    words = ["sweep", str(tiny), "--setting", "tiny"]
+    with pytest.raises(SystemExit, match="1 of 2 runs failed"):
+        main(words)
+    shown = capsys.readouterr().out
+    assert "2 runs, 0 of them finished before" in shown
+    assert "model.block is 9" in shown
+    (summary,) = Path("runs").glob("*/summary.json")
+    config = json.loads(summary.read_text())["config"]
+    assert config["model"]["init_args"]["block"] == 1
+    left: list[list[bool]] = []
+    monkeypatch.setattr(cli, "run_all", lambda runs, *_: left.append([run.finished for run in runs]))
+    main(words)
+    assert left == [[True, False]]
+    assert "2 runs, 1 of them finished before" in capsys.readouterr().out
+
+
+def test_a_dry_run_shows_the_command_lines_and_runs_nothing(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["sweep", str(tiny), "--setting", "tiny", "--dry_run", "true", "--", "--model.rank", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    expected = "fedlscl fit --config=experiments/tiny.yaml --model.block={} --model.rank 1  # runs/tiny-fed_lscl-seed7-"
+    assert [line[: len(expected) - 1] for line in lines] == [expected.format(block) for block in (1, 9)]
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([], "setting is '', must be the name of a file in experiments/, of which there are here: tiny"),
+        (["--setting", "tine"], "setting is 'tine', must be"),
+        (["--setting", "tiny", "--jobs", "0"], "jobs is 0, must be at least 1"),
+        (["--setting", "tiny", "--", "--run_dir", "x"], "run_dir must not be given to a sweep"),
+        (["--setting", "tiny", "--", "--model.block", "3"], r"model\.block is 3, not 1"),
+        (["--setting", "tiny", "--", "--model.blok", "3"], "fedlscl fit --config=experiments/tiny.yaml"),
+    ],
+)
+def test_mistakes_are_named_before_anything_runs(
+    tiny: Path, words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["sweep", str(tiny), *words])
+    assert complaint.replace("\\", "") in str(end.value) + capsys.readouterr().err
+    assert not Path("runs").exists()

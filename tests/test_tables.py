@@ -1,0 +1,190 @@
+"""The tables against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from typing import Any
+
+import pytest
+from made_runs import accuracy, make_run
+
+from fedlscl import paper
+from fedlscl.evaluation import MASKS, summarise
+from fedlscl.results import Comparison, Run, compare
+from fedlscl.tables import (
+    COMPARED,
+    COMPONENTS,
+    MISSING,
+    Cell,
+    Table,
+    costs,
+    overview,
+    table1,
+    table2,
+    tables,
+    to_csv,
+    to_latex,
+    to_markdown,
+)
+
+
+def comparison(*runs: Run) -> Comparison:
+    (only,) = compare(runs)
+    return only
+
+
+def rows(table: Table) -> dict[str, list[Cell]]:
+    return {row[0].text: list(row[1:]) for row in table.rows}
+
+
+def texts(cells: list[Cell]) -> list[str]:
+    return [cell.text for cell in cells]
+
+
+def test_table_1_by_hand() -> None:
+    """Task n right after it was learned: mean over clients 50 and 51, then 61 and 62; a second seed 4 points higher."""
+    table = table1(
+        comparison(make_run(seed=1, value=50.0), make_run(seed=2, value=54.0), make_run("fedavg", value=30.0))
+    )
+    assert table.header == ("method", "seeds", "task 1", "task 2", "mean")
+    found = rows(table)
+    # the sample deviation of x and x + 4 is sqrt(8) = 2.83
+    assert texts(found["fed_lscl"]) == ["2", "52.5 ± 2.8", "63.5 ± 2.8", "58.0 ± 2.8"]
+    assert texts(found["fedavg"]) == ["1", "30.5", "41.5", "36.0"]
+    seen = rows(table1(comparison(make_run(value=50.0)), "seen"))
+    assert texts(seen["fed_lscl"]) == ["1", "40.5", "51.5", "46.0"]
+
+
+def test_methods_of_the_paper_without_a_run_are_shown_as_missing_and_bounds_come_last() -> None:
+    table = table1(comparison(make_run("joint"), make_run("zebra"), make_run("ewc"), make_run("lorm")))
+    assert [row[0].text for row in table.rows] == [*COMPARED, "ewc", "zebra", "joint"]
+    assert texts(rows(table)["mfcl"]) == ["0", *[MISSING] * 3]
+
+
+def test_best_and_second_are_marked_where_bounds_do_not_count() -> None:
+    runs = [make_run("joint", value=80.0), make_run("fedavg", value=30.0), make_run("lorm", value=60.0)]
+    runs += [make_run("glfc", value=50.0), make_run("fedvit", value=60.04)]
+    found = rows(table1(comparison(*runs)))
+    marks = {name: {cell.mark for cell in cells[1:]} for name, cells in found.items()}
+    # 60.04 reads 60.0 like the other, so both are best
+    assert marks["lorm"] == marks["fedvit"] == {"best"}
+    assert marks["glfc"] == {"second"}
+    assert marks["joint"] == marks["fedavg"] == marks["mfcl"] == {""}
+
+
+def test_low_forgetting_is_the_best() -> None:
+    def run(method: str, last: float) -> Run:
+        acc = accuracy(50.0)
+        acc[:, 1, 0] = last
+        return make_run(method, accuracy={mask: summarise(acc) for mask in ("task", "seen", "none")})
+
+    found = rows(overview(comparison(run("fedavg", 40.0), run("glfc", 20.0), run("lorm", 45.0))))
+    # clients had 50 and 51 on task 1: 50.5 - 40 = 10.5
+    assert [found[name][-1] for name in ("fedavg", "glfc", "lorm")] == [
+        *(Cell("10.5", "second"), Cell("30.5"), Cell("5.5", "best"))
+    ]
+
+
+def test_a_star_where_the_task_chose_the_parameters() -> None:
+    runs = (make_run("fedmgp", task_aware=["task"]), make_run())
+    assert texts(rows(table1(comparison(*runs)))["fedmgp"])[1:] == ["50.5*", "61.5*", "56.0*"]
+    assert texts(rows(table1(comparison(*runs), "seen"))["fedmgp"])[1:] == ["40.5", "51.5", "46.0"]
+    assert texts(rows(overview(comparison(*runs)))["fedmgp"])[1:5] == ["56.0*", "61.0*", "51.0", "41.0"]
+
+
+def in_its_setting(method: str = "fed_lscl", setting: str = "cifar100", **options: Any) -> Run:
+    five = summarise(accuracy(20.0, tasks=5))
+    return make_run(method, setting=setting, accuracy=dict.fromkeys(MASKS, five), **options)
+
+
+def test_the_papers_numbers_stand_in_columns_of_their_own_and_only_in_its_settings() -> None:
+    table = table1(comparison(in_its_setting(), in_its_setting("fedweit")))
+    assert table.header[8:] == tuple(f"paper: task {n}" for n in range(1, 6))
+    assert texts(rows(table)["lorm"])[7:] == ["93.8", "88.7", "85.2", "84.6", "80.5"]
+    assert texts(rows(table)["fedweit"])[7:] == [MISSING] * 5
+    assert {len(row) for row in table.rows} == {len(table.header)}
+    ablation = table2(comparison(in_its_setting(setting="imagenet_r")))
+    assert ablation.header[-1] == "paper"
+    assert texts(rows(ablation)["fed_lscl_without_o2d"])[-1] == "80.8"
+    assert texts(rows(ablation)["fed_lscl"])[-1] == MISSING
+    for setting in ("digits", "cifar100"):  # with two tasks it is not the paper's
+        for table in tables(comparison(make_run(setting=setting), make_run("small_fedavg", setting=setting))):
+            assert "paper" not in " ".join(table.header)
+    assert set(paper.TABLE1["cifar100"]) == set(paper.TABLE1["imagenet_r"]) == set(COMPARED)
+    assert set(paper.TABLE2["cifar100"]) == set(paper.TABLE2["imagenet_r"]) == set(COMPONENTS) - {"fed_lscl"}
+
+
+def test_table_2_by_hand() -> None:
+    """Final averages: after task 2 the clients have 60, 61 and 61, 62, on average 61, 51 and 41 under the masks."""
+    found = rows(table2(comparison(make_run(), make_run("small_fedavg", value=20.0))))
+    assert texts(found["fed_lscl"]) == ["✓", "✓", "✓", "1", "61.0", "51.0", "41.0"]
+    assert texts(found["small_fedavg"]) == ["×", "×", "×", "1", "31.0", "21.0", "11.0"]
+    assert texts(found["fed_lscl_without_replay"]) == ["✓", "×", "✓", "0", *[MISSING] * 3]
+
+
+def test_costs_by_hand() -> None:
+    two = {"a": {"trained_parameters": 10**6, "flops_frozen": 2 * 10**9, "flops": 10**9}}
+    two["b"] = {**two["a"], "trained_parameters": 12 * 10**6}
+    runs = [make_run(seed=1), make_run(seed=2, seconds={"total": 14.0}, peak_memory_mib=300.0)]
+    runs += [make_run("fedavg", compute=two), make_run("old", compute=None)]
+    found = rows(costs(comparison(*runs)))
+    numbers = ["1.50", "2.000", "1.000"]
+    assert texts(found["fed_lscl"]) == ["1.0 KiB", "1.0 KiB", "12.0 KiB", *numbers, "13", "200"]
+    assert texts(found["fedavg"])[3:6] == ["1.00 to 12.00", "2.000", "1.000"]
+    assert texts(found["old"])[3:6] == [MISSING] * 3
+
+
+def test_sensitivity_by_hand() -> None:
+    runs = [make_run(config={"model.block": block}, value=50.0 + block) for block in (0, 3)]
+    by_name = {table.name: table for table in tables(comparison(*runs))}
+    assert set(by_name) == {"table1_task", "overview", "costs", "blocks"}
+    found = rows(by_name["blocks"])
+    # under mask seen: 40.5 after task 1, 51 after task 2, and 61 under mask task at the end; three more for block 3
+    assert texts(found["0"]) == ["1", "40.5", "51.0", "61.0"]
+    assert texts(found["3"]) == ["1", "43.5", "54.0", "64.0"]
+
+
+def test_an_unknown_mask_is_named() -> None:
+    with pytest.raises(ValueError, match="mask is 'all', must be one of task, seen, none"):
+        tables(comparison(make_run()), ["all"])
+
+
+SAMPLE = Table(
+    "sample",
+    "A title",
+    "A note.",
+    ("method_name", "x"),
+    ((Cell("a_b"), Cell("9.0 ± 1.0*", "best")), (Cell("5 % of {c}, d & e"), Cell("8.0", "second"))),
+)
+
+
+def test_markdown() -> None:
+    lines = to_markdown(SAMPLE).splitlines()
+    assert lines[0] == "**A title**"
+    assert [cell.strip() for cell in lines[4].split("|")[1:3]] == ["a_b", r"**9.0 ± 1.0\***"]
+    assert [cell.strip() for cell in lines[5].split("|")[1:3]] == ["5 % of {c}, d & e", "_8.0_"]
+    assert lines[-1] == "A note."
+
+
+def test_latex_is_escaped() -> None:
+    text = to_latex(SAMPLE)
+    assert r"method\_name" in text
+    assert r"\textbf{9.0 $\pm$ 1.0*}" in text
+    assert r"5 \% of \{c\}, d \& e" in text
+    assert r"\emph{8.0}" in text
+    body = text[text.index(r"\begin{tabular}") :]
+    assert not re.search(r"(?<!\\)[%#_]", body)
+
+
+def test_csv_reads_back() -> None:
+    read = list(csv.reader(io.StringIO(to_csv(SAMPLE))))
+    assert read == [["method_name", "x"], ["a_b", "9.0 ± 1.0*"], ["5 % of {c}, d & e", "8.0"]]
+
+
+def test_rows_are_as_wide_as_the_header() -> None:
+    runs = [in_its_setting(name) for name in (*COMPARED, "small_fedavg", "joint")]
+    runs += [in_its_setting(config={"model.buffer_size": size}) for size in (5, 20)]
+    for table in tables(comparison(*runs), ("task", "seen", "none")):
+        assert {len(row) for row in table.rows} == {len(table.header)}, table.name
