@@ -113,16 +113,16 @@ def accuracy_matrix(matrix: Sequence[Sequence[Sequence[float | None]]], path: Pa
     figure = Figure(figsize=(2 * width + 2.4, height + 1.5), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2)
     names = [f"{task + 1}" for task in range(tasks)]
-    _heat(left, measured_mean(acc, 0), names, names)
+    heat_map(left, measured_mean(acc, 0), names, names)
     left.set(title="mean over clients", xlabel="accuracy on task", ylabel="after task")
-    image = _heat(right, acc[:, after], [f"{client}" for client in range(clients)], names)
+    image = heat_map(right, acc[:, after], [f"{client}" for client in range(clients)], names)
     right.set(title=f"after task {after + 1}", xlabel="accuracy on task", ylabel="client")
     figure.colorbar(image, ax=[left, right], label="accuracy (%)", shrink=0.9, aspect=25, panchor=False)
     figure.suptitle(title, fontsize=11)
     _save(figure, path)
 
 
-def _heat(axes: Axes, values: npt.NDArray[np.float64], rows: list[str], columns: list[str]) -> AxesImage:
+def heat_map(axes: Axes, values: npt.NDArray[np.float64], rows: list[str], columns: list[str]) -> AxesImage:
     """Draw `values` (rows, columns) in % as coloured cells, with numbers while they are readable."""
     readable = max(values.shape) <= MAX_NUMBERED
     image = axes.imshow(values, cmap="viridis", vmin=0, vmax=100, aspect="equal" if readable else "auto")
