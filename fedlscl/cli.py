@@ -1,4 +1,4 @@
-"""The command line: `fedlscl fit` runs or continues a federation, `sweep` many, `predict` uses a finished one."""
+"""The command line: `fedlscl fit` runs or continues a federation, `sweep` many, the other commands use them."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from rich.text import Text
 
 from fedlscl.backbones import FrozenViT, SmallModelSpec
 from fedlscl.client import Client
+from fedlscl.commands import COMMANDS
 from fedlscl.data import FederatedDataModule
 from fedlscl.experiment import Experiment, ImpossibleRun, Tracking
-from fedlscl.predict import predict
 from fedlscl.schedule import Schedule
 from fedlscl.server import Server
 from fedlscl.sweep import LOG, plan, read_sweep, run_all
@@ -40,10 +40,14 @@ from fedlscl.trainer import RoundTrainer
 OVERVIEW = """\
 usage: fedlscl fit --config SETTING [--config METHOD] [--run_dir DIR] [--any.field VALUE]
        fedlscl sweep FILE --setting NAME [--jobs N] [-- --any.field VALUE]
+       fedlscl tables|plot|report RUNS [RUNS ...] [--out PATH]
        fedlscl predict RUN_DIR IMAGE [IMAGE ...] [--client N]
 
   fit      run a federation, or continue it if its run folder holds an unfinished run
   sweep    run all of a W&B sweep file (sweeps/*.yaml) on this machine, or continue it
+  tables   the paper's tables from finished runs, as Markdown, LaTeX and CSV
+  plot     the paper's figures from finished runs, as PNG and SVG
+  report   one HTML page with tables, figures and every run
   predict  classify image files with one client's model of a run
 
 Settings (data, models, schedule) are in experiments/*.yaml, methods in experiments/methods/*.yaml; a later --config
@@ -212,8 +216,9 @@ def main(args: list[str] | None = None) -> None:
     elif words[:1] == ["sweep"]:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # its runs are ended, too
         _sweep(words[1:])
-    elif words[:1] == ["predict"]:
-        _predict(words[1:])
+    elif words and words[0] in COMMANDS:
+        with _in_a_line():
+            COMMANDS[words[0]](words[1:])
     else:
         Console().print(OVERVIEW, highlight=False, markup=False, soft_wrap=True, end="")
         if words and words[0] not in ("-h", "--help"):
@@ -276,22 +281,6 @@ def _check_setting(name: str | None) -> None:
             f"setting is {name!r}, must be the name of a file in experiments/, of which there are here: "
             f"{', '.join(known) or 'none'} (--setting, or {SETTING_VARIABLE} in the environment)"
         )
-
-
-def _predict(words: list[str]) -> None:
-    parser = ArgumentParser(
-        prog="fedlscl predict", description="Classify image files with one client's model of a run."
-    )
-    parser.add_argument("run_dir", type=str, help="folder of a finished run")
-    parser.add_argument("images", type=str, nargs="+", help="image files")
-    parser.add_argument("--client", type=int, default=0, help="whose model, and whose classes")
-    options = parser.parse_args(words)
-    with _in_a_line():
-        predictions = predict(Path(options.run_dir), options.images, options.client)
-    table = Table("image", "class", "probability", box=box.SIMPLE_HEAD)
-    for image, label, probability in predictions:
-        table.add_row(image, label, f"{probability:.3f}")
-    Console().print(table)
 
 
 @contextmanager

@@ -210,7 +210,7 @@ def _variants(method: str, runs: Sequence[Run]) -> list[Variant]:
     differing = [name for name in names if len({_key(one.get(name)) for one in fields}) > 1]
     usual = {name: _most_frequent([_key(one.get(name)) for one in fields]) for name in differing}
     has_usual = any(all(_key(one.get(name)) == usual[name] for name in differing) for one in fields)
-    return [
+    variants = [
         Variant(
             method,
             {name: one.get(name) for name in differing if not has_usual or _key(one.get(name)) != usual[name]},
@@ -218,6 +218,12 @@ def _variants(method: str, runs: Sequence[Run]) -> list[Variant]:
         )
         for one, seeds in zip(fields, by_fields.values(), strict=True)
     ]
+    return sorted(variants, key=_order)
+
+
+def _order(variant: Variant) -> list[tuple[str, float, str]]:
+    """The usual configuration first, then by what differs, numbers by their size."""
+    return [(name, v if isinstance(v, int | float) else 0.0, str(v)) for name, v in variant.differs.items()]
 
 
 def _most_frequent(values: Sequence[str]) -> str | None:

@@ -72,9 +72,9 @@ def test_the_usual_configuration_has_the_most_frequent_values() -> None:
 
 
 def test_without_a_usual_configuration_all_variants_are_shown() -> None:
-    (comparison,) = compare([make_run(config={"model.block": block}) for block in (11, 0)])
-    assert [variant.label for variant in comparison.usual] == ["fed_lscl (block 11)", "fed_lscl (block 0)"]
-    assert list(comparison.varying("model.block")) == [0, 11]
+    (comparison,) = compare([make_run(config={"model.block": block}) for block in (11, 0, 2)])
+    assert [variant.label for variant in comparison.usual] == [f"fed_lscl (block {block})" for block in (0, 2, 11)]
+    assert list(comparison.varying("model.block")) == [0, 2, 11]
 
 
 def test_a_seed_more_does_not_make_a_configuration_usual() -> None:

@@ -1,0 +1,95 @@
+"""The commands of `fedlscl` that use finished runs: `tables`, `plot`, `report` and `predict`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+from rich import box
+from rich.console import Console
+from rich.table import Table as Printed
+from rich.text import Text
+
+from fedlscl.checkpoint import write_atomically
+from fedlscl.figures import pictures, save
+from fedlscl.predict import predict
+from fedlscl.report import write_report
+from fedlscl.results import Comparison, compare, read_runs
+from fedlscl.tables import FORMATS, tables, to_markdown
+
+RUNS = "run folders, folders of them, or their summary.json"
+
+
+def tables_command(words: list[str]) -> None:
+    """`fedlscl tables`: print the tables as Markdown and write them in every format."""
+    parser = _parser("tables", "Write the paper's tables, with the paper's numbers beside them, from finished runs.")
+    parser.add_argument("--masks", type=list[str], default=["task"], help="masks to show Table 1 under")
+    parser.add_argument("--out", type=str, default="tables", help="folder to write Markdown, LaTeX and CSV into")
+    options = parser.parse_args(words)
+    for name, comparison in _comparisons(options.runs):
+        print(f"## {comparison.title}\n")  # noqa: T201  # Markdown to be piped on, which rich would wrap
+        for table in tables(comparison, options.masks):
+            print(to_markdown(table))  # noqa: T201
+            for suffix, write in FORMATS.items():
+                _write(Path(options.out) / f"{name}-{table.name}.{suffix}", write(table))
+
+
+def plot_command(words: list[str]) -> None:
+    """`fedlscl plot`: draw the paper's figures."""
+    parser = _parser("plot", "Draw the paper's figures, and forgetting and traffic, from finished runs.")
+    parser.add_argument("--mask", type=str, default="seen", help="task, seen or none")
+    parser.add_argument("--out", type=str, default="figures", help="folder to write PNG and SVG into")
+    options = parser.parse_args(words)
+    for name, comparison in _comparisons(options.runs):
+        for picture in pictures(comparison, options.mask):
+            for path in save(picture, Path(options.out) / name):
+                Console().print(Text(str(path)), soft_wrap=True)
+
+
+def report_command(words: list[str]) -> None:
+    """`fedlscl report`: one HTML page with everything."""
+    parser = _parser("report", "Write one self-contained HTML page with settings, tables, figures and every run.")
+    parser.add_argument("--out", type=str, default="report.html", help="the file to write")
+    options = parser.parse_args(words)
+    path = Path(options.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_report([comparison for _, comparison in _comparisons(options.runs)], path)
+    Console().print(Text(f"report: {path}"), soft_wrap=True)
+
+
+def predict_command(words: list[str]) -> None:
+    """`fedlscl predict`: classify image files."""
+    parser = ArgumentParser(
+        prog="fedlscl predict", description="Classify image files with one client's model of a run."
+    )
+    parser.add_argument("run_dir", type=str, help="folder of a finished run")
+    parser.add_argument("images", type=str, nargs="+", help="image files")
+    parser.add_argument("--client", type=int, default=0, help="whose model, and whose classes")
+    options = parser.parse_args(words)
+    printed = Printed("image", "class", "probability", box=box.SIMPLE_HEAD)
+    for image, label, probability in predict(Path(options.run_dir), options.images, options.client):
+        printed.add_row(image, label, f"{probability:.3f}")
+    Console().print(printed)
+
+
+COMMANDS = {"tables": tables_command, "plot": plot_command, "report": report_command, "predict": predict_command}
+
+
+def _parser(name: str, description: str) -> ArgumentParser:
+    parser = ArgumentParser(prog=f"fedlscl {name}", description=description)
+    parser.add_argument("runs", type=str, nargs="+", help=RUNS)
+    return parser
+
+
+def _comparisons(paths: list[str]) -> list[tuple[str, Comparison]]:
+    """The comparisons, each with a name of its own that is fit for a file."""
+    named: dict[str, Comparison] = {}
+    for comparison in compare(read_runs(map(Path, paths))):
+        again = sum(other.setting == comparison.setting for other in named.values())
+        named[f"{comparison.setting}_{again + 1}" if again else comparison.setting] = comparison
+    return list(named.items())
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text.encode())
