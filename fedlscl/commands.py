@@ -41,8 +41,10 @@ def plot_command(words: list[str]) -> None:
     parser.add_argument("--out", type=str, default="figures", help="folder to write PNG and SVG into")
     options = parser.parse_args(words)
     for name, comparison in _comparisons(options.runs):
+        folder = Path(options.out) / name
+        folder.mkdir(parents=True, exist_ok=True)
         for picture in pictures(comparison, options.mask):
-            for path in save(picture, Path(options.out) / name):
+            for path in save(picture, folder):
                 Console().print(Text(str(path)), soft_wrap=True)
 
 

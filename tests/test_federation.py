@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import (
     CNN,
+    VIT,
     Recorder,
     contents,
     copy_of,
@@ -322,6 +323,51 @@ def test_every_way_to_share_runs(make: Make, share: str) -> None:
 def test_there_is_one_cnn_or_one_per_client(make: Make) -> None:
     with pytest.raises(ValueError, match=r"cnn\.name lists 2 models for 3 clients"):
         make(cnn={**CNN, "name": ["resnet18", "resnet18"]})
+
+
+# ---- what it costs
+
+
+def test_parameters_and_operations_of_a_frozen_vit_by_hand(make: Make) -> None:
+    """4 patches of 3 x 8 x 8 and a class token, width 32, two heads, two blocks; then a linear head."""
+    federation = make(client=make_client(FrozenViTClient), server=Isolated())
+    run(federation)
+    classes = federation.data.num_classes
+    qkv, attention, out, mlp = 5 * 32 * 96, 2 * (2 * 5 * 5 * 16), 5 * 32 * 32, 2 * (5 * 32 * 128)
+    assert federation.compute() == {
+        "resnet18": {
+            "trained_parameters": 33 * classes,
+            "flops_frozen": 2 * (4 * 32 * 192 + 2 * (qkv + attention + out + mlp)),
+            "flops": 2 * 32 * classes,
+        }
+    }
+
+
+def test_counting_changes_no_client_and_the_cache_has_no_say(make: Make) -> None:
+    counts = []
+    for cache_mib in (0.0, 64.0):
+        federation = make(vit=FrozenViT(**VIT, cache_mib=cache_mib))
+        run(federation)
+        before = states(federation)
+        counts.append(federation.compute())
+        assert counts[-1] == federation.compute()
+        for old, new in zip(before, states(federation), strict=True):
+            assert same(old, new)
+    assert counts[0] == counts[1]
+
+
+def test_operations_move_from_each_time_to_once_with_the_block_and_cnns_are_counted_apart(make: Make) -> None:
+    found = []
+    for block in (0, 1):
+        federation = make(client=make_client(block=block), cnn=DIFFERENT)
+        next(federation.run(Recorder()))
+        found.append(federation.compute())
+    assert set(found[0]) == {"resnet18", "mobilenetv3_small_050"}
+    moved = {name: found[1][name]["flops_frozen"] - found[0][name]["flops_frozen"] for name in found[0]}
+    assert set(moved.values()) == {2 * (5 * 32 * 96 + 2 * (2 * 5 * 5 * 16) + 5 * 32 * 32 + 2 * (5 * 32 * 128))}
+    for name, amount in moved.items():
+        assert found[0][name]["flops"] - found[1][name]["flops"] == amount
+    assert found[0]["resnet18"]["flops"] > found[0]["mobilenetv3_small_050"]["flops"]
 
 
 # ---- going on
