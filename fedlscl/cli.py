@@ -242,6 +242,8 @@ def _sweep(words: list[str]) -> None:
         sweep = read_sweep(Path(options.file))
         if any(SETTING_VARIABLE in str(word) for word in sweep["command"]):
             _check_setting(os.environ.get(SETTING_VARIABLE))
+        elif options.setting is not None:
+            raise ValueError(f"setting has no effect: the command in {options.file} does not use {SETTING_VARIABLE}")
         with console.status("parsing the command lines"):
             runs = plan(sweep, further, _configuration, default_run_dir)
     if options.dry_run:
@@ -288,5 +290,5 @@ def _in_a_line() -> Iterator[None]:
     """Show wrong input as one line instead of a traceback."""
     try:
         yield
-    except (ValueError, FileNotFoundError, MisconfigurationException) as error:
+    except (ValueError, OSError, MisconfigurationException) as error:
         sys.exit(f"fedlscl: {error}")

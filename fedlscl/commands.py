@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
@@ -26,12 +27,14 @@ def tables_command(words: list[str]) -> None:
     parser.add_argument("--masks", type=list[str], default=["task"], help="masks to show Table 1 under")
     parser.add_argument("--out", type=str, default="tables", help="folder to write Markdown, LaTeX and CSV into")
     options = parser.parse_args(words)
+    texts = []
     for name, comparison in _comparisons(options.runs):
-        print(f"## {comparison.title}\n")  # noqa: T201  # Markdown to be piped on, which rich would wrap
+        texts.append(f"## {comparison.title}\n")
         for table in tables(comparison, options.masks):
-            print(to_markdown(table))  # noqa: T201
+            texts.append(to_markdown(table))
             for suffix, write in FORMATS.items():
                 _write(Path(options.out) / f"{name}-{table.name}.{suffix}", write(table))
+    print("\n".join(texts))  # noqa: T201  # Markdown to be piped on, which rich would wrap
 
 
 def plot_command(words: list[str]) -> None:
@@ -87,8 +90,8 @@ def _comparisons(paths: list[str]) -> list[tuple[str, Comparison]]:
     """The comparisons, each with a name of its own that is fit for a file."""
     named: dict[str, Comparison] = {}
     for comparison in compare(read_runs(map(Path, paths))):
-        again = sum(other.setting == comparison.setting for other in named.values())
-        named[f"{comparison.setting}_{again + 1}" if again else comparison.setting] = comparison
+        free = (name for n in count(1) if (name := comparison.setting + f"_{n}" * (n > 1)) not in named)
+        named[next(free)] = comparison
     return list(named.items())
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,22 @@ import numpy as np
 
 from fedlscl.evaluation import FloatArray, measured_mean
 
+log = logging.getLogger(__name__)
+
+PROTOCOL = ("data.", "backbone.", "cnn.", "federation.", "trainer.")
+"""Groups of fields that are not a method's own: what is usual there, is so for all methods together."""
+
+NEEDED = {
+    *("method", "setting", "seed", "backbone", "cnn", "evaluated_on", "accuracy", "bytes_up", "bytes_down", "skipped"),
+    *("seconds", "peak_memory_mib", "machine", "versions"),
+}
+"""What every summary holds; by these a file is known to be one."""
+
 WITHOUT_EFFECT = (
     "seed_everything",
     "data.seed",
     "threads",
     "data.cache_dir",
-    "data.source.root",
     "backbone.weights",
     "backbone.cache_mib",
     "setting",
@@ -56,8 +67,11 @@ class Run:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Every field of its configuration that has an effect, by dotted name."""
-        return {name: value for name, value in flat(self.summary["config"]).items() if name not in WITHOUT_EFFECT}
+        """Every field of its configuration that has an effect, by dotted name; of the data's path only the last part."""
+        fields = {name: value for name, value in flat(self.summary["config"]).items() if name not in WITHOUT_EFFECT}
+        if isinstance(root := fields.get("data.source.root"), str):
+            fields["data.source.root"] = Path(root).name
+        return fields
 
     def accuracy(self, mask: str) -> FloatArray:
         """Accuracy (clients, after task, on task) in %, NaN where nothing was measured, under a mask."""
@@ -74,7 +88,7 @@ class Variant:
 
     Args:
         method: name of the method.
-        differs: the fields in which it differs from the method's usual configuration; empty for that itself.
+        differs: the fields in which it differs from what is usual, see :func:`compare`; empty for that itself.
         runs: one for each seed, in rising order.
     """
 
@@ -85,7 +99,10 @@ class Variant:
     @property
     def label(self) -> str:
         """The method's name, and in what it differs from its usual configuration."""
-        fields = ", ".join(f"{name.removeprefix('model.')} {value}" for name, value in self.differs.items())
+        # other CNNs have other arguments, which go without saying
+        hidden = "cnn.model_args" if "cnn.name" in self.differs else "(none)"
+        shown = {name: value for name, value in self.differs.items() if not name.startswith(hidden)}
+        fields = ", ".join(f"{name.removeprefix('model.')} {value}" for name, value in shown.items())
         return f"{self.method} ({fields})" if fields else self.method
 
     @property
@@ -129,7 +146,7 @@ class Comparison:
             for variant in self.variants
             if variant.method == method and set(variant.differs) <= {name}
         }
-        return dict(sorted(found.items())) if len(found) > 1 else {}
+        return dict(sorted(found.items(), key=lambda item: _by_size(item[0]))) if len(found) > 1 else {}
 
 
 def read_runs(paths: Iterable[Path]) -> list[Run]:
@@ -139,7 +156,8 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
         paths: run folders, folders that hold such folders or summaries at any depth, or summaries (JSON).
 
     Returns:
-        The runs, each once, in the order of their files.
+        The runs, each once, in the order of their files. Summaries of older versions, without the configuration, are
+        left out of folders, with a warning in the log.
 
     Raises:
         FileNotFoundError: if a path does not exist, or no finished run is in it.
@@ -147,26 +165,28 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
     """
     runs: dict[Path, Run] = {}
     for path in paths:
-        if path.is_dir():
-            found = {file: read for file in sorted(path.rglob("*.json")) if (read := _read(file)) is not None}
-            if not found:
-                raise FileNotFoundError(f"{path}: no finished run in it, which would have a summary.json")
-        elif (read := _read(path)) is not None:
-            found = {path: read}
-        else:
+        files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
+        found = {file: read for file in files if (read := _read(file)) is not None}
+        old = [file for file, run in found.items() if "config" not in run.summary]
+        if not path.is_dir() and not found:
             raise ValueError(f"{path} is not the summary.json of a finished run")
+        if old and not path.is_dir():
+            raise ValueError(f"{path} does not hold the configuration of its run; it was made by an older version")
+        for file in old:
+            log.warning("%s is left out: it does not hold the configuration of its run", file)
+            del found[file]
+        if not found:
+            raise FileNotFoundError(f"{path}: no finished run in it, which would have a summary.json")
         runs |= {file.resolve(): run for file, run in found.items()}
-    if old := [run.path for run in runs.values() if "config" not in run.summary]:
-        raise ValueError(f"{old[0]} does not hold the configuration of its run; it was made by an older version")
     return list(runs.values())
 
 
 def compare(runs: Sequence[Run]) -> list[Comparison]:
     """Group runs into what may be compared, methods with their configurations, and seeds.
 
-    A method's usual configuration has in each field the value that most of its configurations have. Where no run
-    has all of these values, or two values are equally frequent, it has none, and every variant bears all fields in
-    which the variants differ.
+    Usual is, in each field, the value that most configurations have, each counted once however many seeds it was
+    repeated with: of a method's own fields among the configurations of that method, of the others (`PROTOCOL`) among
+    those of all methods. Where two values are equally frequent none is usual, and every variant bears its own.
 
     Args:
         runs: finished runs.
@@ -177,13 +197,18 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
     Raises:
         ValueError: if two runs have the same configuration and seed but other numbers.
     """
-    comparisons: dict[tuple[str, str, str], Comparison] = {}
+    comparisons = []
     for conditions in dict.fromkeys(run.conditions for run in runs):
-        comparison = comparisons[conditions] = Comparison(*conditions)
-        together = [run for run in runs if run.conditions == conditions]
-        for method in dict.fromkeys(run.method for run in together):
-            comparison.variants.extend(_variants(method, [run for run in together if run.method == method]))
-    return list(comparisons.values())
+        groups = _repeated([run for run in runs if run.conditions == conditions])
+        shared = _usual([group[0].fields for group in groups], lambda name: name.startswith(PROTOCOL))
+        comparison = Comparison(*conditions)
+        for method in dict.fromkeys(group[0].method for group in groups):
+            own = [group for group in groups if group[0].method == method]
+            usual = shared | _usual([group[0].fields for group in own], lambda name: not name.startswith(PROTOCOL))
+            variants = [Variant(method, _differs(group[0].fields, usual), group) for group in own]
+            comparison.variants.extend(sorted(variants, key=_order))
+        comparisons.append(comparison)
+    return comparisons
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -195,35 +220,43 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return fields
 
 
-def _variants(method: str, runs: Sequence[Run]) -> list[Variant]:
-    by_fields: dict[str, dict[int, Run]] = {}
+def _repeated(runs: Sequence[Run]) -> list[tuple[Run, ...]]:
+    """Runs of one method and configuration together, by seed."""
+    groups: dict[tuple[str, str], dict[int, Run]] = {}
     for run in runs:
-        seeds = by_fields.setdefault(_key(run.fields), {})
+        seeds = groups.setdefault((run.method, _key(run.fields)), {})
         if (other := seeds.get(run.seed)) and other.summary["accuracy"] != run.summary["accuracy"]:
             raise ValueError(
                 f"{other.path} and {run.path} have the same configuration and seed {run.seed} but other numbers; "
                 "name one of them"
             )
         seeds[run.seed] = run
-    fields = [next(iter(seeds.values())).fields for seeds in by_fields.values()]
-    names = list(dict.fromkeys(name for one in fields for name in one))
-    differing = [name for name in names if len({_key(one.get(name)) for one in fields}) > 1]
-    usual = {name: _most_frequent([_key(one.get(name)) for one in fields]) for name in differing}
-    has_usual = any(all(_key(one.get(name)) == usual[name] for name in differing) for one in fields)
-    variants = [
-        Variant(
-            method,
-            {name: one.get(name) for name in differing if not has_usual or _key(one.get(name)) != usual[name]},
-            tuple(run for _, run in sorted(seeds.items())),
-        )
-        for one, seeds in zip(fields, by_fields.values(), strict=True)
-    ]
-    return sorted(variants, key=_order)
+    return [tuple(run for _, run in sorted(seeds.items())) for seeds in groups.values()]
 
 
-def _order(variant: Variant) -> list[tuple[str, float, str]]:
-    """The usual configuration first, then by what differs, numbers by their size."""
-    return [(name, v if isinstance(v, int | float) else 0.0, str(v)) for name, v in variant.differs.items()]
+def _usual(configurations: Sequence[Mapping[str, Any]], concerned: Callable[[str], bool]) -> dict[str, str | None]:
+    """The key of the most frequent value of each field that varies; None where there is none."""
+    names = dict.fromkeys(name for fields in configurations for name in fields if concerned(name))
+    found = {}
+    for name in names:
+        values = [_key(fields.get(name)) for fields in configurations]
+        if len(set(values)) > 1:
+            found[name] = _most_frequent(values)
+    return found
+
+
+def _differs(fields: Mapping[str, Any], usual: Mapping[str, str | None]) -> dict[str, Any]:
+    return {name: fields.get(name) for name, value in usual.items() if _key(fields.get(name)) != value}
+
+
+def _order(variant: Variant) -> list[tuple[str, tuple[float, str]]]:
+    """The usual configuration first, then by what differs."""
+    return [(name, _by_size(value)) for name, value in variant.differs.items()]
+
+
+def _by_size(value: Any) -> tuple[float, str]:
+    """Numbers by their size, anything else by its text."""
+    return (float(value) if isinstance(value, int | float) else 0.0, str(value))
 
 
 def _most_frequent(values: Sequence[str]) -> str | None:
@@ -239,7 +272,6 @@ def _read(path: Path) -> Run | None:
     """The run whose summary a file is; None for any other file."""
     try:
         content = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError):
+    except (ValueError, IsADirectoryError):
         return None
-    needed = {"method", "setting", "seed", "accuracy", "bytes_up", "bytes_down", "seconds"}
-    return Run(path, content) if isinstance(content, dict) and needed <= set(content) else None
+    return Run(path, content) if isinstance(content, dict) and set(content) >= NEEDED else None

@@ -76,6 +76,8 @@ def read_sweep(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a sweep in W&B's format: {'; '.join(violations)}")
     if sweep["method"] != "grid":
         raise ValueError(f"{path}: method is '{sweep['method']}'; without W&B's server only 'grid' can be drawn")
+    if "early_terminate" in sweep:
+        raise ValueError(f"{path} has early_terminate, which needs W&B's server; here every run goes on to its end")
     command = sweep.get("command") or []
     if command[:2] != ["fedlscl", "fit"] or ARGS not in command:
         raise ValueError(f"{path}: command is {command}, must begin with fedlscl, fit and hold {ARGS}")
@@ -192,6 +194,9 @@ def run_all(runs: Sequence[PlannedRun], jobs: int, console: Console) -> list[Pla
                 for process in [process for process in running if process.poll() is not None]:
                     run = running.pop(process)
                     progress.advance(bar)
+                    if process.returncode < 0:  # its own last line would not tell why, as when memory ran out
+                        with (run.run_dir / LOG).open("a") as log:
+                            log.write(f"\nended by signal {-process.returncode}\n")
                     if process.returncode == 0:
                         end = "finished"
                     else:

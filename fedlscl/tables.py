@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -81,8 +82,8 @@ def tables(comparison: Comparison, masks: Sequence[str] = ("task",)) -> list[Tab
         masks: the masks to show Table 1 under; `task` is that of the paper.
 
     Returns:
-        Table 1 under each mask, an overview under all masks, Table 2 if there is an ablation, the costs, and a table
-        for each field of the sensitivity studies that was varied.
+        Table 1 under each mask, an overview under all masks, Table 2 if there is an ablation, the costs, a table for
+        each field of the sensitivity studies that was varied, and one of all other variants.
 
     Raises:
         ValueError: if a mask is unknown.
@@ -90,16 +91,20 @@ def tables(comparison: Comparison, masks: Sequence[str] = ("task",)) -> list[Tab
     if unknown := [mask for mask in masks if mask not in MASKS]:
         raise ValueError(f"mask is '{unknown[0]}', must be one of {', '.join(MASKS)}")
     found = [table1(comparison, mask) for mask in masks]
-    found.append(overview(comparison))
+    found.append(overview("overview", "Every method under all masks", comparison.usual))
     if {variant.method for variant in comparison.usual} & (set(COMPONENTS) - {"fed_lscl"}):
         found.append(table2(comparison))
     found.append(costs(comparison))
+    shown = [id(variant) for variant in comparison.usual]
     for name, field, what in (
         ("blocks", "model.block", "block of the ViT that is adapted (Fig. 3)"),
         ("buffers", "model.buffer_size", "images kept of each class (Fig. 5)"),
     ):
         if varying := comparison.varying(field):
             found.append(_sensitivity(name, what, varying))
+            shown += map(id, varying.values())
+    if others := [variant for variant in comparison.variants if id(variant) not in shown]:
+        found.append(overview("variants", "What was varied besides, under all masks", others))
     return found
 
 
@@ -112,14 +117,15 @@ def table1(comparison: Comparison, mask: str = "task") -> Table:
 
     Returns:
         A row for each method of the paper, missing or not, then for the others, and the bounds last. In the paper's
-        settings the paper's numbers follow in columns of their own.
+        settings and under its mask the paper's numbers follow in columns of their own.
     """
-    reported = paper.TABLE1.get(comparison.setting, {}) if _tasks(comparison) == paper.TASKS else {}
+    its_own = mask == "task" and _tasks(comparison) == paper.TASKS
+    reported = paper.TABLE1.get(comparison.setting, {}) if its_own else {}
     variants = _ordered([variant for variant in comparison.usual if variant.method not in _ABLATIONS], COMPARED)
     tasks = _tasks(comparison)
 
-    def on_task(n: int) -> Callable[[Run], float]:
-        return lambda run: float(run.summary["accuracy"][mask]["table1"][n])
+    def on_task(n: int) -> Callable[[Run], float | None]:
+        return lambda run: next(iter(run.summary["accuracy"][mask]["table1"][n:]), None)
 
     def average(run: Run) -> float:
         return float(statistics.mean(run.summary["accuracy"][mask]["table1"]))
@@ -129,7 +135,7 @@ def table1(comparison: Comparison, mask: str = "task") -> Table:
     for place, (name, variant) in enumerate(variants):
         cells = [Cell(name), Cell(_seeds(variant)), *(column[place] for column in columns)]
         if reported:
-            cells += [Cell(f"{x:.1f}") for x in reported.get(name, ())] or [Cell(MISSING)] * tasks
+            cells += [Cell(f"{x:.1f}") for x in reported.get(_method(name, variant), ())] or [Cell(MISSING)] * tasks
         rows.append(tuple(cells))
     header = ("method", "seeds", *(f"task {n + 1}" for n in range(tasks)), "mean")
     if reported:
@@ -153,14 +159,14 @@ def table2(comparison: Comparison) -> Table:
         A row for each combination of components that the method offers; the paper's numbers in its settings.
     """
     reported = paper.TABLE2.get(comparison.setting, {}) if _tasks(comparison) == paper.TASKS else {}
-    by_method = {variant.method: variant for variant in comparison.usual if not variant.differs}
-    variants = [(name, by_method.get(name)) for name in COMPONENTS]
+    variants = _ordered([variant for variant in comparison.usual if variant.method in COMPONENTS], tuple(COMPONENTS))
     columns = [_accuracies(variants, _final(mask), mask) for mask in MASKS]
     rows = []
     for place, (name, variant) in enumerate(variants):
-        parts = ["✓" if there else "×" for there in COMPONENTS[name]]
+        method = _method(name, variant)
+        parts = ["✓" if there else "×" for there in COMPONENTS[method]]
         cells = [name, *parts, _seeds(variant)]
-        paper_cell = [f"{reported[name]:.1f}" if name in reported else MISSING] if reported else []
+        paper_cell = [f"{reported[method]:.1f}" if method in reported else MISSING] if reported else []
         rows.append((*map(Cell, cells), *(column[place] for column in columns), *map(Cell, paper_cell)))
     return Table(
         "table2",
@@ -173,19 +179,21 @@ def table2(comparison: Comparison) -> Table:
     )
 
 
-def overview(comparison: Comparison) -> Table:
-    """Each variant's main metrics under all masks.
+def overview(name: str, title: str, shown: Sequence[Variant]) -> Table:
+    """The main metrics under all masks.
 
     Args:
-        comparison: runs that may stand side by side.
+        name: the table's name.
+        title: its title.
+        shown: the variants to show.
 
     Returns:
-        A row for each method in its usual configuration.
+        A row for each variant.
     """
-    variants = _ordered(comparison.usual, ())
+    variants = _ordered(shown, ())
 
-    def metric(mask: str, name: str) -> Callable[[Run], float | None]:
-        return lambda run: run.summary["accuracy"][mask][name]
+    def metric(mask: str, key: str) -> Callable[[Run], float | None]:
+        return lambda run: run.summary["accuracy"][mask][key]
 
     columns = [
         _accuracies(variants, lambda run: statistics.mean(run.summary["accuracy"]["task"]["table1"]), "task"),
@@ -194,15 +202,15 @@ def overview(comparison: Comparison) -> Table:
         _accuracies(variants, metric("seen", "forgetting"), "seen", least=True),
     ]
     return Table(
-        "overview",
-        "Every method under all masks",
+        name,
+        title,
         '"new" is the accuracy on each task right after it was learned, averaged over the tasks; "final" that of the '
         'last model over all tasks, "average" the average incremental accuracy, "forgetting" in points. In %, '
         f"± deviation over seeds. {MARKS} {STAR}",
         ("method", "seeds", "new, task", *(f"final, {m}" for m in MASKS), "average, seen", "forgetting, seen"),
         tuple(
-            (Cell(name), Cell(_seeds(variant)), *(column[place] for column in columns))
-            for place, (name, variant) in enumerate(variants)
+            (Cell(label), Cell(_seeds(variant)), *(column[place] for column in columns))
+            for place, (label, variant) in enumerate(variants)
         ),
     )
 
@@ -300,6 +308,11 @@ def _ordered(variants: Sequence[Variant], required: Sequence[str]) -> list[Named
     return named
 
 
+def _method(name: str, variant: Variant | None) -> str:
+    """The method of a row."""
+    return variant.method if variant else name
+
+
 def _tasks(comparison: Comparison) -> int:
     return max(len(run.over_tasks("task")) for variant in comparison.variants for run in variant.runs)
 
@@ -314,7 +327,7 @@ def _accuracies(
     """A column: mean and deviation of a value over each variant's seeds, the two best marked, a star where due."""
     cells, means = [], []
     for _, variant in variants:
-        known = [x for x in map(value, variant.runs if variant else ()) if x is not None]
+        known = [x for x in map(value, variant.runs if variant else ()) if x is not None and not math.isnan(x)]
         mean = statistics.mean(known) if known else None
         text = MISSING if mean is None else f"{mean:.1f}"
         if len(known) > 1:
@@ -325,9 +338,10 @@ def _accuracies(
         means.append(mean if variant and variant.method not in BOUNDS else None)
     # what reads the same is equally good
     ranking = sorted({round(mean, 1) for mean in means if mean is not None}, reverse=not least)[:2]
+    competing = sum(mean is not None for mean in means)
     marks: list[Mark] = ["best", "second"]
     for place, mean in enumerate(means):
-        if mean is not None and len(variants) > 1 and round(mean, 1) in ranking:
+        if mean is not None and competing > 1 and round(mean, 1) in ranking:
             cells[place] = replace(cells[place], mark=marks[ranking.index(round(mean, 1))])
     return cells
 
@@ -354,7 +368,10 @@ def _range(compute: Mapping[str, Mapping[str, float]] | None, name: str, unit: f
 def to_markdown(table: Table) -> str:
     """The table as Markdown, with its title and its note."""
     marks = {"best": "**{}**", "second": "_{}_", "": "{}"}
-    rows = [[marks[cell.mark].format(cell.text.replace("*", "\\*")) for cell in row] for row in table.rows]
+    rows = [
+        [marks[cell.mark].format(cell.text.replace("*", "\\*").replace("|", "\\|")) for cell in row]
+        for row in table.rows
+    ]
     body = tabulate(rows, table.header, tablefmt="github", disable_numparse=True)
     return f"**{table.title}**\n\n{body}\n\n{table.note}\n"
 

@@ -45,6 +45,15 @@ def test_two_backbones_of_one_setting_get_files_of_their_own(runs: Path) -> None
     }
 
 
+def test_a_numbered_name_takes_no_settings_own(runs: Path) -> None:
+    write_run(runs / "e", setting="digits_2")
+    write_run(runs / "f", backbone="another ViT")
+    main(["tables", str(runs), "--out", "out"])
+    assert {path.name for path in Path("out").glob("digits*-overview.md")} == {
+        *("digits-overview.md", "digits_2-overview.md", "digits_3-overview.md")
+    }
+
+
 def test_figures_are_written_below_their_setting(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["plot", str(runs), "--out", "out"])
     written = {str(path) for path in Path("out").rglob("*.*")}

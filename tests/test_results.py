@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from made_runs import make_run, make_summary, write_run
 
-from fedlscl.results import compare, flat, read_runs
+from fedlscl.results import Run, compare, flat, read_runs
 
 SEEDS = (42, 1999, 2024)
 
@@ -20,6 +20,7 @@ def test_runs_are_found_at_any_depth_and_each_only_once(tmp_path: Path) -> None:
     (tmp_path / "a" / "three-seed3.json").write_text(json.dumps(make_summary(seed=3)))
     (tmp_path / "a" / "broken.json").write_text("{")
     (tmp_path / "a" / "list.json").write_text("[1]")
+    (tmp_path / "a" / "folder.json").mkdir()
     runs = read_runs([tmp_path / "a", first, first / "summary.json"])
     assert sorted(run.seed for run in runs) == [1, 2, 3]
 
@@ -32,11 +33,19 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     with pytest.raises(ValueError, match=r"split\.json is not the summary"):
         read_runs([folder / "split.json"])
-    old = make_summary()
+
+
+def test_a_summary_without_its_configuration_is_left_out_of_folders_and_refused_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_run(tmp_path / "runs" / "new")
+    old = make_summary(seed=1)
     del old["config"]
-    (folder / "summary.json").write_text(json.dumps(old))
+    (tmp_path / "runs" / "old.json").write_text(json.dumps(old))
+    assert [run.seed for run in read_runs([tmp_path / "runs"])] == [42]
+    assert "old.json is left out" in caplog.text
     with pytest.raises(ValueError, match="does not hold the configuration"):
-        read_runs([folder])
+        read_runs([tmp_path / "runs" / "old.json"])
 
 
 def test_runs_of_other_conditions_are_not_compared() -> None:
@@ -75,6 +84,35 @@ def test_without_a_usual_configuration_all_variants_are_shown() -> None:
     (comparison,) = compare([make_run(config={"model.block": block}) for block in (11, 0, 2)])
     assert [variant.label for variant in comparison.usual] == [f"fed_lscl (block {block})" for block in (0, 2, 11)]
     assert list(comparison.varying("model.block")) == [0, 2, 11]
+
+
+def test_what_is_no_methods_own_is_usual_for_all_together() -> None:
+    """A method that ran under another protocol says so, whatever it has most runs of."""
+    runs = [make_run(name) for name in ("fed_lscl", "lorm", "glfc")]
+    runs += [make_run("fedavg", seed=seed, config={"federation.rounds": 50}) for seed in SEEDS]
+    # a study with fewer rounds has more configurations than the real thing, and still is not the usual one
+    runs += [make_run(config={"federation.rounds": 1, "model.block": block}) for block in (3, 0, 11)]
+    runs += [make_run(name) for name in ("fedprox", "ewc")]
+    (comparison,) = compare(runs)
+    assert [variant.label for variant in comparison.usual] == [
+        *("fed_lscl", "lorm", "glfc", "fedavg (federation.rounds 50)", "fedprox", "ewc")
+    ]
+
+
+def test_data_of_another_folder_are_other_data_wherever_it_lies() -> None:
+    def run(root: str, seed: int) -> Run:
+        return make_run(seed=seed, config={"data.source": {"class_path": "X", "init_args": {"root": root}}})
+
+    (comparison,) = compare([run("/a/birds", 1), run("data/birds", 2), run("/a/cats", 1)])
+    assert [len(variant.runs) for variant in comparison.variants] == [2, 1]
+    assert [variant.differs for variant in comparison.variants] == [
+        *({"data.source.root": "birds"}, {"data.source.root": "cats"})
+    ]
+
+
+def test_a_field_that_some_lack_can_still_be_sorted() -> None:
+    (comparison,) = compare([make_run(config={"model.block": block}) for block in (5, None, 3)])
+    assert list(comparison.varying("model.block")) == [None, 3, 5]
 
 
 def test_a_seed_more_does_not_make_a_configuration_usual() -> None:

@@ -93,6 +93,11 @@ def test_impossible_settings_are_named(make: Make) -> None:
         make(client=counting, server=RowAverage(["2.weight", "0.weight"]))
 
 
+def test_images_that_are_replayed_would_not_be_counted() -> None:
+    with pytest.raises(ValueError, match=r"model\.continual must be fedlscl\.continual\.NoReplay"):
+        make_client(CountingFrozenViTClient, share="head")
+
+
 def test_a_count_below_zero_has_no_weight() -> None:
     models: list[dict[str, Tensor]] = [
         {"bias": torch.tensor([1.0, 1.0]), COUNTS: torch.tensor([2, -5])},

@@ -163,6 +163,7 @@ def test_wandbs_agent_gives_the_same_command_lines(
     [
         ({"metod": "grid"}, "not a sweep in W&B's format.*metod"),
         ({"method": "bayes", "metric": {"name": "x", "goal": "maximize"}}, "method is 'bayes'.*only 'grid'"),
+        ({"early_terminate": {"type": "hyperband", "min_iter": 3}}, "early_terminate, which needs W&B's server"),
         ({"command": ["fedlscl", "fit"]}, r"command is .*must begin with fedlscl, fit and hold \${args}"),
         ({"command": ["python", "x.py", "${args}"]}, "command is .*must begin with fedlscl, fit"),
         ({"command": None}, r"command is \[\]"),
@@ -234,6 +235,13 @@ def test_a_run_that_fails_stops_no_other_and_its_last_words_are_kept(tmp_path: P
     shown = console.export_text()
     assert "bad  failed: no disk" in shown
     assert "good  finished" in shown
+
+
+def test_a_run_that_was_killed_says_so(tmp_path: Path) -> None:
+    """As when memory runs out: what it wrote last is no reason."""
+    run = run_of(tmp_path / "run", "import os; print('all is well', flush=True); os.kill(os.getpid(), 9)")
+    assert run_all([run], 1, Console(quiet=True)) == [run]
+    assert run.last_words == "ended by signal 9"
 
 
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
@@ -351,3 +359,9 @@ def test_mistakes_are_named_before_anything_runs(
         main(["sweep", str(tiny), *words])
     assert complaint.replace("\\", "") in str(end.value) + capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+def test_a_setting_that_the_file_does_not_ask_for_is_an_error(tiny: Path) -> None:
+    fixed = sweep_file(tiny.parent, command=["fedlscl", "fit", "--config=experiments/tiny.yaml", "${args}"])
+    with pytest.raises(SystemExit, match=r"setting has no effect: the command in .* does not use FEDLSCL_SETTING"):
+        main(["sweep", str(fixed), "--setting", "tiny", "--dry_run", "true"])

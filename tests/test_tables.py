@@ -35,6 +35,10 @@ def comparison(*runs: Run) -> Comparison:
     return only
 
 
+def overview_of(of: Comparison) -> Table:
+    return overview("overview", "", of.usual)
+
+
 def rows(table: Table) -> dict[str, list[Cell]]:
     return {row[0].text: list(row[1:]) for row in table.rows}
 
@@ -80,7 +84,7 @@ def test_low_forgetting_is_the_best() -> None:
         acc[:, 1, 0] = last
         return make_run(method, accuracy={mask: summarise(acc) for mask in ("task", "seen", "none")})
 
-    found = rows(overview(comparison(run("fedavg", 40.0), run("glfc", 20.0), run("lorm", 45.0))))
+    found = rows(overview_of(comparison(run("fedavg", 40.0), run("glfc", 20.0), run("lorm", 45.0))))
     # clients had 50 and 51 on task 1: 50.5 - 40 = 10.5
     assert [found[name][-1] for name in ("fedavg", "glfc", "lorm")] == [
         *(Cell("10.5", "second"), Cell("30.5"), Cell("5.5", "best"))
@@ -91,7 +95,7 @@ def test_a_star_where_the_task_chose_the_parameters() -> None:
     runs = (make_run("fedmgp", task_aware=["task"]), make_run())
     assert texts(rows(table1(comparison(*runs)))["fedmgp"])[1:] == ["50.5*", "61.5*", "56.0*"]
     assert texts(rows(table1(comparison(*runs), "seen"))["fedmgp"])[1:] == ["40.5", "51.5", "46.0"]
-    assert texts(rows(overview(comparison(*runs)))["fedmgp"])[1:5] == ["56.0*", "61.0*", "51.0", "41.0"]
+    assert texts(rows(overview_of(comparison(*runs)))["fedmgp"])[1:5] == ["56.0*", "61.0*", "51.0", "41.0"]
 
 
 def in_its_setting(method: str = "fed_lscl", setting: str = "cifar100", **options: Any) -> Run:
@@ -124,6 +128,31 @@ def test_table_2_by_hand() -> None:
     assert texts(found["fed_lscl_without_replay"]) == ["✓", "×", "✓", "0", *[MISSING] * 3]
 
 
+def test_without_a_usual_configuration_each_variant_has_its_row_and_the_papers_numbers() -> None:
+    """Two configurations are equally frequent, as in a sweep of two learning rates."""
+    runs = [in_its_setting(), in_its_setting(config={"model.epochs": 5}), in_its_setting("small_fedavg")]
+    runs += [in_its_setting("small_fedavg", config={"model.epochs": 9})]
+    labels = ["fed_lscl (epochs 1)", "fed_lscl (epochs 5)"]
+    found = rows(table1(comparison(*runs)))
+    assert [texts(found[label])[-1] for label in labels] == ["96.9", "96.9"]
+    ablation = rows(table2(comparison(*runs)))
+    assert [texts(ablation[label])[:5] for label in labels] == [["✓", "✓", "✓", "1", "62.5"]] * 2
+    assert texts(ablation["small_fedavg (epochs 9)"])[-1] == "29.9"
+    assert "fed_lscl" not in ablation
+
+
+def test_a_task_that_a_method_does_not_have_or_that_nobody_measured_is_missing() -> None:
+    three = dict.fromkeys(MASKS, summarise(accuracy(20.0, tasks=3)))
+    unmeasured = accuracy(10.0)
+    unmeasured[:, 1, 1] = float("nan")
+    nothing = dict.fromkeys(MASKS, summarise(unmeasured))
+    runs = [make_run("ewc", accuracy=nothing), make_run(), make_run("fedavg", accuracy=three)]
+    found = rows(table1(comparison(*runs)))
+    assert texts(found["fed_lscl"]) == ["1", "50.5", "61.5", MISSING, "56.0"]
+    assert texts(found["ewc"]) == ["1", "10.5", MISSING, MISSING, MISSING]
+    assert [found[name][2].mark for name in ("fed_lscl", "fedavg", "ewc")] == ["best", "second", ""]
+
+
 def test_costs_by_hand() -> None:
     two = {"a": {"trained_parameters": 10**6, "flops_frozen": 2 * 10**9, "flops": 10**9}}
     two["b"] = {**two["a"], "trained_parameters": 12 * 10**6}
@@ -146,6 +175,25 @@ def test_sensitivity_by_hand() -> None:
     assert texts(found["3"]) == ["1", "43.5", "54.0", "64.0"]
 
 
+def test_what_was_varied_besides_has_a_table_of_its_own() -> None:
+    cnns = {"cnn.name": ["resnet18", "vgg16"], "cnn.model_args": {"vgg16": {}}}
+    runs = [make_run(), make_run("fedavg"), make_run(config=cnns, value=20.0), make_run(config={"model.epochs": 5})]
+    runs += [make_run(config={"model.block": block}) for block in (0, 1)]
+    by_name = {table.name: table for table in tables(comparison(*runs))}
+    found = rows(by_name["variants"])
+    assert list(found) == ["fed_lscl (cnn.name ['resnet18', 'vgg16'])", "fed_lscl (epochs 5)"]
+    assert texts(found["fed_lscl (cnn.name ['resnet18', 'vgg16'])"])[1] == "26.0"
+    assert list(rows(by_name["overview"])) == ["fed_lscl", "fedavg"]
+
+
+def test_one_alone_is_not_the_best() -> None:
+    assert {cell.mark for row in table1(comparison(make_run())).rows for cell in row} == {""}
+
+
+def test_the_papers_numbers_stand_under_its_own_mask_alone() -> None:
+    assert "paper" not in " ".join(table1(comparison(in_its_setting()), "seen").header)
+
+
 def test_an_unknown_mask_is_named() -> None:
     with pytest.raises(ValueError, match="mask is 'all', must be one of task, seen, none"):
         tables(comparison(make_run()), ["all"])
@@ -166,6 +214,11 @@ def test_markdown() -> None:
     assert [cell.strip() for cell in lines[4].split("|")[1:3]] == ["a_b", r"**9.0 ± 1.0\***"]
     assert [cell.strip() for cell in lines[5].split("|")[1:3]] == ["5 % of {c}, d & e", "_8.0_"]
     assert lines[-1] == "A note."
+
+
+def test_a_bar_in_a_name_ends_no_cell() -> None:
+    table = Table("t", "t", "n", ("x",), ((Cell("a|b"),),))
+    assert "| a\\|b" in to_markdown(table)
 
 
 def test_latex_is_escaped() -> None:

@@ -17,12 +17,13 @@ An option of the shared protocol, not a published method. Logged: collaborate/cr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from fedlscl.continual import Continual, NoReplay
 from fedlscl.messages import Schema, TensorSpec, Upload
 from fedlscl.methods.frozen_vit import FrozenViTClient
 from fedlscl.schedule import Round
@@ -33,6 +34,11 @@ COUNTS = "class_counts"
 
 class CountingFrozenViTClient(FrozenViTClient):
     """`FrozenViTClient`, which also says how many images of each class it trained on; for the settings see there."""
+
+    def __init__(self, continual: Continual, **kwargs: Any) -> None:
+        super().__init__(continual=continual, **kwargs)
+        if not isinstance(continual, NoReplay):
+            raise ValueError("model.continual must be fedlscl.continual.NoReplay: only current images are counted")
 
     def outgoing(self) -> dict[str, Tensor]:
         """What is shared, and the images of each class (K,)."""
