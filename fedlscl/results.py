@@ -67,7 +67,7 @@ class Run:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Every field of its configuration that has an effect, by dotted name; of the data's path only the last part."""
+        """Every field of its configuration that has an effect, by dotted name; of the path of data the last part."""
         fields = {name: value for name, value in flat(self.summary["config"]).items() if name not in WITHOUT_EFFECT}
         if isinstance(root := fields.get("data.source.root"), str):
             fields["data.source.root"] = Path(root).name
