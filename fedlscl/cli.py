@@ -209,12 +209,12 @@ def main(args: list[str] | None = None) -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     # Lightning 2.6 asks torch for a name that newer releases of torch deprecate; no user can do anything about it
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-    if words[:1] == ["fit"]:
+    if words[:1] in (["fit"], ["sweep"]):
         # Lightning's own handler only notes the signal, so that a run would go on for up to a round
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if words[:1] == ["fit"]:
         FederatedCLI(args)
     elif words[:1] == ["sweep"]:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # its runs are ended, too
         _sweep(words[1:])
     elif words and words[0] in COMMANDS:
         with _in_a_line():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
+from fedlscl.checkpoint import write_atomically
 from fedlscl.evaluation import MASKS, measured_mean
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; the line styles survive a grey print.
@@ -144,6 +145,6 @@ def heat_map(axes: Axes, values: npt.NDArray[np.float64], rows: list[str], colum
 def _save(figure: Figure, path: Path) -> None:
     """Write `figure` as PNG under a temporary name first, so that no reader meets half a picture."""
     FigureCanvasAgg(figure)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png")
-    os.replace(partial, path)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    write_atomically(path, png.getvalue())

@@ -27,7 +27,6 @@ NEEDED = {
 
 WITHOUT_EFFECT = (
     "seed_everything",
-    "data.seed",
     "threads",
     "data.cache_dir",
     "backbone.weights",
@@ -100,8 +99,12 @@ class Variant:
     def label(self) -> str:
         """The method's name, and in what it differs from its usual configuration."""
         # other CNNs have other arguments, which go without saying
-        hidden = "cnn.model_args" if "cnn.name" in self.differs else "(none)"
-        shown = {name: value for name, value in self.differs.items() if not name.startswith(hidden)}
+        other_cnns = "cnn.name" in self.differs
+        shown = {
+            name: value
+            for name, value in self.differs.items()
+            if not (other_cnns and name.startswith("cnn.model_args"))
+        }
         fields = ", ".join(f"{name.removeprefix('model.')} {value}" for name, value in shown.items())
         return f"{self.method} ({fields})" if fields else self.method
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,8 @@ def test_a_png_appears_under_its_name_only_once_whole(tmp_path: Path, monkeypatc
         assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1)
     before = path.read_bytes()
 
-    def broken(figure: Figure, target: Path, **options: Any) -> None:
-        target.write_bytes(b"half")
+    def broken(figure: Figure, target: io.BytesIO, **options: Any) -> None:
+        target.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(Figure, "savefig", broken)
