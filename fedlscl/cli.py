@@ -34,12 +34,12 @@ from fedlscl.data import FederatedDataModule
 from fedlscl.experiment import Experiment, ImpossibleRun, Tracking
 from fedlscl.schedule import Schedule
 from fedlscl.server import Server
-from fedlscl.sweep import LOG, plan, read_sweep, run_all
+from fedlscl.sweep import LOG, narrowed, plan, read_sweep, run_all
 from fedlscl.trainer import RoundTrainer
 
 OVERVIEW = """\
 usage: fedlscl fit --config SETTING [--config METHOD] [--run_dir DIR] [--any.field VALUE]
-       fedlscl sweep FILE --setting NAME [--jobs N] [-- --any.field VALUE]
+       fedlscl sweep FILE --setting NAME [--jobs N] [--only PARAMETER=VALUE ...] [-- --any.field VALUE]
        fedlscl tables|plot|report RUNS [RUNS ...] [--out PATH]
        fedlscl predict RUN_DIR IMAGE [IMAGE ...] [--client N]
 
@@ -230,6 +230,14 @@ def _sweep(words: list[str]) -> None:
     parser.add_argument("file", type=str, help="the sweep file")
     parser.add_argument("--setting", type=str | None, help=f"experiments/<setting>.yaml; else ${SETTING_VARIABLE}")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time; each gets its share of the cores")
+    parser.add_argument(
+        "--only",
+        type=str,
+        nargs="+",
+        default=[],
+        metavar="PARAMETER=VALUE",
+        help="draw only these values of a parameter",
+    )
     parser.add_argument("--dry_run", type=bool, default=False, help="only show the command lines and their run folders")
     at = words.index("--") if "--" in words else len(words)
     options, further = parser.parse_args(words[:at]), words[at + 1 :]
@@ -239,7 +247,7 @@ def _sweep(words: list[str]) -> None:
         os.environ[SETTING_VARIABLE] = options.setting
     console = Console()
     with _in_a_line():
-        sweep = read_sweep(Path(options.file))
+        sweep = narrowed(read_sweep(Path(options.file)), options.only)
         if any(SETTING_VARIABLE in str(word) for word in sweep["command"]):
             _check_setting(os.environ.get(SETTING_VARIABLE))
         elif options.setting is not None:

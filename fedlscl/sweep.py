@@ -84,11 +84,41 @@ def read_sweep(path: Path) -> dict[str, Any]:
     return sweep
 
 
+def narrowed(sweep: Mapping[str, Any], only: Sequence[str]) -> dict[str, Any]:
+    """A part of a sweep.
+
+    Args:
+        sweep: what :func:`read_sweep` returns.
+        only: `parameter=value`, the value as in the file; of a parameter named here only the values named are drawn.
+
+    Returns:
+        The sweep with these values alone.
+
+    Raises:
+        ValueError: if the sweep has no such parameter or no such value of it.
+    """
+    chosen: dict[str, list[Any]] = {}
+    for text in only:
+        name, _, value = text.partition("=")
+        if name not in sweep["parameters"]:
+            raise ValueError(f"only is '{text}', must be PARAMETER=VALUE of one of {', '.join(sweep['parameters'])}")
+        entry = sweep["parameters"][name]
+        there = entry.get("values", [entry.get("value")])
+        wanted = yaml.safe_load(value)
+        if wanted not in there:
+            raise ValueError(f"only is '{text}', must name one of {', '.join(map(str, there))}")
+        chosen.setdefault(name, []).append(wanted)
+    parameters = {
+        name: {"values": chosen[name]} if name in chosen else entry for name, entry in sweep["parameters"].items()
+    }
+    return {**sweep, "parameters": parameters}
+
+
 def command_lines(sweep: Mapping[str, Any]) -> list[tuple[dict[str, Any], list[str]]]:
     """What the runs of a sweep are told, in the order of the grid.
 
     Args:
-        sweep: what :func:`read_sweep` returns.
+        sweep: what :func:`read_sweep` or :func:`narrowed` returns.
 
     Returns:
         For each run its parameters and the command line that `wandb agent` would give it in this environment.
@@ -114,7 +144,7 @@ def plan(
     """Parse every command line, and make sure that each says what the sweep means.
 
     Args:
-        sweep: what :func:`read_sweep` returns.
+        sweep: what :func:`read_sweep` or :func:`narrowed` returns.
         further: words put behind every command line.
         configuration: gives the configuration of the words behind `fedlscl`.
         run_dir: gives the run folder of a configuration.

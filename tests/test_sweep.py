@@ -21,7 +21,7 @@ from test_cli import METHOD
 
 from fedlscl import cli
 from fedlscl.cli import SETTING_VARIABLE, main
-from fedlscl.sweep import LOG, PlannedRun, command_lines, not_arrived, plan, read_sweep, run_all
+from fedlscl.sweep import LOG, PlannedRun, command_lines, narrowed, not_arrived, plan, read_sweep, run_all
 
 ROOT = Path(__file__).parent.parent
 SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
@@ -334,11 +334,26 @@ def test_a_sweep_from_the_command_line_to_its_numbers(
 
 
 def test_a_dry_run_shows_the_command_lines_and_runs_nothing(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["sweep", str(tiny), "--setting", "tiny", "--dry_run", "true", "--", "--model.rank", "1"])
+    words = ["sweep", str(tiny), "--setting", "tiny", "--dry_run", "true"]
+    main([*words, "--only", "model.block=9"])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "--model.block=9" in line
+    main([*words, "--", "--model.rank", "1"])
     lines = capsys.readouterr().out.splitlines()
     expected = "fedlscl fit --config=experiments/tiny.yaml --model.block={} --model.rank 1  # runs/tiny-fed_lscl-seed7-"
     assert [line[: len(expected) - 1] for line in lines] == [expected.format(block) for block in (1, 9)]
     assert not Path("runs").exists()
+
+
+def test_a_part_of_a_sweep(tmp_path: Path) -> None:
+    rates = {"values": [1e-3, "1e-4"]}
+    parameters = {"model.block": {"values": [1, 2, 3]}, "model.rate": rates, "seed_everything": {"value": 5}}
+    sweep = read_sweep(sweep_file(tmp_path, parameters=parameters))
+    part = narrowed(sweep, ["model.block=3", "model.rate=1e-4", "model.block=1", "seed_everything=5"])
+    drawn = [tuple(values[name] for name in parameters) for values, _ in command_lines(part)]
+    assert sorted(drawn) == [(1, "1e-4", 5), (3, "1e-4", 5)]
+    assert narrowed(sweep, []) == sweep
+    assert len(command_lines(sweep)) == 6
 
 
 @pytest.mark.parametrize(
@@ -347,6 +362,11 @@ def test_a_dry_run_shows_the_command_lines_and_runs_nothing(tiny: Path, capsys: 
         ([], "setting is '', must be the name of a file in experiments/, of which there are here: tiny"),
         (["--setting", "tine"], "setting is 'tine', must be"),
         (["--setting", "tiny", "--jobs", "0"], "jobs is 0, must be at least 1"),
+        (
+            ["--setting", "tiny", "--only", "block=1"],
+            "only is 'block=1', must be PARAMETER=VALUE of one of model.block",
+        ),
+        (["--setting", "tiny", "--only", "model.block=3"], "only is 'model.block=3', must name one of 1, 9"),
         (["--setting", "tiny", "--", "--run_dir", "x"], "run_dir must not be given to a sweep"),
         (["--setting", "tiny", "--", "--model.block", "3"], r"model\.block is 3, not 1"),
         (["--setting", "tiny", "--", "--model.blok", "3"], "fedlscl fit --config=experiments/tiny.yaml"),
