@@ -46,9 +46,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedlscl import distillation, seeds
 from fedlscl.adapters import LowRank
-from fedlscl.cli import FederatedCLI, main
+from fedlscl.cli import describe, main
 from fedlscl.client import Client
-from fedlscl.data import Dataset, FederatedDataModule, ImageSet, Source
+from fedlscl.data import Dataset, ImageSet, Source
 from fedlscl.evaluation import MASKS
 from fedlscl.experiment import Experiment
 from fedlscl.messages import Received, TensorSpec, Upload
@@ -75,14 +75,6 @@ class Noise(Source):
             return ImageSet(rng.integers(0, 256, (len(labels), 3, self.size, self.size), dtype=np.uint8), labels)
 
         return Dataset("noise", draw(self.train), draw(self.test), tuple(map(str, range(self.classes))))
-
-
-class Configured(FederatedCLI):
-    """The command line up to the point where training would begin."""
-
-    def fit(self, model: Client, datamodule: FederatedDataModule) -> None:
-        """Keep the experiment."""
-        self.described = self.experiment(model, datamodule)
 
 
 # Like experiments/cifar100_small.yaml, with noise for images, fewer classes and an untrained ViT
@@ -127,7 +119,9 @@ scale = Scale()
 
 def experiment(words: Sequence[str], run_dir: str) -> Experiment:
     """What the command line `fedlscl fit` makes of these words."""
-    return Configured(["fit", *words, *scale.words, f"--run_dir={run_dir}"]).described
+    described = describe([*words, *scale.words, f"--run_dir={run_dir}"])
+    described.load()
+    return described
 
 
 CPU = "--trainer.accelerator=cpu"  # where something is compared that runs on a CPU
@@ -139,15 +133,15 @@ class Bench:
     def __init__(self, *words: str) -> None:
         self.folder = tempfile.TemporaryDirectory()
         described = experiment([*CIFAR, *words], self.folder.name)
-        self.federation = described.federation()
-        self.client = self.federation.visit(0)
+        self.site = described.site()
+        self.client = self.site.enter(0, None)
         self.client.begin_round(Round(1, 1, True, 0))
         self.fit()
         self.number = 1
 
     def fit(self, *callbacks: Callback) -> None:
         """The fit of the round that the client has begun."""
-        trainer = self.federation.trainer(None)
+        trainer = self.site.trainer(None)
         trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
         trainer.fit(self.client)
 
@@ -161,7 +155,7 @@ class Bench:
         self.begin()
         self.fit()
         self.client.begin_evaluation(2)
-        self.federation.trainer(None).test(self.client, verbose=False)
+        self.site.trainer(None).test(self.client, verbose=False)
 
     @property
     def trained_images(self) -> int:
@@ -354,7 +348,7 @@ def in_memory(described: Experiment) -> list[Client]:
     """All clients as objects of their own, with one cache."""
     clients: list[Client] = []
     for index in range(len(described.data.split.clients)):
-        client = replace(described, run_dir=described.run_dir / str(index)).federation().visit(index)
+        client = described.site().enter(index, None)
         client.trainer = RoundTrainer("cpu")  # for its precision alone
         clients.append(client)
         client.precomputed = clients[0].precomputed
@@ -602,12 +596,12 @@ def profiled(described: Experiment) -> Row:
     rounds = federation.run(Quiet())
     next(rounds)
     federation.store.commit({"round": 1})
-    vit = federation.vit
+    vit = federation.site.vit
     places = [tensor.data_ptr() for tensor in vit.state_dict().values()]
     with mock.patch.object(vit, "_apply", wraps=vit._apply) as moves, profile(record_shapes=True) as recorded:
         next(rounds)
     events = recorded.events() or []
-    own = {tuple(tensor.shape) for body in federation.bodies.values() for tensor in body.state_dict().values()}
+    own = {tuple(tensor.shape) for body in federation.site.bodies.values() for tensor in body.state_dict().values()}
     frozen = {tuple(tensor.shape) for tensor in vit.state_dict().values()} - own
     # the fused Adam of CPUs reads its counters, which on a GPU stay there
     waits = [above for e in events if e.name in WAITS and "aten::_fused_adam_" not in (above := ancestors(e))]

@@ -95,6 +95,14 @@ class Store:
         """Write tensors under `name`; they count once `commit` is called."""
         self.files[name] = [self._save(name, tensors)]
 
+    def rename(self, name: str, new: str) -> None:
+        """Keep under `new` what was written under `name`; this counts once `commit` is called."""
+        self.files[new] = self.files.pop(name)
+
+    def forget(self, name: str) -> None:
+        """Keep nothing under `name`, whether there is something or not; this counts once `commit` is called."""
+        self.files.pop(name, None)
+
     def amend(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """As `write`, but where little has changed only that is written, beside what was written before."""
         whole = load_file(self.folder / self.files[name][0]) if name in self.files else {}

@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from fedlscl.data import FederatedDataModule
 from fedlscl.experiment import Experiment, ImpossibleRun, Tracking
 from fedlscl.schedule import Schedule
 from fedlscl.server import Server
+from fedlscl.shares import deal
 from fedlscl.sweep import LOG, narrowed, plan, read_sweep, run_all
 from fedlscl.trainer import RoundTrainer
 
@@ -42,6 +43,7 @@ usage: fedlscl fit --config SETTING [--config METHOD] [--run_dir DIR] [--any.fie
        fedlscl sweep FILE --setting NAME [--jobs N] [--only PARAMETER=VALUE ...] [-- --any.field VALUE]
        fedlscl tables|plot|report RUNS [RUNS ...] [--out PATH]
        fedlscl predict RUN_DIR IMAGE [IMAGE ...] [--client N]
+       fedlscl deal FOLDER --config SETTING [--config METHOD] [--any.field VALUE]
 
   fit      run a federation, or continue it if its run folder holds an unfinished run
   sweep    run all of a W&B sweep file (sweeps/*.yaml) on this machine, or continue it
@@ -49,6 +51,7 @@ usage: fedlscl fit --config SETTING [--config METHOD] [--run_dir DIR] [--any.fie
   plot     the paper's figures from finished runs, as PNG and SVG
   report   one HTML page with tables, figures and every run
   predict  classify image files with one client's model of a run
+  deal     write each client's data, and the server's, into a folder of its own, for a federation of several machines
 
 Settings (data, models, schedule) are in experiments/*.yaml, methods in experiments/methods/*.yaml; a later --config
 and single fields override what came before. `fedlscl fit --help` lists every field, `--print_config` shows the result.
@@ -68,6 +71,9 @@ SWEEP = (
 
 SETTING_VARIABLE = "FEDLSCL_SETTING"
 """Environment variable that the sweep files take the name of the setting from."""
+
+ARGS_GIVEN = "LightningCLI's args parameter"
+"""How Lightning's warning begins that there are also words on this process's own command line."""
 
 NOT_PART_OF_A_RUN = ("run_dir", "tracking", "config")
 
@@ -141,6 +147,7 @@ class FederatedCLI(LightningCLI):
         """Run or continue the federation."""
         with _in_a_line():
             experiment = self.experiment(model, datamodule)
+            experiment.load()
         try:
             experiment.run(Console())
         except ImpossibleRun as error:
@@ -158,11 +165,9 @@ class FederatedCLI(LightningCLI):
         return {key: value for key, value in dumped.items() if key not in NOT_PART_OF_A_RUN}
 
     def experiment(self, model: Client, datamodule: FederatedDataModule) -> Experiment:
-        """The experiment that the configuration describes, its data loaded and split."""
+        """The experiment that the configuration describes."""
         config = self.configuration()
         values = self.config_init[str(self.subcommand)]
-        datamodule.prepare_data()
-        datamodule.setup()
         return Experiment(
             setting=values.setting,
             method=values.method,
@@ -178,6 +183,38 @@ class FederatedCLI(LightningCLI):
             trainer=self._trainer,
             tracking=values.tracking,
         )
+
+
+class _Described(FederatedCLI):
+    described: Experiment
+
+    def fit(self, model: Client, datamodule: FederatedDataModule) -> None:
+        """Keep what was described."""
+        self.described = self.experiment(model, datamodule)
+
+
+def describe(words: Sequence[str]) -> Experiment:
+    """The experiment that `fedlscl fit` would run with these words behind it; its data are not loaded yet.
+
+    Raises:
+        SystemExit: if the words describe none; why is on the standard error.
+    """
+    _quiet()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=ARGS_GIVEN)
+        return _Described(["fit", *words]).described
+
+
+def run_dir_of(words: Sequence[str]) -> str:
+    """The run folder that `fedlscl fit` would take with these words behind it, without building anything.
+
+    Raises:
+        SystemExit: if the words describe no run; why is on the standard error.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=ARGS_GIVEN)
+        parsed = Parsed(["fit", *words])
+    return parsed.config[parsed.config.subcommand].run_dir or default_run_dir(parsed.configuration())
 
 
 class Parsed(FederatedCLI):
@@ -205,8 +242,7 @@ def default_run_dir(config: dict[str, Any]) -> str:
 def main(args: list[str] | None = None) -> None:
     """Entry point of the `fedlscl` command."""
     words = sys.argv[1:] if args is None else args
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    _quiet()
     # Lightning 2.6 asks torch for a name that newer releases of torch deprecate; no user can do anything about it
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     if words[:1] in (["fit"], ["sweep"]):
@@ -216,6 +252,8 @@ def main(args: list[str] | None = None) -> None:
         FederatedCLI(args)
     elif words[:1] == ["sweep"]:
         _sweep(words[1:])
+    elif words[:1] == ["deal"]:
+        _deal(words[1:])
     elif words and words[0] in COMMANDS:
         with _in_a_line():
             COMMANDS[words[0]](words[1:])
@@ -223,6 +261,22 @@ def main(args: list[str] | None = None) -> None:
         Console().print(OVERVIEW, highlight=False, markup=False, soft_wrap=True, end="")
         if words and words[0] not in ("-h", "--help"):
             sys.exit(f"fedlscl: unknown command '{words[0]}'")
+
+
+def _quiet() -> None:
+    """Lightning tells of devices and loggers whenever a Trainer is made, which here is hundreds of times."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _deal(words: list[str]) -> None:
+    if not words or words[0].startswith("-"):
+        sys.exit("fedlscl: deal needs a folder to write into: fedlscl deal FOLDER --config SETTING")
+    described = describe(words[1:])
+    with _in_a_line():
+        described.load()
+        for folder in deal(described.data, described.server.public_images, Path(words[0])):
+            Console().print(Text(str(folder)), soft_wrap=True)
 
 
 def _sweep(words: list[str]) -> None:
@@ -274,7 +328,7 @@ def _configuration(words: list[str]) -> dict[str, Any]:
     """The configuration of the words behind `fedlscl`."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            warnings.filterwarnings("ignore", message=ARGS_GIVEN)
             parsed = Parsed(words)
         if parsed.config[parsed.config.subcommand].run_dir is not None:
             raise ValueError("run_dir must not be given to a sweep: each run has a folder of its own below runs/")

@@ -187,6 +187,11 @@ class FederatedDataModule(LightningDataModule):
         self.split = make_split(self.dataset.train.labels, self.dataset.test.labels, self.split_spec, self.seed)
 
     @property
+    def split_sha256(self) -> str:
+        """What tells splits apart, the same in every place that has a part of one."""
+        return self.split.sha256
+
+    @property
     def num_classes(self) -> int:
         """Number of classes of the data set, whether the split uses them or not."""
         return len(self.dataset.classes)

@@ -45,15 +45,19 @@ class ImageSet:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A training and a test set over the same classes; class id c is called ``classes[c]``."""
+    """A training and a test set over the same classes; class id c is called ``classes[c]``.
+
+    `complete` says that every class has images in both sets; in a part of a data set not every class needs to.
+    """
 
     name: str
     train: ImageSet
     test: ImageSet
     classes: tuple[str, ...]
+    complete: bool = True
 
     def __post_init__(self) -> None:
-        """Check shapes, types and that every class has training and test images.
+        """Check shapes and types, and the classes.
 
         Raises:
             ValueError: names the data set, the part and what is wrong.
@@ -68,7 +72,7 @@ class Dataset:
             if labels.shape != images.shape[:1] or labels.dtype != np.int64:
                 raise ValueError(f"{where} labels are {labels.shape} {labels.dtype}, not one int64 per image")
             found, named = set(labels.tolist()), set(range(len(self.classes)))
-            if found != named:
+            if not found <= named or (self.complete and found != named):
                 raise ValueError(
                     f"{where} labels must be all of 0..{len(named) - 1}: {sorted(named - found)[:5]} have no "
                     f"image, {sorted(found - named)[:5]} have no name"

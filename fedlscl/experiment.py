@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -30,11 +31,13 @@ from fedlscl.checkpoint import Store, write_atomically
 from fedlscl.client import Client
 from fedlscl.console import FederationProgress, summary_table
 from fedlscl.data import FederatedDataModule
-from fedlscl.evaluation import MASKS, FloatArray, summarise
-from fedlscl.federation import Federation, MakeTrainer, RoundResult
+from fedlscl.evaluation import MASKS, FloatArray, measured_mean, summarise
+from fedlscl.federation import Federation, RoundResult
 from fedlscl.schedule import Schedule
 from fedlscl.server import Server
+from fedlscl.site import MakeTrainer, Site
 from fedlscl.tracking import ClientLogger, Tracker, WandbMode
+from fedlscl.transport import InProcess, Transport
 
 PACKAGES = ("fedlscl", "torch", "lightning", "torchvision", "timm", "torchmetrics", "numpy", "wandb")
 PICTURE = "accuracy_over_rounds.png"
@@ -62,6 +65,7 @@ class Experiment:
     """What a configuration describes.
 
     `config` is the whole configuration as plain values; it names the run and must be the same when a run goes on.
+    `transport` makes what leads to the clients, by default those of this process.
     """
 
     setting: str
@@ -77,6 +81,12 @@ class Experiment:
     cnn: SmallModelSpec
     trainer: MakeTrainer
     tracking: Tracking
+    transport: Callable[[Site, Store], Transport] = InProcess
+
+    def load(self) -> None:
+        """Fetch and split the data, which must be there before anything else."""
+        self.data.prepare_data()
+        self.data.setup()
 
     def run(self, console: Console) -> dict[str, Any]:
         """Run or continue the federation.
@@ -114,25 +124,20 @@ class Experiment:
                 "give another run_dir, or the same configuration to continue it"
             )
         path = self.run_dir / "split.json"
-        if path.exists() and (before := json.loads(path.read_text())["sha256"]) != self.data.split.sha256:
+        if path.exists() and (before := json.loads(path.read_text())["sha256"]) != self.data.split_sha256:
             raise ValueError(
-                f"the data give another split ({self.data.split.sha256[:12]}) than this run began with "
+                f"the data give another split ({self.data.split_sha256[:12]}) than this run began with "
                 f"({before[:12]}); put the same images in place or give another run_dir"
             )
 
     def federation(self) -> Federation:
         """Everything that takes part, as far as the run folder's checkpoint has come."""
-        return Federation(
-            schedule=self.schedule,
-            client=self.client,
-            server=self.server,
-            data=self.data,
-            vit=self.vit,
-            cnn=self.cnn,
-            seed=self.seed,
-            store=Store(self.run_dir / "checkpoint"),
-            trainer=self.trainer,
-        )
+        store, site = Store(self.run_dir / "checkpoint"), self.site()
+        return Federation(self.schedule, self.server, site, store, self.transport(site, store))
+
+    def site(self) -> Site:
+        """What the clients of this process need."""
+        return Site(self.client, self.data, self.vit, self.cnn, self.seed, self.trainer)
 
     def _tracker(self, progress: Mapping[str, Any]) -> Tracker:
         return Tracker(
@@ -148,7 +153,7 @@ class Experiment:
     def _save_beginning(self) -> None:
         """Write what names the run: its configuration and its split."""
         split = {
-            "sha256": self.data.split.sha256,
+            "sha256": self.data.split_sha256,
             "data": self.data.dataset.name,
             "classes": list(self.data.class_names),
             "image_size": self.data.dataset.train.images.shape[-1],
@@ -185,7 +190,7 @@ class Experiment:
                 progress["memory"] = max(progress["memory"], _peak_memory_mib())
                 progress |= {"wandb_id": tracker.run_id, "metrics_bytes": tracker.flush()}
                 federation.store.commit(progress)
-                seen = np.mean([np.mean(values) for values in result.accuracy["seen"]])
+                seen = _mean_of_clients(result.accuracy["seen"])
                 left_out = f", without clients {sorted(result.skipped)}" if result.skipped else ""
                 bar.round_done(
                     f"task {result.task}/{tasks}  round {(result.round - 1) % rounds + 1}/{rounds}  "
@@ -208,7 +213,7 @@ class Experiment:
             "cnn": self.cnn.name,
             "task_aware": list(self.client.task_aware),
             "evaluated_on": "test images" if self.data.split.evaluate_on == "test" else "images held out of training",
-            "split_sha256": self.data.split.sha256,
+            "split_sha256": self.data.split_sha256,
             "accuracy": {mask: summarise(values) for mask, values in acc.items()},
             "bytes_up": _traffic([entry["bytes_up"] for entry in history], clients),
             "bytes_down": _traffic([entry["bytes_down"] for entry in history], clients),
@@ -295,11 +300,19 @@ def _record(tracker: Tracker, result: RoundResult, acc: Mapping[str, FloatArray]
     metrics |= {f"client/{client}/skipped": 1 for client in result.skipped}
     for mask, by_client in result.accuracy.items():
         for client, values in enumerate(by_client):
-            metrics |= {f"eval/{mask}/client/{client}/task/{n + 1}": value for n, value in enumerate(values)}
-        metrics[f"eval/{mask}/mean"] = float(np.mean([np.mean(values) for values in by_client]))
+            metrics |= {
+                f"eval/{mask}/client/{client}/task/{n + 1}": value
+                for n, value in enumerate(values)
+                if not math.isnan(value)  # a client that could not be asked
+            }
+        metrics[f"eval/{mask}/mean"] = _mean_of_clients(by_client)
     for mask, array in (acc or {}).items():
         metrics |= {f"task/{mask}/{name}": value for name, value in _scalars(summarise(array)).items()}
     tracker.log(metrics, task=result.task, round=result.round)
+
+
+def _mean_of_clients(accuracies: list[list[float]]) -> float:
+    return float(measured_mean(measured_mean(accuracies, 1), 0))
 
 
 def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -161,8 +161,8 @@ class Received(Mapping[int, Upload]):
         return Upload.from_bytes(file.read_bytes(), schema)
 
     def __iter__(self) -> Iterator[int]:
-        """All clients that sent one."""
-        return iter(self._files)
+        """All clients that sent one, ascending, in whatever order they did: sums depend on it in the last bit."""
+        return iter(sorted(self._files))
 
     def __len__(self) -> int:
         """How many they are."""

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fedlscl.data import FederatedDataModule
 from fedlscl.resident import send
-from fedlscl.splits import Split
 
 GROUP = 64  # images computed at a time
 
@@ -28,10 +27,12 @@ Lookup = Callable[[Part, NDArray[np.int64], torch.device], dict[str, Tensor]]
 class Precomputed:
     """The outputs of `compute` for the images of a federation, each computed when it is first asked for.
 
-    What is kept is computed in groups that the split alone determines, not in the batches that ask for it. A kernel may
-    round differently in a batch of another size, and no number may depend on what a run, resumed or not, has computed
-    before. The outputs live in the memory of the device that asks, no longer than the process, so they cannot be
-    older than the model and the images they were computed from, and are computed anew under another precision.
+    What is kept is computed in groups that the split alone determines, not in the batches that ask for it: the
+    training images of a client's task, the test images of a class. A kernel may round differently in a batch of
+    another size, and no number may depend on what a run, resumed or not, has computed before, or on which other
+    clients live here. The outputs live in the memory of the device that asks, no longer than the process, so they
+    cannot be older than the model and the images they were computed from, and are computed anew under another
+    precision.
 
     Args:
         data: the images and their split, set up.
@@ -49,7 +50,7 @@ class Precomputed:
         self._rows = {part: np.full(size, -1) for part, size in sizes.items()}
         self._groups: list[tuple[Part, NDArray[np.int64]]] = []
         ends = [0]
-        for part, indices in _in_order(data.split):
+        for part, indices in _in_order(data):
             new = indices[self._rows[part][indices] < 0]  # the test images of a public class are everyone's
             for group in np.split(new, range(GROUP, len(new), GROUP)) if len(new) else []:
                 self._rows[part][group] = ends[-1] + np.arange(len(group))
@@ -106,11 +107,14 @@ class Precomputed:
             return self._compute(images)
 
 
-def _in_order(split: Split) -> Iterator[tuple[Part, NDArray[np.int64]]]:
+def _in_order(data: FederatedDataModule) -> Iterator[tuple[Part, NDArray[np.int64]]]:
     """All images of a split in the order in which a federation comes to them, those for training first."""
-    tasks = [task for by_client in zip(*(client.tasks for client in split.clients), strict=True) for task in by_client]
+    split = data.split
+    tasks = [task for by_client in zip(*(c.tasks for c in split.present), strict=True) for task in by_client]
     yield from (("train", task.train) for task in tasks)
-    yield from ((split.evaluate_on, task.test) for task in tasks)
+    labels = (data.dataset.test if split.evaluate_on == "test" else data.dataset.train).labels
+    for task in tasks:
+        yield from ((split.evaluate_on, task.test[labels[task.test] == label]) for label in task.classes)
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:

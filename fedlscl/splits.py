@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -111,7 +111,7 @@ class TaskSplit:
 
 @dataclass(frozen=True, eq=False)
 class ClientSplit:
-    """One client: its private and its public class ids (sorted), and its tasks in order."""
+    """One client: its private and its public class ids (sorted), and its tasks in order; none where it is unknown."""
 
     private: tuple[int, ...]
     public: tuple[int, ...]
@@ -138,6 +138,19 @@ class Split:
     def evaluate_on(self) -> Literal["test", "train"]:
         """The image set that every ``TaskSplit.test`` indexes."""
         return "train" if self.spec.local_test == "holdout30" else "test"
+
+    def only(self, clients: Collection[int]) -> Split:
+        """What a place with these clients may know: their tasks, and of all others nothing."""
+        return Split(
+            self.spec,
+            self.seed,
+            tuple(client if n in clients else ClientSplit((), (), ()) for n, client in enumerate(self.clients)),
+        )
+
+    @property
+    def present(self) -> tuple[ClientSplit, ...]:
+        """The clients whose tasks are known; all of them but in a place with some of the clients only."""
+        return tuple(client for client in self.clients if client.tasks)
 
     def to_json(self) -> str:
         """Return the split as compact JSON with sorted keys: equal splits give equal text."""
@@ -322,11 +335,13 @@ def _check(split: Split) -> None:
     exclusive: set[int] = set()
     images: list[NDArray[np.int64]] = []  # training images in use, which no two tasks may share
     for i, client in enumerate(split.clients):
+        if client not in split.present:
+            continue
         who = f"client {i}"
         private, public = set(client.private), set(client.public)
         _same(len(private), spec.private_classes, f"{who}: number of private classes")
         _same(len(public), spec.public_classes, f"{who}: number of public classes")
-        _same(sorted(public), sorted(split.clients[0].public), f"{who}: public classes")
+        _same(sorted(public), sorted(split.present[0].public), f"{who}: public classes")
         _same(sorted(private & (exclusive | public)), [], f"{who}: private classes that somebody else has")
         exclusive |= private
         _same(len(client.tasks), spec.tasks, f"{who}: number of tasks")
@@ -359,6 +374,6 @@ def _same(found: object, expected: object, what: str) -> None:
 
 
 def _distinct(parts: list[NDArray[np.int64]], what: str) -> None:
-    values, counts = np.unique(np.concatenate(parts), return_counts=True)
+    values, counts = np.unique(np.concatenate([_index([]), *parts]), return_counts=True)
     if (counts > 1).any():
         raise ValueError(f"{what}: {values[counts > 1][:5].tolist()} used more than once")

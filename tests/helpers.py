@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedlscl import seeds
 from fedlscl.backbones import FrozenViT, SmallModelSpec
-from fedlscl.checkpoint import Store
+from fedlscl.checkpoint import Store, client_name
 from fedlscl.client import Client
 from fedlscl.continual import Output, Replay
 from fedlscl.data import FederatedDataModule
@@ -24,8 +24,10 @@ from fedlscl.messages import Message
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL
 from fedlscl.schedule import Round, Schedule
 from fedlscl.server import Isolated, Server
+from fedlscl.site import Site
 from fedlscl.splits import SplitSpec
 from fedlscl.trainer import RoundTrainer
+from fedlscl.transport import InProcess
 
 SPLIT: dict[str, Any] = {
     "clients": 3,
@@ -127,17 +129,9 @@ def make_federation(
     cnn: Mapping[str, Any] = CNN,
 ) -> Federation:
     client = client or make_client()
-    return Federation(
-        schedule=Schedule(rounds, clients_per_round),
-        client=client,
-        server=server or (ExactO2D() if isinstance(client, FedLSCL) else Isolated()),
-        data=data,
-        vit=vit,
-        cnn=SmallModelSpec(**cnn),
-        seed=seed,
-        store=Store(folder),
-        trainer=make_trainer,
-    )
+    site, store = Site(client, data, vit, SmallModelSpec(**cnn), seed, make_trainer), Store(folder)
+    server = server or (ExactO2D() if isinstance(client, FedLSCL) else Isolated())
+    return Federation(Schedule(rounds, clients_per_round), server, site, store, InProcess(site, store))
 
 
 def run(federation: Federation, listener: Recorder | None = None) -> list[RoundResult]:
@@ -156,7 +150,7 @@ def outcome(results: list[RoundResult]) -> list[Any]:
 
 def enter_client(federation: Federation, index: int) -> Any:
     """A client's body in the client's last state; of the class that the federation was given."""
-    return federation.visit(index)
+    return federation.site.enter(index, federation.store.read(client_name(index)))
 
 
 def fit(body: Client, task: int, round: int, seed: int = 0) -> None:

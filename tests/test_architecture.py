@@ -23,7 +23,10 @@ PURE = (
 )
 REPORTING = ("results", "paper", "tables", "figures", "report")
 """They tell finished runs apart by the names in their summaries, and nothing that trains may know them."""
-MACHINE = ("client", "server", "federation", "methods", "cli", "experiment", "tracking", "console", "plots", "trainer")
+MACHINE = (
+    *("client", "server", "site", "node", "transport", "federation", "methods"),
+    *("cli", "experiment", "tracking", "console", "plots", "trainer"),
+)
 
 
 @cache
@@ -73,7 +76,7 @@ def short(names: set[str]) -> set[str]:
 
 def test_the_source_is_where_it_is_looked_for() -> None:
     assert {f"fedlscl.{name}" for name in (*PURE, *MACHINE)} <= set(FILES)
-    assert set(imported("fedlscl.federation")) >= {"fedlscl.client", "fedlscl.server", "fedlscl.messages"}
+    assert set(imported("fedlscl.federation")) >= {"fedlscl.site", "fedlscl.server", "fedlscl.messages"}
     assert "fedlscl.client" in reached("fedlscl.methods.fed_lscl")
 
 
@@ -84,7 +87,7 @@ def test_pure_modules_know_nothing_of_the_machine(module: str) -> None:
 
 @pytest.mark.parametrize("module", ["client", "server"])
 def test_client_and_server_do_not_know_who_calls_them(module: str) -> None:
-    outer = {"federation", "methods", "experiment", "cli", "tracking", "console", "plots"}
+    outer = {"site", "transport", "federation", "methods", "experiment", "cli", "tracking", "console", "plots"}
     assert not short(reached(f"fedlscl.{module}")) & outer
     assert ({"client", "server"} - {module}).isdisjoint(short(reached(f"fedlscl.{module}")))
 
@@ -101,8 +104,18 @@ def test_nobody_imports_a_method_but_methods(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", sorted(FILES))
+def test_flower_is_known_to_its_adapter_alone(module: str) -> None:
+    assert "fedlscl.flower" not in set(imported(module))
+    if module != "fedlscl.flower":
+        for node in ast.walk(tree(module)):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+                assert "flwr" not in {name.split(".")[0] for name in names}, f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
 def test_what_trains_does_not_know_the_tables(module: str) -> None:
-    above = {f"fedlscl.{name}" for name in (*REPORTING, "commands", "cli", "sweep")}
+    above = {f"fedlscl.{name}" for name in (*REPORTING, "commands", "cli", "sweep", "flower")}
     if module not in above:
         assert not reached(module) & above
 

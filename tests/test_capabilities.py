@@ -258,8 +258,8 @@ class Oracle(FedAvgClient):
 def test_a_task_aware_method_is_told_the_task(make: Make) -> None:
     federation = make(client=make_client(Oracle, train_mask="task"), server=FedAvg())
     result = run(federation)[-1]
-    labels = torch.as_tensor(federation.data.dataset.test.labels)
-    for index, one in enumerate(federation.data.split.clients):
+    labels = torch.as_tensor(federation.site.data.dataset.test.labels)
+    for index, one in enumerate(federation.site.data.split.clients):
         for number, part in enumerate(one.tasks):
             share = (labels[torch.as_tensor(part.test)] == part.classes[0]).double().mean()
             assert result.accuracy["none"][index][number] == pytest.approx(100 * float(share))
@@ -361,7 +361,7 @@ def test_a_server_gets_the_public_images_it_asks_for(make: Make) -> None:
     assert labels.tolist() == sorted([*range(8)] * 2)
     assert images.shape == (16, 3, 8, 8)
     assert images.dtype == torch.uint8
-    train = federation.data.dataset.train
+    train = federation.site.data.dataset.train
     places = [np.flatnonzero((train.images == image.numpy()).all(axis=(1, 2, 3))).tolist() for image in images]
     assert [int(train.labels[place]) for (place,) in places] == labels.tolist()
 

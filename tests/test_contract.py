@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from helpers import SETTING, Recorder, copy_of, outcome, same
+from helpers import SETTING, Recorder, copy_of, enter_client, outcome, same
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
@@ -90,7 +90,7 @@ def private_values(federation: Federation) -> dict[str, bytes]:
     """As bytes what is in the clients' states and not to travel; numbers too few to be told apart are left out."""
     found = {}
     for index in range(federation.clients):
-        body = federation.visit(index)
+        body = enter_client(federation, index)
         shared = {tensor.data_ptr() for tensor in body.shared().values()}
         kept = {name: tensor for name, tensor in body.memory.to_tensors().items() if "." not in name}
         for name, tensor in {**body.state_dict(keep_vars=True), **kept}.items():
@@ -121,7 +121,7 @@ def observed(federation: Federation, stop: int | None = None) -> Run:
             del sent[heard:]  # of looking on
             if result.round == stop:
                 break
-    states = [copy_of(federation.visit(index).state()) for index in range(federation.clients)]
+    states = [copy_of(enter_client(federation, index).state()) for index in range(federation.clients)]
     return Run(results, sent, states, private, {})
 
 
@@ -167,7 +167,7 @@ def test_at_most_one_message_each_way_and_round(whole: tuple[Experiment, Run]) -
 
 def test_only_what_is_declared_travels(whole: tuple[Experiment, Run], tmp_path: Path) -> None:
     experiment, seen = whole
-    body = federation_of(experiment, tmp_path, {}).visit(0)
+    body = enter_client(federation_of(experiment, tmp_path, {}), 0)
     for message, _ in seen.sent:
         schema = body.upload_schema() if isinstance(message, Upload) else body.download_schema()
         if message.round == 0:
@@ -238,7 +238,7 @@ def test_another_seed_is_another_run(
     states = []
     for seed in (1, 2):
         federation = federation_of(replace(experiment, seed=seed), tmp_path / str(seed), {})
-        states.append(copy_of(federation.visit(0).state()))
+        states.append(copy_of(enter_client(federation, 0).state()))
     assert not same(*states)
 
 

@@ -354,7 +354,7 @@ def test_all_clients_begin_each_fit_alike(
     start = FedDualPromptClient.on_train_start
     monkeypatch.setattr(FedDualPromptClient, "on_train_start", spy)
     federation = make(client=client(), server=FedAvg(), vit=deep, data=long_data, rounds=2, clients_per_round=2, seed=3)
-    handout = copy_of(federation.handout)
+    handout = copy_of(federation.site.handout)
     run(federation)
     received = {m.round: m.tensors for m, _ in wire if isinstance(m, Download) and m.client == 0 and m.round}
     first_visits = {index: min(number for number, other in begun if other == index) for _, index in begun}

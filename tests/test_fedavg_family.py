@@ -98,7 +98,7 @@ def test_a_negative_mu_is_named() -> None:
 
 def test_joint_training_sees_every_image_and_every_class(make: Make, wire: list[tuple[Message, bytes]]) -> None:
     federation = make(client=client(JointClient), server=Isolated())
-    everything = [part for one in federation.data.split.clients for part in one.tasks]
+    everything = [part for one in federation.site.data.split.clients for part in one.tasks]
     wanted = sorted(index for part in everything for index in part.train.tolist())
     for index, task in ((0, 1), (2, 2)):
         body = enter_client(federation, index)

@@ -81,11 +81,11 @@ def test_mixed_precision_runs_to_the_same_numbers_again(make: Make) -> None:
     outcomes = []
     for _ in range(2):
         federation = make()
-        federation.trainer = trainer
+        federation.site.trainer = trainer
         outcomes.append(outcome(run(federation)))
         assert all(result[4] == {} for result in outcomes[-1])  # nobody was left out
-        assert federation.precomputed._belongs_to == (torch.device("cpu"), torch.bfloat16)
-        assert federation.visit(0).generator.weight.dtype == torch.float32
+        assert federation.site.precomputed._belongs_to == (torch.device("cpu"), torch.bfloat16)
+        assert enter_client(federation, 0).generator.weight.dtype == torch.float32
     assert outcomes[0] == outcomes[1]
     assert outcomes[0] != outcome(run(make()))
 
@@ -140,7 +140,7 @@ def test_all_start_with_one_generator_and_their_own_models(make: Make) -> None:
 
 
 def test_the_common_start_is_that_of_the_seed(make: Make) -> None:
-    one, same_seed, other = (make(seed=seed).handout for seed in (0, 0, 1))
+    one, same_seed, other = (make(seed=seed).site.handout for seed in (0, 0, 1))
     assert same(one, same_seed)
     assert not same(one, other)
 
@@ -247,7 +247,7 @@ def test_the_weights_of_the_mean_are_the_numbers_of_images(make: Make, wire: lis
     federation = make(client=make_client(FrozenViTClient, share="head"), server=FedAvg())
     next(federation.run(Recorder()))
     uploads = {m.client: m for m, _ in wire if isinstance(m, Upload)}
-    images = {i: len(client.tasks[0].train) for i, client in enumerate(federation.data.split.clients)}
+    images = {i: len(client.tasks[0].train) for i, client in enumerate(federation.site.data.split.clients)}
     assert {i: m.samples for i, m in uploads.items()} == images
     assert len(set(images.values())) > 1
     wanted = sum(m.tensors["bias"] * images[i] for i, m in uploads.items()) / sum(images.values())
@@ -332,7 +332,7 @@ def test_parameters_and_operations_of_a_frozen_vit_by_hand(make: Make) -> None:
     """4 patches of 3 x 8 x 8 and a class token, width 32, two heads, two blocks; then a linear head."""
     federation = make(client=make_client(FrozenViTClient), server=Isolated())
     run(federation)
-    classes = federation.data.num_classes
+    classes = federation.site.data.num_classes
     qkv, attention, out, mlp = 5 * 32 * 96, 2 * (2 * 5 * 5 * 16), 5 * 32 * 32, 2 * (5 * 32 * 128)
     assert federation.compute() == {
         "resnet18": {

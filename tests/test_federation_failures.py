@@ -57,7 +57,7 @@ class Fragile(FedLSCL):
 
 @pytest.fixture
 def quiet(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    caplog.set_level(logging.WARNING, logger="fedlscl.federation")
+    caplog.set_level(logging.WARNING, logger="fedlscl")
     return caplog
 
 

@@ -493,7 +493,7 @@ def test_a_state_is_all_there_is(body: Any) -> None:
 def test_the_task_is_known_so_the_masks_agree(make: Make) -> None:
     federation = make(client=client(epochs=3), server=FedWeITServer())
     results = run(federation)
-    assert federation.client.task_aware == ("task", "seen", "none")
+    assert federation.site.client.task_aware == ("task", "seen", "none")
     for result in results:
         assert result.accuracy["task"] == result.accuracy["seen"] == result.accuracy["none"]
     assert outcome(results) != []

@@ -219,7 +219,7 @@ def test_the_gradients_of_a_task_s_prototypes_travel_once(make: Make, wire: list
     for message in uploads:
         assert ("gradients" in message.tensors) == (message.round in (1, 3))
         if "gradients" in message.tensors:
-            classes = federation.data.split.clients[message.client].tasks[message.task - 1].classes
+            classes = federation.site.data.split.clients[message.client].tasks[message.task - 1].classes
             gradients = message.tensors["gradients"]
             assert gradients.shape == (len(classes), LENGTH)
             assert glfc.labels_of(gradients, 8).tolist() == sorted(classes)

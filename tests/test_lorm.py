@@ -408,12 +408,12 @@ def test_turns_merges_and_tasks_in_a_federation_with_absent_clients(make: Make, 
         for name in set(answers[0]) - set(wanted):
             total = torch.stack([upload.tensors[name] for upload in uploads.values()]).sum(0)
             torch.testing.assert_close(answers[0][name], total)
-        bodies = [copy_of(federation.visit(index).shared()) for index in range(3)]
+        bodies = [copy_of(enter_client(federation, index).shared()) for index in range(3)]
         assert same(bodies[0], bodies[1])
         assert same(bodies[0], bodies[2])
         common = {layer: bodies[0][f"a.{layer}"] for layer in LAYERS}
         assert same(common, server.a)
-        body: Any = federation.visit(0)
+        body: Any = enter_client(federation, 0)
         assert body.merges == (0 if ends else (result.round - 1) % 3 + 1)
         assert all(len(tensor) == result.round // 3 for tensor in body.past.values())
     assert result.round == 6
@@ -436,7 +436,7 @@ def test_a_run_goes_on_in_the_middle_of_a_task(tmp_path: Path, data: FederatedDa
     rest = run(again := federation("other"))
     assert outcome([*first, *rest]) == outcome(wanted)
     for index in range(3):
-        assert same(copy_of(again.visit(index).state()), whole.visit(index).state())
+        assert same(copy_of(enter_client(again, index).state()), enter_client(whole, index).state())
 
 
 def test_a_finished_task_is_kept_and_the_next_begins_anew(make: Make, wire: Wire) -> None:

@@ -340,10 +340,10 @@ def test_messages_have_the_bytes_of_the_formulas(classes: int, monkeypatch: pyte
 def test_a_client_sends_its_current_classes_and_their_means(make: Make, wire: Wire) -> None:
     federation = make(client=client(), server=PILoRAServer(), rounds=2)
     run(federation)
-    width = federation.vit.width
+    width = federation.site.vit.width
     for round, task in ((2, 1), (3, 2)):
         for index, message in sent(wire, Upload, round).items():
-            classes = current(federation.data, index, task)
+            classes = current(federation.site.data, index, task)
             assert message.tensors["classes"].tolist() == classes
             assert message.tensors["prototypes"].shape == message.tensors["means"].shape == (2, width)
             size = sum(tensor.nbytes for tensor in message.tensors.values())
@@ -464,7 +464,9 @@ def test_those_who_train_a_class_now_get_the_same_prototype(make: Make, wire: Wi
     met = 0
     for round in (1, 2):
         for index, message in sent(wire, Download, round).items():
-            for label, row in zip(current(federation.data, index, round), message.tensors["prototypes"], strict=True):
+            for label, row in zip(
+                current(federation.site.data, index, round), message.tensors["prototypes"], strict=True
+            ):
                 met += (round, label) in seen
                 assert torch.equal(seen.setdefault((round, label), row), row)
                 if round == 2:

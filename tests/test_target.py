@@ -178,7 +178,7 @@ def test_messages_have_the_bytes_of_the_formula(make: Make, wire: list[tuple[Mes
             assert size == model
         elif isinstance(message, Upload):
             assert size == model + classes
-            tasks = federation.data.split.clients[message.client].tasks[: message.task]
+            tasks = federation.site.data.split.clients[message.client].tasks[: message.task]
             own = sorted(label for part in tasks for label in part.classes)
             assert message.tensors["classes"].nonzero().flatten().tolist() == own
             learned[own] = True
@@ -205,7 +205,7 @@ def test_old_are_the_classes_of_all_who_ever_uploaded_and_the_absent_are_told(ma
         label
         for result in results
         for index in result.bytes_up
-        for part in federation.data.split.clients[index].tasks[: result.task]
+        for part in federation.site.data.split.clients[index].tasks[: result.task]
         for label in part.classes
     }
     for index in range(3):

@@ -16,10 +16,18 @@ import torch
 from torch import Tensor
 
 from fedlscl.methods.fedavg import FedAvgClient
+from fedlscl.splits import Split
 
 
 class JointClient(FedAvgClient):
     """A small model that sees everything; for the settings see `Client`."""
+
+    def check(self, split: Split) -> None:
+        """Only where all the data are."""
+        if len(split.present) < len(split.clients):
+            raise ValueError(
+                "joint training needs the images of all clients in one place, and here are not all of them"
+            )
 
     def training_set(self) -> tuple[Tensor, Tensor, Tensor]:
         """Every image of every client and task is current, every class competes."""

@@ -1,0 +1,432 @@
+"""The same federation on Flower: the clients on other machines, or several at once on this one.
+
+The only module that knows Flower. `server_app` runs an experiment whose messages Flower carries; `client_app` answers
+for one client, whose state is on the disk of its own machine. Flower makes both anew whenever it likes, from the words
+of the command line, which travel as ``words`` in the run's configuration.
+
+What crosses the wire: the serialised `Upload` and `Download` as they are in one process, and numbers.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from lightning.pytorch.loggers import Logger
+from rich.console import Console
+
+from fedlscl.checkpoint import Store
+from fedlscl.cli import describe, run_dir_of
+from fedlscl.evaluation import MASKS
+from fedlscl.experiment import Experiment
+from fedlscl.messages import Download
+from fedlscl.node import End, Known, Node
+from fedlscl.schedule import Round
+from fedlscl.shares import LocalShare
+from fedlscl.site import Site
+from fedlscl.transport import Accuracy, Fitted, Listener
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 1.0
+FIT, END, WHO, COMPUTE = "train", "evaluate", "query.who", "query.compute"
+
+server_app = ServerApp()
+client_app = ClientApp()
+
+
+# ---- the server's side
+
+
+@server_app.main()
+def serve(grid: Grid, context: Context) -> None:
+    """Run or continue the experiment that the run's configuration describes.
+
+    Its fields: ``words``, those behind `fedlscl fit`; ``data``, the server's share as `fedlscl deal` writes it, empty
+    to take the configuration's own data; ``timeout``, how many seconds clients have for a fit, and again to hear its
+    end.
+    """
+    config = context.run_config
+    timeout = float(config["timeout"])
+    if not timeout > 0:
+        raise ValueError(f"timeout is {timeout}, must be a positive number of seconds")
+    experiment = _experiment(str(config["words"]), str(config["data"]))
+    experiment = replace(experiment, transport=partial(FlowerTransport, grid=grid, timeout=timeout))
+    experiment.run(Console())
+
+
+class FlowerTransport:
+    """Clients at the other end of Flower's grid.
+
+    A client has until the time-out to appear and to reply; then the round goes on without it, and it is told what it
+    has missed when it is asked next. What was confirmed by whom is kept in the federation's store, so that a
+    server that continues a run sends every client back to the same round.
+
+    Args:
+        site: what the clients' models look like.
+        store: the federation's.
+        grid: Flower's way to the nodes.
+        timeout: seconds that clients have, for a fit and again to hear its end.
+    """
+
+    def __init__(self, site: Site, store: Store, *, grid: Grid, timeout: float) -> None:
+        self.site, self.store, self.grid, self.timeout = site, store, grid, timeout
+        self._clients: dict[int, int] = {}  # by node
+        self._asked: dict[str, int] = {}  # nodes, by the message that asks them whose they are
+        self._refused: set[int] = set()  # nodes
+        ledger = store.read(LEDGER) or {
+            "since": torch.zeros(site.clients, dtype=torch.int64),
+            "missed": torch.zeros((0, len(_COLUMNS)), dtype=torch.int64),
+        }
+        self._since: list[int] = ledger["since"].tolist()
+        self._missed: list[list[int]] = ledger["missed"].tolist()
+        self._ending: dict[int, End] = {}
+
+    def fit(self, round: Round, clients: Sequence[int], uploads: bool, listener: Listener) -> Iterator[Fitted]:
+        """Let them train, all at the same time."""
+        for client, reply in self._exchange(FIT, round, clients, {"uploads": uploads, "ends_task": round.ends_task}):
+            logger = listener.visiting(round.task, round.number, client)
+            yield self._fitted(client, reply, uploads, logger)
+            listener.visited()
+
+    def _fitted(self, client: int, reply: RecordDict | str, uploads: bool, logger: Logger | None) -> Fitted:
+        if isinstance(reply, str):
+            return Fitted(client, None, reply)
+        try:
+            metrics = _numbers(reply, "metrics")
+            message = _payload(reply, UPLOAD) if uploads else None
+        except ValueError as error:
+            return Fitted(client, None, f"{type(error).__name__}: {error}")
+        if logger is not None:
+            logger.log_metrics(metrics)
+        return Fitted(client, message, None)
+
+    def answer(self, round: Round, client: int, message: bytes | None, accepted: bool) -> None:
+        """Put it on record: until the client confirms it, it has missed this end."""
+        if message is not None:
+            # the values are checked where they are read; here they only have to be the same bytes again
+            tensors = Download.from_bytes(message, self.site.body(client).download_schema()).tensors
+            self.store.write(_missed(client, round.number), tensors)
+        self._missed.append([client, round.task, round.number, int(accepted), int(message is not None)])
+
+    def evaluations(self, round: Round) -> Mapping[int, Accuracy]:
+        """Tell all clients what they have not heard yet."""
+        found: dict[int, Accuracy] = {}
+        for client, reply in self._exchange(END, round, range(self.site.clients), {}):
+            if not isinstance(reply, str):
+                try:
+                    found[client] = _accuracy(reply, round.task)
+                except ValueError as error:
+                    reply = f"{type(error).__name__}: {error}"
+            if isinstance(reply, str):
+                log.warning("client %d has not ended round %d: %s", client, round.number, reply)
+                continue
+            self._since[client] = round.number
+            for entry in [entry for entry in self._missed if entry[0] == client]:
+                self.store.forget(_missed(client, entry[2]))
+                self._missed.remove(entry)
+        missed = torch.tensor(self._missed, dtype=torch.int64).reshape(-1, len(_COLUMNS))
+        self.store.write(LEDGER, {"since": torch.tensor(self._since), "missed": missed})
+        return found
+
+    def compute(self, client: int) -> dict[str, int]:
+        """Ask the client."""
+        last = Round(1, 1, True, self.site.seed)  # any
+        for _, reply in self._exchange(COMPUTE, last, [client], {}):
+            if not isinstance(reply, str):
+                return {name: int(value) for name, value in _numbers(reply, "compute").items()}
+        return {}
+
+    def _exchange(
+        self, kind: str, round: Round, clients: Sequence[int], more: Mapping[str, bool]
+    ) -> Iterator[tuple[int, RecordDict | str]]:
+        """Send each client its message as soon as it is there; yield its reply, or why there is none."""
+        waiting, sent, deadline = list(clients), dict[str, int](), time.monotonic() + self.timeout
+        self._asked.clear()
+        self._refused.clear()  # what was wrong with a node may have been put right
+        while (waiting or sent) and time.monotonic() < deadline:
+            nodes = self._nodes()
+            for client in [client for client in waiting if client in nodes]:
+                content = self._content(client, round, more)
+                (message_id,) = self.grid.push_messages([Message(content, nodes[client], kind, ttl=self.timeout)])
+                if message_id:
+                    waiting.remove(client)
+                    sent[message_id] = client
+            for reply in self.grid.pull_messages(list(sent)) if sent else ():
+                client = sent.pop(reply.metadata.reply_to_message_id)
+                yield client, _problem(reply) or reply.content
+            if waiting or sent:
+                time.sleep(POLL_SECONDS)
+        for client in waiting:
+            yield client, f"TimeoutError: no node of this client within {self.timeout:g} s"
+        for client in sent.values():
+            yield client, f"TimeoutError: no reply within {self.timeout:g} s"
+
+    def _content(self, client: int, round: Round, more: Mapping[str, bool]) -> RecordDict:
+        entries = sorted(entry for entry in self._missed if entry[0] == client)
+        since, messages = self._since[client], dict[str, bytes]()
+        if since == 0 and not any(accepted for _, _, _, accepted, _ in entries[:1]):
+            messages["0"] = self.site.start(client)
+        for _, task, number, _, there in entries:
+            if there:
+                tensors = self.store.read(_missed(client, number))
+                assert tensors is not None  # `answer` has put them there
+                messages[str(number)] = Download(client, task, number, 0, tensors).to_bytes()
+        numbers = {"task": round.task, "round": round.number, "since": since}
+        ends = {name: [entry[_COLUMNS.index(name)] for entry in entries] for name in ENDS}
+        return RecordDict(
+            {
+                "round": ConfigRecord({**numbers, **more}),
+                "ends": ConfigRecord({**ends}),
+                "downloads": ArrayRecord({name: _array(message) for name, message in messages.items()}),
+            }
+        )
+
+    def _nodes(self) -> dict[int, int]:
+        """The node of each client that is there; a node that is new is asked whose it is."""
+        online = set(self.grid.get_node_ids())
+        for node in sorted(online - set(self._clients) - self._refused - set(self._asked.values())):
+            (message_id,) = self.grid.push_messages([Message(RecordDict(), node, WHO, ttl=self.timeout)])
+            if message_id:
+                self._asked[message_id] = node
+        for reply in self.grid.pull_messages(list(self._asked)) if self._asked else ():
+            node = self._asked.pop(reply.metadata.reply_to_message_id)
+            problem = _problem(reply) or self._meet(node, reply.content, online)
+            if problem:
+                self._refused.add(node)
+                log.warning("node %d is refused: %s", node, problem)
+        return {client: node for node, client in self._clients.items() if node in online}
+
+    def _meet(self, node: int, content: RecordDict, online: set[int]) -> str | None:
+        who = content.config_records.get("who", ConfigRecord())
+        client, split = who.get("client"), who.get("split_sha256")
+        if type(client) is not int or not 0 <= client < self.site.clients:
+            return f"it says that it is client {client!r}, of which there are {self.site.clients}, numbered from 0"
+        if split != self.site.data.split_sha256:
+            return f"its data, of client {client}, are of another split ({str(split)[:12]}) than this run's"
+        if others := [other for other, its in self._clients.items() if its == client and other in online]:
+            return f"it says that it is client {client}, which is at node {others[0]}"
+        self._clients = {other: its for other, its in self._clients.items() if its != client} | {node: client}
+        return None
+
+
+# ---- the client's side
+
+
+@client_app.query("who")
+def who(message: Message, context: Context) -> Message:
+    """Say which client this is, and of which split its data are."""
+    index, folder = _client(context), str(context.node_config.get("data", ""))
+    data = LocalShare(Path(folder)) if folder else _own(context)[1].data
+    return _reply(message, who=ConfigRecord({"client": index, "split_sha256": data.split_sha256}))
+
+
+@client_app.train()
+def fit(message: Message, context: Context) -> Message:
+    """Train in a round, and reply with the upload and what training logged."""
+    numbers, metrics = message.content.config_records["round"], _Metrics()
+    with _node(context) as node:
+        round = Round(_integer(numbers, "task"), _integer(numbers, "round"), bool(numbers["ends_task"]), node.site.seed)
+        upload = node.fit(round, _known(message.content), bool(numbers["uploads"]), metrics)
+    records: dict[str, Any] = {"metrics": MetricRecord({**metrics.values})}
+    if upload is not None:
+        records["upload"] = ArrayRecord({UPLOAD: _array(upload)})
+    return _reply(message, **records)
+
+
+@client_app.evaluate()
+def end(message: Message, context: Context) -> Message:
+    """Hear the end of a round, and reply with the accuracies."""
+    with _node(context) as node:
+        accuracy = node.end(_known(message.content))
+    return _reply(message, accuracy=MetricRecord({**accuracy}))
+
+
+@client_app.query("compute")
+def compute(message: Message, context: Context) -> Message:
+    """Count what this client trains and computes."""
+    with _node(context) as node:
+        counts = node.compute(_known(message.content))
+    return _reply(message, compute=MetricRecord({**counts}))
+
+
+@contextmanager
+def _node(context: Context) -> Iterator[Node]:
+    """This client and its disk; waits for a process that still answers an earlier message."""
+    index, site, folder = _own(context)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f".client-{index}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield Node(site, index, folder / f"client-{index}")
+
+
+def _own(context: Context) -> tuple[int, Site, Path]:
+    """Which client this is, what it trains with, and where its state is.
+
+    In the node's configuration: ``client``, its number; ``data``, its share as `fedlscl deal` writes it; ``words``,
+    what is different on this machine, such as ``--trainer.accelerator gpu``. In a simulation all is that of the run.
+    """
+    config, index = context.node_config, _client(context)
+    site, folder = _site(str(context.run_config["words"]), str(config.get("words", "")), str(config.get("data", "")))
+    if not 0 <= index < site.clients or not site.data.split.clients[index].tasks:
+        raise ValueError(f"client is {index} in the node's configuration, but the data there are not of that client")
+    return index, site, folder
+
+
+def _client(context: Context) -> int:
+    index = context.node_config.get("client", context.node_config.get("partition-id"))
+    if type(index) is not int:
+        raise ValueError(f"client is {index!r} in the node's configuration, must be a number: client=0")
+    return index
+
+
+@cache
+def _site(words: str, own_words: str, data: str) -> tuple[Site, Path]:
+    """What clients train with, and their folder; a process that answers several messages builds it once."""
+    with _as_error():
+        folder = Path(run_dir_of(shlex.split(words)))
+    return _experiment(f"{words} {own_words}", data).site(), folder
+
+
+class _Metrics(Logger):
+    """Keeps what a fit logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, float] = {}
+
+    @property
+    def name(self) -> str:
+        return "client"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.values |= {name: float(value) for name, value in metrics.items()}
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+# ---- both
+
+
+def _experiment(words: str, data: str) -> Experiment:
+    """The experiment of a command line, with the data of `data`, a share, if that is not empty.
+
+    Raises:
+        ValueError: if the words describe none; what is wrong with them is on the standard error.
+    """
+    with _as_error():
+        experiment = describe(shlex.split(words))
+    if data:
+        experiment = replace(experiment, data=LocalShare(Path(data)))
+    experiment.load()
+    return experiment
+
+
+@contextmanager
+def _as_error() -> Iterator[None]:
+    """Words that cannot be parsed end a command; here they must not end Flower's process."""
+    try:
+        yield
+    except SystemExit as end:
+        raise ValueError(f"words of the run or the node: {end}") from end
+
+
+LEDGER, UPLOAD = "clients", "upload"
+ENDS = ("task", "round", "accepted")
+_COLUMNS = ("client", *ENDS, "answered")
+_STYPE = "safetensors"
+
+
+def _missed(client: int, round: int) -> str:
+    return f"missed-{client}-{round}"
+
+
+def _array(message: bytes) -> Array:
+    """A serialised message as Flower carries it."""
+    return Array("uint8", (len(message),), _STYPE, message)
+
+
+def _problem(reply: Message) -> str | None:
+    """What a node or Flower says went wrong, if something did."""
+    return (reply.error.reason or f"Flower's error {reply.error.code}") if reply.has_error() else None
+
+
+def _payload(content: RecordDict, name: str) -> bytes:
+    array = content.array_records.get(name, ArrayRecord()).get(name)
+    if array is None or array.stype != _STYPE:
+        raise ValueError(f"the reply holds no '{name}'")
+    return array.data
+
+
+def _numbers(content: RecordDict, name: str) -> dict[str, float]:
+    numbers = {}
+    for key, value in content.metric_records.get(name, MetricRecord()).items():
+        if isinstance(value, list):
+            raise ValueError(f"{name}: {key} is a list, must be a number")
+        numbers[key] = value
+    return numbers
+
+
+def _accuracy(content: RecordDict, tasks: int) -> Accuracy:
+    """What a reply says about a client's accuracy.
+
+    Raises:
+        ValueError: if it is not one number from 0 to 100 for each mask and task, or NaN where there are no test images.
+    """
+    record = content.metric_records.get("accuracy", MetricRecord())
+    accuracy = {}
+    for mask in MASKS:
+        values = record.get(mask)
+        if not isinstance(values, list) or len(values) != tasks or any(v < 0 or v > 100 for v in values):
+            raise ValueError(f"accuracy under mask {mask} is {str(values)[:40]}, must be {tasks} numbers in %")
+        accuracy[mask] = [float(value) for value in values]
+    return accuracy
+
+
+def _known(content: RecordDict) -> Known:
+    """What the server knows of this client, as its message says it."""
+    messages = {name: array.data for name, array in content.array_records["downloads"].items()}
+    tasks, rounds, accepted = (_integers(content.config_records["ends"], name) for name in ENDS)
+    return Known(
+        since=_integer(content.config_records["round"], "since"),
+        start=messages.get("0"),
+        ends=tuple(
+            End(task, round, bool(counts), messages.get(str(round)))
+            for task, round, counts in zip(tasks, rounds, accepted, strict=True)
+        ),
+    )
+
+
+def _integer(record: ConfigRecord, name: str) -> int:
+    value = record.get(name)
+    if type(value) is not int:
+        raise ValueError(f"the message's {name} is {str(value)[:40]}, must be a whole number")
+    return value
+
+
+def _integers(record: ConfigRecord, name: str) -> list[int]:
+    values = record.get(name, [])
+    if not isinstance(values, list):
+        raise ValueError(f"the message's {name} is {str(values)[:40]}, must be a list")
+    return [int(value) for value in values]
+
+
+def _reply(message: Message, **records: Any) -> Message:
+    return Message(RecordDict(records), reply_to=message)

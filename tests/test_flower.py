@@ -1,0 +1,538 @@
+"""The federation on Flower, its grid played by this process: the same numbers, faults, and what crosses the wire."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shlex
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from helpers import SETTING, Recorder, lasting, lasting_rows, outcome, same
+from safetensors.torch import load, save
+from test_cli import METHOD
+from test_contract import BUDGET, METHODS
+
+pytest.importorskip("flwr")
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedlscl import flower
+from fedlscl.cli import describe, main
+from fedlscl.federation import Federation, RoundResult
+from fedlscl.flower import COMPUTE, END, FIT, WHO, FlowerTransport, client_app, server_app
+from fedlscl.messages import Download, Upload
+from fedlscl.shares import deal
+
+pytestmark = pytest.mark.usefixtures("command_line")
+
+Fault = Callable[[Message, Message | None], Message | None]
+"""What becomes of a message's reply; the reply is None while the node has not seen the message."""
+
+
+class Wire(Grid):
+    """Nodes that answer at once, each with its own folder, and everything that was sent, as bytes."""
+
+    def __init__(self, words: list[str], nodes: dict[int, dict[str, Any]]) -> None:
+        self.words, self.nodes = words, nodes
+        self.offline: set[int] = set()
+        self.fault: Fault = lambda message, reply: reply
+        self.replies: dict[str, Message] = {}
+        self.sent: list[tuple[Message, bytes]] = []
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [node for node in self.nodes if node not in self.offline]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        for message in messages:
+            name = f"message-{len(self.sent)}"
+            message.metadata.__dict__["_message_id"] = name
+            self._record(message)
+            reply = self.fault(message, None)
+            if reply is None and message.metadata.dst_node_id not in self.offline:
+                reply = self.fault(message, self._answer(message))
+            if reply is not None:
+                self._record(reply)
+                self.replies[name] = reply
+            yield name
+
+    def _record(self, message: Message) -> None:
+        self.sent.append((message, b"".join(part.deflate() for part in get_all_nested_objects(message).values())))
+
+    def _answer(self, message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        run = {"words": shlex.join(self.words), "data": "", "timeout": 1.0}
+        context = Context(0, node, self.nodes[node], RecordDict(), run)  # type: ignore[arg-type]
+        try:
+            return client_app(message, context)
+        except Exception as error:
+            return Message(Error(2, f"{type(error)}:<'{error}'>"), reply_to=message)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self.replies.pop(name) for name in message_ids if name in self.replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        raise NotImplementedError
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise NotImplementedError
+
+    def set_run(self, run: Any) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Any:
+        raise NotImplementedError
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(flower, "POLL_SECONDS", 0.01)
+    for name in ("run_id", "task_id", "node_id"):  # as Flower sets them in the process of an app; nodes begin at 100
+        monkeypatch.setattr(TaskIdentity, f"_{name}", 0)
+    yield
+    flower._site.cache_clear()
+
+
+class Place:
+    """One configuration, in one process and on Flower."""
+
+    def __init__(self, folder: Path, method: list[str], rounds: int = 1) -> None:
+        self.folder = folder
+        setting = {**SETTING, "data": {**SETTING["data"], "cache_dir": str(folder)}, "federation": {"rounds": rounds}}
+        (folder / "setting.yaml").write_text(yaml.safe_dump(setting))
+        self.words = ["--config", str(folder / "setting.yaml"), *method]
+        experiment = describe(self.words)
+        experiment.load()
+        self.experiment = experiment
+        for _ in deal(experiment.data, experiment.server.public_images, folder / "shares"):
+            pass
+        nodes = {100 + n: {"client": n, "data": str(folder / "shares" / f"client-{n}")} for n in range(3)}
+        self.wire = Wire([*self.words, "--run_dir", str(folder / "nodes")], nodes)
+
+    def in_process(self) -> Federation:
+        return replace(self.experiment, run_dir=self.folder / "whole").federation()
+
+    def on_flower(self, timeout: float = 5.0) -> Federation:
+        """The server with its share alone, where its run folder stands."""
+        experiment = flower._experiment(shlex.join(self.words), str(self.folder / "shares" / "server"))
+        transport = partial(FlowerTransport, grid=self.wire, timeout=timeout)
+        return replace(experiment, run_dir=self.folder / "server", transport=transport).federation()
+
+
+def run(federation: Federation, stop: int | None = None, results: list[RoundResult] | None = None) -> list[RoundResult]:
+    results = [] if results is None else results
+    for result in federation.run(Recorder()):
+        federation.store.commit({"round": result.round})
+        results.append(result)
+        if result.round == stop:
+            break
+    return results
+
+
+@pytest.fixture
+def method(tmp_path: Path) -> list[str]:
+    (tmp_path / "method.yaml").write_text(yaml.safe_dump(METHOD))
+    return ["--config", str(tmp_path / "method.yaml")]
+
+
+@pytest.fixture
+def place(tmp_path: Path, method: list[str]) -> Place:
+    """Three clients, two tasks of two rounds."""
+    return Place(tmp_path, method, rounds=2)
+
+
+# ---- the same numbers
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
+def test_every_method_ends_with_the_numbers_that_it_has_in_one_process(path: Path, tmp_path: Path) -> None:
+    """Every node has its own images alone; bytes, accuracies and the server's metrics are equal to the last bit."""
+    budget = [f"--model.init_args.{name}={value}" for name, value in BUDGET.items()]
+    place = Place(tmp_path, ["--config", str(path), *budget])
+    if path.stem == "joint":
+        with pytest.raises(ValueError, match="needs the images of all clients in one place"):
+            place.on_flower()
+        return
+    expected = outcome(run(place.in_process()))
+    assert outcome(run(place.on_flower())) == expected
+    assert all(entry[4] == {} for entry in expected)  # nobody was left out
+
+
+def test_the_command_and_the_apps_write_the_same_summary(place: Place) -> None:
+    """Metrics of the clients' training, counted operations and all."""
+    main(["fit", *place.words, "--run_dir", "one"])
+    server = place.folder / "shares" / "server"
+    run_config = {"words": f"{shlex.join(place.words)} --run_dir other", "data": str(server), "timeout": 5.0}
+    server_app(place.wire, Context(0, 0, {}, RecordDict(), run_config))  # type: ignore[arg-type]
+    one, other = (json.loads(Path(name, "summary.json").read_text()) for name in ("one", "other"))
+    assert lasting(one) == lasting(other)
+    assert one["compute"]["resnet18"]["flops"] > 0
+
+    def by_name(folder: str) -> list[tuple[str, ...]]:
+        return sorted(tuple(row.values()) for row in lasting_rows(Path(folder)))
+
+    assert by_name("one") == by_name("other")
+    assert any("collaborate/cross_entropy" in name for row in by_name("other") for name in row)
+
+
+def test_some_clients_may_be_absent_from_a_round(place: Place) -> None:
+    place.words += ["--federation.clients_per_round", "2"]
+    place.wire.words += ["--federation.clients_per_round", "2"]
+    place.experiment = describe(place.words)
+    place.experiment.load()
+    assert outcome(run(place.on_flower())) == outcome(run(place.in_process()))
+
+
+# ---- what crosses the wire
+
+
+def test_nothing_crosses_the_wire_but_the_messages_and_numbers(place: Place) -> None:
+    federation = place.on_flower()
+    results = run(federation)
+    site, up, down = federation.site, 0, 0
+    for message, data in place.wire.sent:
+        content = message.content
+        arrays = [array for record in content.array_records.values() for array in record.values()]
+        assert {array.stype for array in arrays} <= {"safetensors"}
+        for array in arrays:
+            if message.metadata.src_node_id:  # of a node
+                upload = Upload.from_bytes(array.data, site.first.upload_schema())
+                assert set(upload.tensors) == set(site.first.upload_schema())
+                up += len(array.data)
+            else:
+                assert set(load(array.data)) <= set(site.first.download_schema())
+                down += len(array.data)
+        for record in [*content.config_records.values(), *content.metric_records.values()]:
+            for name, value in record.items():
+                flat = value if isinstance(value, list) else [value]
+                assert all(isinstance(number, int | float) for number in flat) or name == "split_sha256"
+        # and nothing is hidden beside that: names, numbers and Flower's own account take little
+        assert len(data) - sum(len(array.data) for array in arrays) < 4096
+    assert up == sum(sum(result.bytes_up.values()) for result in results)
+    starts = 3 * len(site.start(0))
+    assert down == sum(sum(result.bytes_down.values()) for result in results) + starts
+    kinds = [message.metadata.message_type for message, _ in place.wire.sent]
+    assert {kind: kinds.count(kind) for kind in kinds} == {WHO: 2 * 3, FIT: 2 * 3 * 4, END: 2 * 3 * 4}
+
+
+# ---- faults
+
+
+def failing(place: Place, client: int, round: int, monkeypatch: pytest.MonkeyPatch) -> list[RoundResult]:
+    """In one process, with a client that fails in one round."""
+    federation = place.in_process()
+    fit = federation.site.fit
+
+    def broken(body: Any, now: Any, logger: Any) -> Any:
+        if (body.index, now.number) == (client, round):
+            raise OSError("no space left")
+        return fit(body, now, logger)
+
+    monkeypatch.setattr(federation.site, "fit", broken)
+    return run(federation)
+
+
+def in_round(message: Message, round: int, kinds: Iterable[str], node: int = 101) -> bool:
+    """Whether this is the server's message of a kind to a node in a round."""
+    return (
+        message.metadata.dst_node_id == node
+        and message.metadata.message_type in kinds
+        and message.content.config_records["round"]["round"] == round
+    )
+
+
+NO_REPLY = "TimeoutError: no reply within 1 s"
+
+
+@pytest.mark.parametrize("kinds", [{FIT}, {FIT, END}], ids=["fit", "fit and end"])
+@pytest.mark.parametrize("seen", [False, True], ids=["message lost", "reply lost"])
+@pytest.mark.parametrize("round", [2, 3])
+def test_who_was_away_in_a_round_goes_on_as_if_the_fit_had_failed(
+    place: Place, kinds: set[str], seen: bool, round: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether its node was dead or its answer came too late: what it did then does not count, and it catches up."""
+    expected = failing(place, 1, round, monkeypatch)
+
+    def drop(message: Message, reply: Message | None) -> Message | None:
+        if reply is None:
+            return None
+        return None if in_round(message, round, kinds) else reply
+
+    place.wire.fault = drop
+    answer = place.wire._answer
+    if not seen:
+
+        def deaf(message: Message) -> Message:
+            return Message(RecordDict(), reply_to=message) if in_round(message, round, kinds) else answer(message)
+
+        monkeypatch.setattr(place.wire, "_answer", deaf)
+    found = run(place.on_flower(timeout=1.0))
+    for one, other in zip(expected, found, strict=True):
+        assert one.bytes_up == other.bytes_up
+        assert one.bytes_down == other.bytes_down
+        assert set(one.skipped) == set(other.skipped) == ({1} if one.round == round else set())
+        for mask, accuracy in other.accuracy.items():
+            if one.round == round and END in kinds:
+                assert all(math.isnan(value) for value in accuracy[1])
+                accuracy[1] = one.accuracy[mask][1]
+        assert one.accuracy == other.accuracy
+    assert found[round - 1].skipped[1] == NO_REPLY
+
+
+@pytest.mark.parametrize("seen", [False, True], ids=["message lost", "reply lost"])
+def test_who_missed_the_end_of_a_round_keeps_what_it_learned_in_it(
+    place: Place, seen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its upload counts; the answer reaches it with the next message."""
+    expected = run(place.in_process())
+    answer = place.wire._answer
+
+    def deaf(message: Message) -> Message:
+        if in_round(message, 2, {END}) and not seen:
+            return Message(RecordDict(), reply_to=message)
+        return answer(message)
+
+    monkeypatch.setattr(place.wire, "_answer", deaf)
+    place.wire.fault = lambda message, reply: None if reply and in_round(message, 2, {END}) else reply
+    found = run(place.on_flower(timeout=1.0))
+    for mask, accuracy in found[1].accuracy.items():
+        assert all(math.isnan(value) for value in accuracy[1])
+        accuracy[1] = expected[1].accuracy[mask][1]
+    assert outcome(found) == outcome(expected)
+
+
+@pytest.mark.parametrize("kind", [FIT, END])
+@pytest.mark.parametrize("round", [1, 2, 3])
+def test_a_server_that_is_killed_in_a_round_goes_on_from_its_beginning(place: Place, kind: str, round: int) -> None:
+    """The clients have gone further, and are sent back."""
+    expected = outcome(run(place.in_process()))
+
+    class Killed(BaseException):
+        pass
+
+    def kill(message: Message, reply: Message | None) -> Message | None:
+        if reply is not None and in_round(message, round, {kind}):
+            raise Killed
+        return reply
+
+    place.wire.fault = kill
+    before: list[RoundResult] = []
+    with pytest.raises(Killed):
+        run(place.on_flower(), results=before)
+    assert len(before) == round - 1
+    place.wire.fault = lambda message, reply: reply
+    place.wire.replies.clear()
+    assert outcome([*before, *run(place.on_flower())]) == expected
+
+
+def test_a_node_that_comes_late_is_waited_for(place: Place) -> None:
+    place.wire.offline = {102}
+    ids, calls = place.wire.get_node_ids, iter(range(100))
+
+    def appearing() -> Iterable[int]:
+        if next(calls) == 5:
+            place.wire.offline.clear()
+        return ids()
+
+    place.wire.get_node_ids = appearing  # type: ignore[method-assign]
+    assert [result.skipped for result in run(place.on_flower(), stop=1)] == [{}]
+
+
+def test_a_client_without_a_node_is_left_out_by_name(place: Place) -> None:
+    place.wire.offline = {102}
+    (result,) = run(place.on_flower(timeout=0.5), stop=1)
+    assert result.skipped == {2: "TimeoutError: no node of this client within 0.5 s"}
+    assert all(math.isnan(values[0]) for values in (result.accuracy[mask][2] for mask in result.accuracy))
+
+
+def changed(content: RecordDict, **records: Any) -> RecordDict:
+    return RecordDict({**content, **records})
+
+
+def payload(data: bytes, stype: str = "safetensors") -> ArrayRecord:
+    return ArrayRecord({"upload": Array("uint8", (len(data),), stype, data)})
+
+
+def with_nan(content: RecordDict) -> RecordDict:
+    data = content.array_records["upload"]["upload"].data
+    header = 8 + int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8:header])["__metadata__"]
+    tensors = load(data)
+    tensors["weight"][0, 0] = math.nan
+    return changed(content, upload=payload(save(tensors, metadata)))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (with_nan, "MessageError: upload: tensor 'weight' holds NaN or infinite values"),
+        (lambda c: changed(c, upload=payload(b"\x80\x04garbage")), "MessageError: upload is truncated or not in the"),
+        (lambda c: changed(c, upload=payload(b"", "numpy.ndarray")), "ValueError: the reply holds no 'upload'"),
+        (lambda c: RecordDict(), "ValueError: the reply holds no 'upload'"),
+        (lambda c: changed(c, metrics=MetricRecord({"loss": [1.0]})), "ValueError: metrics: loss is a list"),
+    ],
+    ids=["NaN", "garbage", "another format", "nothing", "odd metrics"],
+)
+def test_a_node_that_answers_garbage_is_refused_by_name(
+    place: Place, change: Callable[[RecordDict], RecordDict], complaint: str
+) -> None:
+    def tamper(message: Message, reply: Message | None) -> Message | None:
+        if reply is not None and in_round(message, 2, {FIT}):
+            return Message(change(reply.content), reply_to=message)
+        return reply
+
+    place.wire.fault = tamper
+    results = run(place.on_flower(), stop=3)
+    assert [set(result.skipped) for result in results] == [set(), {1}, set()]
+    assert results[1].skipped[1].startswith(complaint)
+    assert set(results[1].bytes_down) == {0, 2}
+
+
+@pytest.mark.parametrize("values", [[101.0, 3.0], [1.0], [1.0, -0.5], None], ids=str)
+def test_an_impossible_accuracy_is_not_taken(
+    place: Place, values: list[float] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without the number there is none for this client in this round, and all goes on."""
+
+    def tamper(message: Message, reply: Message | None) -> Message | None:
+        if reply is not None and in_round(message, 3, {END}):
+            told = {} if values is None else {**reply.content.metric_records["accuracy"], "seen": values}
+            return Message(RecordDict({"accuracy": MetricRecord(told)}), reply_to=message)
+        return reply
+
+    place.wire.fault = tamper
+    with caplog.at_level(logging.WARNING, logger="fedlscl"):
+        results = run(place.on_flower())
+    assert "client 1 has not ended round 3: ValueError: accuracy under mask" in caplog.text
+    unknown = [[math.isnan(values[0]) for values in result.accuracy["task"]] for result in results]
+    assert unknown == [[False] * 3, [False] * 3, [False, True, False], [False] * 3]
+
+
+def test_a_client_that_fails_says_why(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here because its disk was lost, so that it cannot go on from the round that the server names."""
+    federation = place.on_flower()
+    run(federation, stop=2)
+    state = place.folder / "nodes" / "client-1"
+    for path in state.iterdir():
+        path.unlink()
+    (result,) = run(place.on_flower(), stop=3)
+    assert result.skipped == {
+        1: "<class 'LookupError'>:<'client 1 lacks end-2, from which the server goes on; it has nothing'>"
+    }
+
+
+# ---- nodes that do not belong
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({"client": 3}, "it says that it is client 3, of which there are 3, numbered from 0"),
+        ({"client": "1"}, "client is '1' in the node's configuration, must be a number: client=0"),
+        ({"client": 1}, "it says that it is client 1, which is at node 101"),
+        ({"client": 1, "data": "elsewhere"}, "elsewhere holds no share of a federation's data"),
+    ],
+    ids=["no such client", "no number", "twice", "no data"],
+)
+def test_a_node_that_does_not_belong_is_refused_and_nobody_else_notices(
+    place: Place, config: dict[str, Any], complaint: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    place.wire.nodes[200] = {"data": str(place.folder / "shares" / "client-1"), **config}
+    with caplog.at_level(logging.WARNING, logger="fedlscl"):
+        (result,) = run(place.on_flower(), stop=1)
+    assert result.skipped == {}
+    assert "node 200 is refused: " in caplog.text
+    assert complaint in caplog.text
+
+
+def test_data_of_another_split_are_refused(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    other = describe([*place.words, "--seed_everything", "8"])
+    other.load()
+    for _ in deal(other.data, 0, place.folder / "others"):
+        pass
+    place.wire.nodes[101]["data"] = str(place.folder / "others" / "client-1")
+    with caplog.at_level(logging.WARNING, logger="fedlscl"):
+        (result,) = run(place.on_flower(timeout=1.0), stop=1)
+    assert set(result.skipped) == {1}
+    assert "its data, of client 1, are of another split" in caplog.text
+
+
+def test_a_node_cannot_be_a_client_whose_data_it_does_not_have(place: Place) -> None:
+    place.wire.nodes[101]["data"] = str(place.folder / "shares" / "client-2")
+    (result,) = run(place.on_flower(), stop=1)
+    assert "but the data there are not of that client" in result.skipped[1]
+
+
+# ---- the run's configuration
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({"timeout": 0.0}, "timeout is 0.0, must be a positive number of seconds"),
+        ({"words": "--config nowhere.yaml"}, "words of the run or the node"),
+        ({"data": "nowhere"}, "nowhere holds no share of a federation's data"),
+    ],
+)
+def test_a_wrong_configuration_is_named(place: Place, config: dict[str, Any], complaint: str) -> None:
+    run_config = {"words": shlex.join(place.words), "data": "", "timeout": 1.0, **config}
+    with pytest.raises((ValueError, OSError), match=complaint):
+        server_app(place.wire, Context(0, 0, {}, RecordDict(), run_config))  # type: ignore[arg-type]
+    assert place.wire.sent == []
+
+
+def test_in_a_simulation_the_number_is_that_of_the_partition(place: Place) -> None:
+    """And the data are those of the configuration."""
+    place.wire.nodes = {n: {"partition-id": n, "num-partitions": 3} for n in range(7, 10)}
+    for n, config in enumerate(place.wire.nodes.values()):
+        config["partition-id"] = n
+    assert outcome(run(place.on_flower(), stop=2)) == outcome(run(place.in_process(), stop=2))
+
+
+def test_a_download_that_was_missed_is_kept_until_it_is_heard(place: Place) -> None:
+    """In the server's store, across a restart, to the same bytes."""
+    place.wire.fault = lambda message, reply: None if reply and in_round(message, 1, {END}) else reply
+    federation = place.on_flower(timeout=1.0)
+    run(federation, stop=1)
+    kept = federation.store.read("missed-1-1")
+    assert kept is not None
+    sent = [m for m, _ in place.wire.sent if in_round(m, 1, {END})]
+    told = Download.from_bytes(
+        sent[0].content.array_records["downloads"]["1"].data, federation.site.first.download_schema()
+    )
+    assert same(kept, told.tensors)
+    run(place.on_flower(timeout=1.0), stop=2)
+    again = [m for m, _ in place.wire.sent if in_round(m, 2, {FIT})]
+    data = again[0].content.array_records["downloads"]["1"].data
+    assert data == sent[0].content.array_records["downloads"]["1"].data
+    assert place.on_flower().store.read("missed-1-1") is None
+    assert torch.equal(place.on_flower().store.read("clients")["since"], torch.tensor([2, 2, 2]))  # type: ignore[index]
+
+
+def test_counts_of_nobody_are_none(place: Place) -> None:
+    federation = place.on_flower(timeout=0.3)
+    place.wire.offline = {100, 101, 102}
+    assert federation.compute() == {"resnet18": {}}
+    place.wire.offline = set()
+    assert set(federation.compute()["resnet18"]) == {"trained_parameters", "flops_frozen", "flops"}
+    assert place.wire.sent[-1][0].metadata.message_type == COMPUTE
+
+
+def test_config_records_hold_no_names(place: Place) -> None:
+    """Numbers alone tell a client about the round."""
+    run(place.on_flower(), stop=1)
+    fits = [m for m, _ in place.wire.sent if m.metadata.message_type == FIT and not m.metadata.src_node_id]
+    records = [message.content.config_records["round"] for message in fits]
+    assert {name for record in records for name in record} == {"task", "round", "since", "uploads", "ends_task"}
+    assert isinstance(records[0], ConfigRecord)
