@@ -70,18 +70,15 @@ class Deployment:
         if self.simulate:
             (self.folder / "server").mkdir(exist_ok=True)
             (home / "config.toml").write_text(f"{link}insecure = true\n")
-            self.start_superlink("--insecure", "--simulation")
-            return self
-        if not (self.folder / "server" / "share.json").exists():
-            subprocess.run([BIN / "fedlscl", "deal", self.folder, *self.words], check=True, env=self.environment)
+        else:
+            if not (self.folder / "server" / "share.json").exists():
+                subprocess.run([BIN / "fedlscl", "deal", self.folder, *self.words], check=True, env=self.environment)
+            if not (self.folder / "server" / "certificate.pem").exists():
+                certificates(self.folder / "server")
+            authority = self.folder / "server" / "authority.pem"
+            (home / "config.toml").write_text(f'{link}root-certificates = "{authority}"\n')
         self.clients = len(list(self.folder.glob("client-*/share.json")))
-        if not (self.folder / "server" / "certificate.pem").exists():
-            certificates(self.folder / "server")
-        (home / "config.toml").write_text(f'{link}root-certificates = "{self.folder / "server" / "authority.pem"}"\n')
-        self.start_superlink(
-            *("--ssl-ca-certfile=authority.pem", "--ssl-certfile=certificate.pem", "--ssl-keyfile=key.pem"),
-            "--enable-supernode-auth",
-        )
+        self.start_superlink()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -89,8 +86,14 @@ class Deployment:
         for name in list(self.processes):
             self.stop(name)
 
-    def start_superlink(self, *options: str) -> None:
+    def start_superlink(self) -> None:
         """Start the SuperLink, which starts the server's app; it knows its nodes from its data base."""
+        options: tuple[str, ...] = (
+            *("--ssl-ca-certfile=authority.pem", "--ssl-certfile=certificate.pem", "--ssl-keyfile=key.pem"),
+            "--enable-supernode-auth",
+        )
+        if self.simulate:
+            options = ("--insecure", "--simulation")
         self.start(
             "server",
             self.folder / "server",
@@ -110,13 +113,14 @@ class Deployment:
         node_key(self.folder / name / "node")
         self.flwr("supernode", "register", str(self.folder / name / "node.pub"), LINK)
 
-    def start_node(self, name: str, *, client: int | None = None, data: str = ".") -> None:
+    def start_node(self, name: str, *, client: int | None = None, data: str = ".", more: str = "") -> None:
         """Start a SuperNode in its own folder.
 
         Args:
             name: the folder.
             client: which client it is; by default the one in the folder's name.
             data: the folder of its share, seen from its own.
+            more: further fields of the node's configuration.
         """
         number = int(name.rpartition("-")[2]) if client is None else client
         self.start(
@@ -124,7 +128,7 @@ class Deployment:
             self.folder / name,
             *("flower-supernode", f"--superlink=127.0.0.1:{self.port}", f"--port={_free_port()}"),
             f"--root-certificates={self.folder / 'server' / 'authority.pem'}",
-            *("--auth-supernode-private-key=node", f"--node-config=client={number} data='{data}'"),
+            *("--auth-supernode-private-key=node", f"--node-config=client={number} data='{data}' {more}"),
         )
 
     def start(self, name: str, folder: Path, *command: str) -> None:

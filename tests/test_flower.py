@@ -536,3 +536,22 @@ def test_config_records_hold_no_names(place: Place) -> None:
     records = [message.content.config_records["round"] for message in fits]
     assert {name for record in records for name in record} == {"task", "round", "since", "uploads", "ends_task"}
     assert isinstance(records[0], ConfigRecord)
+
+
+def test_a_run_in_which_a_client_was_lost_at_the_end_has_its_numbers_without_it(place: Place) -> None:
+    """Averages are those of the others, and what is unknown is null."""
+    place.wire.fault = lambda message, reply: None if reply and in_round(message, 4, {FIT, END}) else reply
+    server = place.folder / "shares" / "server"
+    run_config = {"words": f"{shlex.join(place.words)} --run_dir run", "data": str(server), "timeout": 1.0}
+    server_app(place.wire, Context(0, 0, {}, RecordDict(), run_config))  # type: ignore[arg-type]
+
+    def refuse(text: str) -> None:
+        raise AssertionError(f"{text} is no JSON")
+
+    summary = json.loads(Path("run", "summary.json").read_text(), parse_constant=refuse)
+    matrix = summary["accuracy"]["seen"]["matrix"]
+    assert matrix[1][1] == [None, None]
+    others = [sum(matrix[client][1]) / 2 for client in (0, 2)]
+    assert summary["accuracy"]["seen"]["final_average"] == pytest.approx(sum(others) / 2)
+    assert summary["skipped"] == [{"round": 4, "client": 1, "reason": NO_REPLY}]
+    assert not any(row["value"] == "nan" for row in lasting_rows(Path("run")))

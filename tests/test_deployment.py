@@ -1,0 +1,102 @@
+"""Flower for real: SuperLink, SuperNodes and simulated nodes as processes, with TLS and node authentication."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from helpers import lasting
+
+pytest.importorskip("flwr")
+pytest.importorskip("ray")
+
+from fedlscl.cli import main
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
+DIGITS = """
+setting: digits
+method: fed_lscl
+seed_everything: 3
+threads: 1
+data:
+  source: {class_path: fedlscl.data.Digits}
+  split: {clients: 2, tasks: 1, classes_per_task: 3, private_classes: 1, public_classes: 2, min_public_images: 4,
+          train_per_class: 30, test_per_class: 10}
+backbone: {name: vit_tiny_patch16_224, image_size: 16,
+           model_args: {patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}}
+cnn: {name: resnet18, features: 16, image_size: 16, model_args: {channels: [4, 4, 8, 8], layers: [1, 1, 1, 1]}}
+federation: {rounds: 2}
+trainer: {accelerator: cpu}
+tracking: {wandb_mode: disabled}
+model:
+  class_path: fedlscl.methods.fed_lscl.FedLSCL
+  init_args: {epochs: 1, block: 1, rank: 2, buffer_size: 3,
+              continual: {class_path: fedlscl.continual.Replay, init_args: {passes: 1}}}
+server: {class_path: fedlscl.methods.fed_lscl.ExactO2D}
+"""
+
+
+@pytest.fixture(scope="module")
+def deploy() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("deploy", EXPERIMENTS / "deploy.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["deploy"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    path = tmp_path / "setting.yaml"
+    path.write_text(DIGITS)
+    return path
+
+
+@pytest.fixture
+def expected(setting: Path, command_line: None) -> dict[str, Any]:
+    """The numbers of one process."""
+    main(["fit", "--config", str(setting), "--run_dir", "one"])
+    return lasting(json.loads(Path("one", "summary.json").read_text()))
+
+
+def of_the_server(folder: Path) -> dict[str, Any]:
+    (path,) = (folder / "server" / "runs").glob("*/summary.json")
+    return lasting(json.loads(path.read_text()))
+
+
+def test_separate_processes_end_with_the_numbers_of_one_and_strangers_stay_outside(
+    deploy: ModuleType, setting: Path, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    with deploy.Deployment(tmp_path / "apart", ["--config", str(setting)], timeout=300) as deployed:
+        stranger = tmp_path / "apart" / "client-9"
+        deploy.node_key(stranger / "node")  # which nobody has registered
+        deployed.start_node("client-9", client=1, data=str(tmp_path / "apart" / "client-1"))
+        for index in range(2):
+            deployed.register(f"client-{index}")
+            deployed.start_node(f"client-{index}")
+        status = deployed.wait(deployed.run())
+        refused = deployed.log("client-9")
+    assert of_the_server(tmp_path / "apart") == expected
+    assert not (stranger / "runs").exists()
+    assert "SuperNode ID" not in refused
+    # each node's state is in its own folder, and the payload is part of what Flower has counted
+    assert [len(list((tmp_path / "apart").glob(f"client-{n}/runs/*/client-{n}"))) for n in range(2)] == [1, 1]
+    assert status["network-traffic"]["inbound-bytes"] > expected["bytes_up"]["total"]
+    assert status["network-traffic"]["outbound-bytes"] > expected["bytes_down"]["total"]
+
+
+def test_simulated_nodes_end_with_the_numbers_of_one_process(
+    deploy: ModuleType, setting: Path, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    with deploy.Deployment(tmp_path / "apart", ["--config", str(setting)], timeout=300, simulate=2) as deployed:
+        deployed.wait(deployed.run())
+    assert of_the_server(tmp_path / "apart") == expected
