@@ -13,6 +13,7 @@ server   SuperLink and server are killed with SIGKILL in the middle of round 2 a
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -65,7 +66,7 @@ class Bad(FedLSCL):
 def nodes(folder: Path) -> None:
     """A node that dies and one that is bad."""
     with Deployment(folder, WORDS, TIMEOUT) as deployed:
-        deployed.environment["PYTHONPATH"] = str(HERE)
+        deployed.environment["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
         for name in ("client-0", "client-1", "client-2"):
             deployed.register(name)
         deployed.start_node("client-0")

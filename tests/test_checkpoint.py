@@ -52,6 +52,33 @@ def assert_as_committed(folder: Path) -> None:
 # --------------------------------------------------------------- in good order
 
 
+def test_a_name_is_changed_or_forgotten_with_the_next_commit(committed: Path) -> None:
+    store = Store(committed)
+    store.rename("client-0", "client-2")
+    store.forget("client-1")
+    store.forget("client-7")
+    assert [value_of(store, f"client-{n}") for n in range(3)] == [None, None, 1]
+    assert_as_committed(committed)  # for whoever comes before the commit
+    store.commit({"round": 2})
+    again = Store(committed)
+    assert [value_of(again, f"client-{n}") for n in range(3)] == [None, None, 1]
+    assert listing(committed) == {MANIFEST, *again.files["client-2"]}
+    with pytest.raises(KeyError):
+        again.rename("client-0", "client-3")
+
+
+def test_what_was_renamed_is_amended_beside_it(committed: Path) -> None:
+    store = Store(committed)
+    store.rename("client-0", "client-2")
+    large = {**numbers(1), "large": torch.ones(100)}
+    store.write("client-2-new", large)
+    store.rename("client-2-new", "client-2")
+    store.amend("client-2", {**large, **numbers(5)})
+    store.commit({"round": 2})
+    assert len(Store(committed).files["client-2"]) == 2
+    assert value_of(Store(committed), "client-2") == 5
+
+
 def test_an_empty_store(tmp_path: Path) -> None:
     store = Store(tmp_path / "a" / "b")
     assert store.progress == {}
