@@ -134,7 +134,7 @@ class Bench:
         self.folder = tempfile.TemporaryDirectory()
         described = experiment([*CIFAR, *words], self.folder.name)
         self.site = described.site()
-        self.client = self.site.enter(0, None)
+        self.client = self.site.enter(0, None, self.site.start(0))
         self.client.begin_round(Round(1, 1, True, 0))
         self.fit()
         self.number = 1
@@ -348,7 +348,8 @@ def in_memory(described: Experiment) -> list[Client]:
     """All clients as objects of their own, with one cache."""
     clients: list[Client] = []
     for index in range(len(described.data.split.clients)):
-        client = described.site().enter(index, None)
+        site = described.site()
+        client = site.enter(index, None, site.start(index))
         client.trainer = RoundTrainer("cpu")  # for its precision alone
         clients.append(client)
         client.precomputed = clients[0].precomputed

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -78,7 +78,11 @@ class Deployment:
             authority = self.folder / "server" / "authority.pem"
             (home / "config.toml").write_text(f'{link}root-certificates = "{authority}"\n')
         self.clients = len(list(self.folder.glob("client-*/share.json")))
-        self.start_superlink()
+        try:
+            self.start_superlink()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -109,9 +113,12 @@ class Deployment:
         raise RuntimeError(f"the SuperLink does not listen: {self.log('server')[-2000:]}")
 
     def register(self, name: str) -> None:
-        """Make a key for a node and let the SuperLink know it; a node without that is refused."""
-        node_key(self.folder / name / "node")
-        self.flwr("supernode", "register", str(self.folder / name / "node.pub"), LINK)
+        """Make a key for a node and let the SuperLink know it, once; a node without that is refused."""
+        done = self.folder / name / "registered"
+        if not done.exists():
+            node_key(self.folder / name / "node")
+            self.flwr("supernode", "register", str(self.folder / name / "node.pub"), LINK)
+            done.touch()
 
     def start_node(self, name: str, *, client: int | None = None, data: str = ".", more: str = "") -> None:
         """Start a SuperNode in its own folder.
@@ -217,9 +224,9 @@ def certificates(folder: Path) -> None:
     here = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
     names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
     certificate = builder(here, key.public_key()).add_extension(names, critical=False)
-    for path, made in (("authority.pem", own), ("certificate.pem", certificate)):
-        (folder / path).write_bytes(made.sign(authority, hashes.SHA384()).public_bytes(serialization.Encoding.PEM))
     _write_key(folder / "key.pem", key, serialization.PrivateFormat.PKCS8)
+    for path, made in (("authority.pem", own), ("certificate.pem", certificate)):  # last what says that all is there
+        (folder / path).write_bytes(made.sign(authority, hashes.SHA384()).public_bytes(serialization.Encoding.PEM))
 
 
 def node_key(path: Path) -> None:
@@ -268,13 +275,9 @@ def main() -> None:
     parser.add_argument("--simulate", type=int, default=0, metavar="CPUS", help="simulate the clients on so many CPUs")
     parser.add_argument("words", nargs="+", help="the words behind `fedlscl fit`, after --")
     options = parser.parse_args()
-    with ExitStack() as stack:
-        deployed = stack.enter_context(
-            Deployment(options.folder, absolute(options.words), options.timeout, options.simulate)
-        )
-        for index in range(0 if options.simulate else deployed.clients):
-            if not (deployed.folder / f"client-{index}" / "node").exists():
-                deployed.register(f"client-{index}")
+    with Deployment(options.folder, absolute(options.words), options.timeout, options.simulate) as deployed:
+        for index in range(deployed.clients):
+            deployed.register(f"client-{index}")
             deployed.start_node(f"client-{index}")
         started = time.monotonic()
         status = deployed.wait(deployed.run())

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -211,10 +212,24 @@ def run_dir_of(words: Sequence[str]) -> str:
     Raises:
         SystemExit: if the words describe no run; why is on the standard error.
     """
+    parsed = _parsed(["fit", *words])
+    return parsed.config[parsed.config.subcommand].run_dir or default_run_dir(parsed.configuration())
+
+
+def configuration_sha256(words: Sequence[str]) -> str:
+    """What tells apart the configurations, and the versions of this package, that words stand for on two machines.
+
+    Raises:
+        SystemExit: if the words describe no run; why is on the standard error.
+    """
+    content = [version("fedlscl"), _parsed(["fit", *words]).configuration()]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _parsed(words: list[str]) -> Parsed:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=ARGS_GIVEN)
-        parsed = Parsed(["fit", *words])
-    return parsed.config[parsed.config.subcommand].run_dir or default_run_dir(parsed.configuration())
+        return Parsed(words)
 
 
 class Parsed(FederatedCLI):
@@ -327,9 +342,7 @@ def _sweep(words: list[str]) -> None:
 def _configuration(words: list[str]) -> dict[str, Any]:
     """The configuration of the words behind `fedlscl`."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=ARGS_GIVEN)
-            parsed = Parsed(words)
+        parsed = _parsed(words)
         if parsed.config[parsed.config.subcommand].run_dir is not None:
             raise ValueError("run_dir must not be given to a sweep: each run has a folder of its own below runs/")
         return parsed.configuration()

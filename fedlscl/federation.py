@@ -164,6 +164,10 @@ class Federation:
         return answers
 
     def compute(self) -> dict[str, dict[str, int]]:
-        """For the CNN of each name what a client with it trains and computes, see `Site.compute`."""
-        names = [self.site.cnn.name_of(index) for index in range(self.clients)]
-        return {name: self.transport.compute(names.index(name)) for name in dict.fromkeys(names)}
+        """For the CNN of each name what a client with it trains and computes, see `Site.compute`; none if none says."""
+        counts: dict[str, dict[str, int]] = {}
+        for index in range(self.clients):
+            name = self.site.cnn.name_of(index)
+            if name not in counts and (found := self.transport.compute(index)):
+                counts[name] = found
+        return counts

@@ -10,33 +10,36 @@ What crosses the wire: the serialised `Upload` and `Download` as they are in one
 from __future__ import annotations
 
 import fcntl
+import io
 import logging
+import math
+import re
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
 from fedlscl.checkpoint import Store
-from fedlscl.cli import describe, run_dir_of
+from fedlscl.cli import configuration_sha256, describe, run_dir_of
 from fedlscl.evaluation import MASKS
 from fedlscl.experiment import Experiment
 from fedlscl.messages import Download
 from fedlscl.node import End, Known, Node
 from fedlscl.schedule import Round
 from fedlscl.shares import LocalShare
-from fedlscl.site import Site
-from fedlscl.transport import Accuracy, Fitted, Listener
+from fedlscl.site import COUNTS, Site
+from fedlscl.transport import LEDGER, Accuracy, Fitted, Listener
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +66,9 @@ def serve(grid: Grid, context: Context) -> None:
     if not timeout > 0:
         raise ValueError(f"timeout is {timeout}, must be a positive number of seconds")
     experiment = _experiment(str(config["words"]), str(config["data"]))
-    experiment = replace(experiment, transport=partial(FlowerTransport, grid=grid, timeout=timeout))
+    configuration = configuration_sha256(shlex.split(str(config["words"])))
+    transport = partial(FlowerTransport, grid=grid, configuration=configuration, timeout=timeout)
+    experiment = replace(experiment, transport=transport)
     experiment.run(Console())
 
 
@@ -78,21 +83,30 @@ class FlowerTransport:
         site: what the clients' models look like.
         store: the federation's.
         grid: Flower's way to the nodes.
+        configuration: hash of the run's configuration, which every node must have as well.
         timeout: seconds that clients have, for a fit and again to hear its end.
+
+    Raises:
+        ValueError: if the store is that of a run in one process.
     """
 
-    def __init__(self, site: Site, store: Store, *, grid: Grid, timeout: float) -> None:
+    def __init__(self, site: Site, store: Store, *, grid: Grid, configuration: str, timeout: float) -> None:
         self.site, self.store, self.grid, self.timeout = site, store, grid, timeout
+        self.configuration = configuration
+        if store.progress and LEDGER not in store.files:
+            raise ValueError(
+                f"{store.folder} holds a run in one process; go on with `fedlscl fit`, or give another run_dir"
+            )
         self._clients: dict[int, int] = {}  # by node
         self._asked: dict[str, int] = {}  # nodes, by the message that asks them whose they are
         self._refused: set[int] = set()  # nodes
+        self._absent: set[int] = set()  # clients without a node at the end of the last exchange
         ledger = store.read(LEDGER) or {
             "since": torch.zeros(site.clients, dtype=torch.int64),
             "missed": torch.zeros((0, len(_COLUMNS)), dtype=torch.int64),
         }
         self._since: list[int] = ledger["since"].tolist()
         self._missed: list[list[int]] = ledger["missed"].tolist()
-        self._ending: dict[int, End] = {}
 
     def fit(self, round: Round, clients: Sequence[int], uploads: bool, listener: Listener) -> Iterator[Fitted]:
         """Let them train, all at the same time."""
@@ -143,10 +157,17 @@ class FlowerTransport:
 
     def compute(self, client: int) -> dict[str, int]:
         """Ask the client."""
-        last = Round(1, 1, True, self.site.seed)  # any
-        for _, reply in self._exchange(COMPUTE, last, [client], {}):
+        for _, reply in self._exchange(COMPUTE, Round(0, 0, True, 0), [client], {}):
+            problem = reply
             if not isinstance(reply, str):
-                return {name: int(value) for name, value in _numbers(reply, "compute").items()}
+                try:
+                    counts = {name: int(value) for name, value in _numbers(reply, "compute").items()}
+                    if set(counts) == set(COUNTS) and min(counts.values()) >= 0:
+                        return counts
+                    problem = f"it counts {sorted(counts)}"
+                except ValueError as error:
+                    problem = str(error)
+            log.warning("client %d does not say what it computes: %s", client, problem)
         return {}
 
     def _exchange(
@@ -156,23 +177,49 @@ class FlowerTransport:
         waiting, sent, deadline = list(clients), dict[str, int](), time.monotonic() + self.timeout
         self._asked.clear()
         self._refused.clear()  # what was wrong with a node may have been put right
+        answered = False
         while (waiting or sent) and time.monotonic() < deadline:
+            if answered and not sent and self._absent.issuperset(waiting):
+                break  # who was not there before either holds nobody up
             nodes = self._nodes()
             for client in [client for client in waiting if client in nodes]:
-                content = self._content(client, round, more)
-                (message_id,) = self.grid.push_messages([Message(content, nodes[client], kind, ttl=self.timeout)])
-                if message_id:
+                if message_id := self._push(self._content(client, round, more), nodes[client], kind):
                     waiting.remove(client)
                     sent[message_id] = client
-            for reply in self.grid.pull_messages(list(sent)) if sent else ():
-                client = sent.pop(reply.metadata.reply_to_message_id)
-                yield client, _problem(reply) or reply.content
+            for message_id, reply in self._pull(sent):
+                client = sent.pop(message_id)
+                if _is_away(reply):
+                    waiting.append(client)  # until the time-out it may come back
+                    continue
+                answered = True
+                yield client, _problem(reply) if isinstance(reply, Error) else reply
             if waiting or sent:
                 time.sleep(POLL_SECONDS)
+        self._absent = self._absent.difference(clients).union(waiting)
         for client in waiting:
             yield client, f"TimeoutError: no node of this client within {self.timeout:g} s"
         for client in sent.values():
             yield client, f"TimeoutError: no reply within {self.timeout:g} s"
+
+    def _push(self, content: RecordDict, node: int, kind: str) -> str | None:
+        """Send a message; its id, or None if Flower does not take it now."""
+        return next(iter(self.grid.push_messages([Message(content, node, kind, ttl=self.timeout)])), None) or None
+
+    def _pull(self, message_ids: Iterable[str]) -> Iterator[tuple[str, RecordDict | Error]]:
+        """The replies that are there, each under the message that it was asked for with.
+
+        One by one: what a node has sent is unpacked here, and must harm nobody else if that fails; what it says about
+        which message it replies to is not believed.
+        """
+        for message_id in list(message_ids):
+            try:
+                replies = list(self.grid.pull_messages([message_id]))
+            except Exception as error:
+                log.warning("a reply cannot be read", exc_info=error)
+                yield message_id, Error(0, f"{type(error).__name__}: {error}")
+                continue
+            for reply in replies:
+                yield message_id, reply.error if reply.has_error() else reply.content
 
     def _content(self, client: int, round: Round, more: Mapping[str, bool]) -> RecordDict:
         entries = sorted(entry for entry in self._missed if entry[0] == client)
@@ -184,7 +231,7 @@ class FlowerTransport:
                 tensors = self.store.read(_missed(client, number))
                 assert tensors is not None  # `answer` has put them there
                 messages[str(number)] = Download(client, task, number, 0, tensors).to_bytes()
-        numbers = {"task": round.task, "round": round.number, "since": since}
+        numbers = {"client": client, "task": round.task, "round": round.number, "since": since}
         ends = {name: [entry[_COLUMNS.index(name)] for entry in entries] for name in ENDS}
         return RecordDict(
             {
@@ -197,13 +244,15 @@ class FlowerTransport:
     def _nodes(self) -> dict[int, int]:
         """The node of each client that is there; a node that is new is asked whose it is."""
         online = set(self.grid.get_node_ids())
+        self._refused &= online
         for node in sorted(online - set(self._clients) - self._refused - set(self._asked.values())):
-            (message_id,) = self.grid.push_messages([Message(RecordDict(), node, WHO, ttl=self.timeout)])
-            if message_id:
+            if message_id := self._push(RecordDict(), node, WHO):
                 self._asked[message_id] = node
-        for reply in self.grid.pull_messages(list(self._asked)) if self._asked else ():
-            node = self._asked.pop(reply.metadata.reply_to_message_id)
-            problem = _problem(reply) or self._meet(node, reply.content, online)
+        for message_id, reply in self._pull(self._asked):
+            node = self._asked.pop(message_id)
+            if _is_away(reply):
+                continue
+            problem = _problem(reply) if isinstance(reply, Error) else self._meet(node, reply, online)
             if problem:
                 self._refused.add(node)
                 log.warning("node %d is refused: %s", node, problem)
@@ -211,11 +260,12 @@ class FlowerTransport:
 
     def _meet(self, node: int, content: RecordDict, online: set[int]) -> str | None:
         who = content.config_records.get("who", ConfigRecord())
-        client, split = who.get("client"), who.get("split_sha256")
+        client = who.get("client")
         if type(client) is not int or not 0 <= client < self.site.clients:
             return f"it says that it is client {client!r}, of which there are {self.site.clients}, numbered from 0"
-        if split != self.site.data.split_sha256:
-            return f"its data, of client {client}, are of another split ({str(split)[:12]}) than this run's"
+        for name, own in (("split", self.site.data.split_sha256), ("configuration", self.configuration)):
+            if who.get(name) != own:
+                return f"client {client} has another {name} ({str(who.get(name))[:12]}) than this run ({own[:12]})"
         if others := [other for other, its in self._clients.items() if its == client and other in online]:
             return f"it says that it is client {client}, which is at node {others[0]}"
         self._clients = {other: its for other, its in self._clients.items() if its != client} | {node: client}
@@ -227,17 +277,20 @@ class FlowerTransport:
 
 @client_app.query("who")
 def who(message: Message, context: Context) -> Message:
-    """Say which client this is, and of which split its data are."""
+    """Say which client this is, of which split its data are, and what the run's words mean on this machine."""
     index, folder = _client(context), str(context.node_config.get("data", ""))
     data = LocalShare(Path(folder)) if folder else _own(context)[1].data
-    return _reply(message, who=ConfigRecord({"client": index, "split_sha256": data.split_sha256}))
+    with _as_error():
+        configuration = configuration_sha256(shlex.split(str(context.run_config["words"])))
+    record = ConfigRecord({"client": index, "split": data.split_sha256, "configuration": configuration})
+    return _reply(message, who=record)
 
 
 @client_app.train()
 def fit(message: Message, context: Context) -> Message:
     """Train in a round, and reply with the upload and what training logged."""
     numbers, metrics = message.content.config_records["round"], _Metrics()
-    with _node(context) as node:
+    with _node(message, context) as node:
         round = Round(_integer(numbers, "task"), _integer(numbers, "round"), bool(numbers["ends_task"]), node.site.seed)
         upload = node.fit(round, _known(message.content), bool(numbers["uploads"]), metrics)
     records: dict[str, Any] = {"metrics": MetricRecord({**metrics.values})}
@@ -249,7 +302,7 @@ def fit(message: Message, context: Context) -> Message:
 @client_app.evaluate()
 def end(message: Message, context: Context) -> Message:
     """Hear the end of a round, and reply with the accuracies."""
-    with _node(context) as node:
+    with _node(message, context) as node:
         accuracy = node.end(_known(message.content))
     return _reply(message, accuracy=MetricRecord({**accuracy}))
 
@@ -257,15 +310,18 @@ def end(message: Message, context: Context) -> Message:
 @client_app.query("compute")
 def compute(message: Message, context: Context) -> Message:
     """Count what this client trains and computes."""
-    with _node(context) as node:
+    with _node(message, context) as node:
         counts = node.compute(_known(message.content))
     return _reply(message, compute=MetricRecord({**counts}))
 
 
 @contextmanager
-def _node(context: Context) -> Iterator[Node]:
-    """This client and its disk; waits for a process that still answers an earlier message."""
+def _node(message: Message, context: Context) -> Iterator[Node]:
+    """This client and its disk; waits for a simulation's worker that still answers a message that has timed out."""
     index, site, folder = _own(context)
+    meant = _integer(message.content.config_records["round"], "client")
+    if meant != index:
+        raise ValueError(f"the message is for client {meant}, and this is client {index}")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f".client-{index}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -334,7 +390,14 @@ def _experiment(words: str, data: str) -> Experiment:
     with _as_error():
         experiment = describe(shlex.split(words))
     if data:
-        experiment = replace(experiment, data=LocalShare(Path(data)))
+        whole, share = experiment.data, LocalShare(Path(data), experiment.data.device_mib)
+        for name, of_share, configured in (
+            ("seed", share.seed, whole.seed),
+            ("split", share.split_spec, whole.split_spec),
+        ):
+            if of_share != configured:
+                raise ValueError(f"{data} was dealt with data.{name} {of_share}, the run has {configured}; deal again")
+        experiment = replace(experiment, data=share)
     experiment.load()
     return experiment
 
@@ -342,16 +405,21 @@ def _experiment(words: str, data: str) -> Experiment:
 @contextmanager
 def _as_error() -> Iterator[None]:
     """Words that cannot be parsed end a command; here they must not end Flower's process."""
+    said = io.StringIO()
     try:
-        yield
+        with redirect_stderr(said):
+            yield
     except SystemExit as end:
-        raise ValueError(f"words of the run or the node: {end}") from end
+        reason = " ".join(said.getvalue().split())[-500:] or end
+        raise ValueError(f"words of the run or the node: {reason}") from end
 
 
-LEDGER, UPLOAD = "clients", "upload"
+UPLOAD = "upload"
 ENDS = ("task", "round", "accepted")
 _COLUMNS = ("client", *ENDS, "answered")
 _STYPE = "safetensors"
+NODE_UNAVAILABLE = 5  # of Flower's error codes, which its public modules do not name
+METRIC, MOST_METRICS = re.compile(r"[\w/.-]{1,64}"), 64
 
 
 def _missed(client: int, round: int) -> str:
@@ -363,9 +431,14 @@ def _array(message: bytes) -> Array:
     return Array("uint8", (len(message),), _STYPE, message)
 
 
-def _problem(reply: Message) -> str | None:
-    """What a node or Flower says went wrong, if something did."""
-    return (reply.error.reason or f"Flower's error {reply.error.code}") if reply.has_error() else None
+def _problem(error: Error) -> str:
+    """What a node or Flower says went wrong."""
+    return error.reason or f"Flower's error {error.code}"
+
+
+def _is_away(reply: RecordDict | Error) -> bool:
+    """Whether Flower has replied itself, because it has not heard of the node for a while."""
+    return isinstance(reply, Error) and reply.code == NODE_UNAVAILABLE
 
 
 def _payload(content: RecordDict, name: str) -> bytes:
@@ -376,10 +449,12 @@ def _payload(content: RecordDict, name: str) -> bytes:
 
 
 def _numbers(content: RecordDict, name: str) -> dict[str, float]:
-    numbers = {}
+    numbers: dict[str, float] = {}
     for key, value in content.metric_records.get(name, MetricRecord()).items():
-        if isinstance(value, list):
-            raise ValueError(f"{name}: {key} is a list, must be a number")
+        if isinstance(value, list) or not math.isfinite(value):
+            raise ValueError(f"{name}: {key[:64]} is {str(value)[:40]}, must be a finite number")
+        if not METRIC.fullmatch(key) or len(numbers) == MOST_METRICS:
+            raise ValueError(f"{name}: {key[:64]!r} is no name of a metric, or one too many")
         numbers[key] = value
     return numbers
 

@@ -91,7 +91,7 @@ class Node:
         before = known.since
         for end in known.ends:
             state = self._read(_fitted(end.round)) if end.accepted else None
-            body = self._enter(known, before) if state is None else self.site.enter(self.index, state)
+            body = self._enter(known, before) if state is None else self.site.enter(self.index, state, None)
             if end.message is None:
                 self.store.write(_end(end.round), body.state())
             accuracy = self.site.answer(body, end.task, end.message)

@@ -44,6 +44,8 @@ def predict(run_dir: Path, images: Sequence[str], client: int = 0) -> list[Predi
     split = Split.from_json(json.dumps(stored["split"]))
     if not 0 <= client < len(split.clients):
         raise ValueError(f"client is {client}, but the run has clients 0 to {len(split.clients) - 1}")
+    if not split.clients[client].tasks:
+        raise ValueError(f"client {client} of the run in '{run_dir}' is elsewhere, and its model with it")
     body = _load(run_dir, client, len(stored["classes"]))
     learned = sorted(label for task in split.clients[client].tasks for label in task.classes)
     logits = []

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlscl.checkpoint import replacing, write_atomically
+from fedlscl.checkpoint import replacing, sync, write_atomically
 from fedlscl.data import FederatedDataModule
 from fedlscl.datasets import Dataset, ImageSet, Source
 from fedlscl.splits import ClientSplit, Split, TaskSplit
@@ -88,6 +88,8 @@ def deal(data: FederatedDataModule, public_per_class: int, folder: Path) -> Iter
     Yields:
         The folder of each share, once it is complete.
     """
+    for path in folder.glob("*/share.json"):
+        path.unlink()  # of shares dealt before, of which none must count while its images are replaced
     size = data.dataset.train.images.shape[1:]
     for index in range(len(data.split.clients)):
         held: dict[str, list[NDArray[np.int64]]] = {part: [] for part in PARTS}
@@ -144,3 +146,5 @@ def _write(
 def _save(path: Path, array: NDArray[np.generic]) -> None:
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, array, allow_pickle=False)
+        file.flush()
+        sync(temporary)

@@ -25,6 +25,8 @@ from fedlscl.trainer import fit_once
 
 MakeTrainer = Callable[[Logger | None], Trainer]
 
+COUNTS = ("trained_parameters", "flops_frozen", "flops")
+
 
 @dataclass
 class Site:
@@ -77,21 +79,26 @@ class Site:
         """The message with which the server begins: the tensors that all clients start with."""
         return Download(index, 0, 0, 0, self.handout).to_bytes()
 
-    def enter(self, index: int, state: Mapping[str, Tensor] | None, start: bytes | None = None) -> Client:
+    def enter(self, index: int, state: Mapping[str, Tensor] | None, start: bytes | None) -> Client:
         """The client in a state, or, where there is none, as it is before its first round.
 
         Args:
             index: which client.
             state: what `Client.state` returned for it; None for one that has done nothing yet.
             start: the message that `start` makes, for one that has done nothing yet.
+
+        Raises:
+            ValueError: if it has neither.
         """
         body = self.body(index)
-        new = state is None
-        if state is None:
-            state = body.initial_state(seeds.derive(self.seed, "client", index))
-        body.enter(index, self.data, self.precomputed, state)
-        if new:
-            body.adopt(Download.from_bytes(start or self.start(index), body.shared_schema()).tensors)
+        if state is not None:
+            body.enter(index, self.data, self.precomputed, state)
+        elif start is not None:
+            new = body.initial_state(seeds.derive(self.seed, "client", index))
+            body.enter(index, self.data, self.precomputed, new)
+            body.adopt(Download.from_bytes(start, body.shared_schema()).tensors)
+        else:
+            raise ValueError(f"client {index} has no state, and was not told what clients start with")
         return body
 
     def fit(self, body: Client, round: Round, logger: Logger | None) -> dict[str, Tensor]:
@@ -134,9 +141,9 @@ class Site:
         """What a client that was entered trains and computes, counted at the end of a federation.
 
         Returns:
-            `trained_parameters`, and the floating-point operations (matrix products, convolutions and attention) to
-            classify one test image: `flops_frozen`, which do not depend on anything trained and are done once per
-            image, and `flops`, all others.
+            By the names in `COUNTS`: `trained_parameters`, and the floating-point operations (matrix products,
+            convolutions and attention) to classify one test image: `flops_frozen`, which do not depend on anything
+            trained and are done once per image, and `flops`, all others.
         """
         frozen, total = FlopCounterMode(display=False), FlopCounterMode(display=False)
 
@@ -150,8 +157,6 @@ class Site:
         body.test_images = body.test_images[:1]
         with total:
             self.trainer(None).test(body, verbose=False)
-        return {
-            "trained_parameters": sum(p.numel() for p in body.parameters() if p.requires_grad),
-            "flops_frozen": frozen.get_total_flops(),
-            "flops": total.get_total_flops() - frozen.get_total_flops(),
-        }
+        trained = sum(p.numel() for p in body.parameters() if p.requires_grad)
+        counts = (trained, frozen.get_total_flops(), total.get_total_flops() - frozen.get_total_flops())
+        return dict(zip(COUNTS, counts, strict=True))

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 from lightning.pytorch.loggers import Logger
 
 from fedlscl.checkpoint import Store, client_name
+from fedlscl.client import Client
 from fedlscl.schedule import Round
 from fedlscl.site import Site
 
@@ -16,6 +17,10 @@ log = logging.getLogger(__name__)
 
 Accuracy = Mapping[str, list[float]]
 """For each mask a client's accuracy in % on every task learned so far."""
+
+
+LEDGER = "clients"
+"""The name under which a store holds what it knows of clients that are elsewhere."""
 
 
 class Fitted(NamedTuple):
@@ -64,9 +69,15 @@ class Transport(Protocol):
 
 
 class InProcess:
-    """Clients of this process, one after another, their states in the federation's own store."""
+    """Clients of this process, one after another, their states in the federation's own store.
+
+    Raises:
+        ValueError: if the store is that of a run whose clients are elsewhere.
+    """
 
     def __init__(self, site: Site, store: Store) -> None:
+        if LEDGER in store.files:
+            raise ValueError(f"{store.folder} holds a run on Flower; go on with `flwr run`, or give another run_dir")
         self.site, self.store = site, store
         self._accuracy: dict[int, Accuracy] = {}
 
@@ -78,7 +89,7 @@ class InProcess:
 
     def _fit(self, index: int, round: Round, uploads: bool, logger: Logger | None) -> Fitted:
         try:
-            body = self.site.enter(index, self.store.read(client_name(index)))
+            body = self._enter(index)
             state = self.site.fit(body, round, logger)
             message = body.upload().to_bytes() if uploads else None
         except Exception as error:
@@ -95,7 +106,7 @@ class InProcess:
             self.store.rename(_fitted(client), name)
         else:
             self.store.forget(_fitted(client))
-        body = self.site.enter(client, self.store.read(name))
+        body = self._enter(client)
         self._accuracy[client] = self.site.answer(body, round.task, message)
         if message is not None:
             self.store.amend(name, body.state())
@@ -107,7 +118,11 @@ class InProcess:
 
     def compute(self, client: int) -> dict[str, int]:
         """Count it here."""
-        return self.site.compute(self.site.enter(client, self.store.read(client_name(client))))
+        return self.site.compute(self._enter(client))
+
+    def _enter(self, index: int) -> Client:
+        """The client in its last state."""
+        return self.site.enter(index, self.store.read(client_name(index)), self.site.start(index))
 
 
 def _fitted(index: int) -> str:

@@ -183,7 +183,7 @@ def test_a_client_goes_on_from_its_state_to_the_last_bit(
     state = {name: tensor.clone() for name, tensor in body.state().items()}
     stranger = enter_client(other, 2)  # another client, with another past
     fit(stranger, 1, 1)
-    stranger.enter(1, data, other.precomputed, state)
+    stranger.enter(1, data, other.site.precomputed, state)
     assert same(stranger.state(), state)
     assert stranger.memory.begun == 2
     assert stranger.memory.learned == 1

@@ -84,10 +84,12 @@ def test_separate_processes_end_with_the_numbers_of_one_and_strangers_stay_outsi
             deployed.register(f"client-{index}")
             deployed.start_node(f"client-{index}")
         status = deployed.wait(deployed.run())
-        refused = deployed.log("client-9")
+        refused, ended = deployed.log("client-9"), deployed.processes["client-9"].poll()
     assert of_the_server(tmp_path / "apart") == expected
     assert not (stranger / "runs").exists()
     assert "SuperNode ID" not in refused
+    assert "Failed to activate SuperNode" in refused  # which differs from the others in its key alone
+    assert ended == 1
     # each node's state is in its own folder, and the payload is part of what Flower has counted
     assert [len(list((tmp_path / "apart").glob(f"client-{n}/runs/*/client-{n}"))) for n in range(2)] == [1, 1]
     assert status["network-traffic"]["inbound-bytes"] > expected["bytes_up"]["total"]

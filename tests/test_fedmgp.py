@@ -10,7 +10,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CNN, Recorder, copy_of, enter_client, fit, make_client, make_trainer, outcome, run, same
+from helpers import (
+    CNN,
+    Recorder,
+    copy_of,
+    enter_client,
+    fit,
+    make_client,
+    make_federation,
+    make_trainer,
+    outcome,
+    run,
+    same,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
@@ -391,8 +403,7 @@ def test_resumption_after_every_round_changes_nothing(
     whole = run(make(client=client(), server=server(), rounds=1, clients_per_round=2))
     results = []
     for _ in range(2):
-        federation = make(client=client(), server=server(), rounds=1, clients_per_round=2)
-        federation.store = type(federation.store)(tmp_path / "one")
+        federation = make_federation(tmp_path / "one", data, vit, client(), server(), rounds=1, clients_per_round=2)
         result = next(federation.run(Recorder()))
         federation.store.commit({"round": result.round})
         results.append(result)

@@ -28,7 +28,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlscl import flower
-from fedlscl.cli import describe, main
+from fedlscl.cli import configuration_sha256, describe, main
 from fedlscl.federation import Federation, RoundResult
 from fedlscl.flower import COMPUTE, END, FIT, WHO, FlowerTransport, client_app, server_app
 from fedlscl.messages import Download, Upload
@@ -45,7 +45,9 @@ class Wire(Grid):
 
     def __init__(self, words: list[str], nodes: dict[int, dict[str, Any]]) -> None:
         self.words, self.nodes = words, nodes
+        self.words_of: dict[int, list[str]] = {}  # where a machine understands the run's words differently
         self.offline: set[int] = set()
+        self.spoiled: set[str] = set()  # messages whose reply cannot be unpacked
         self.fault: Fault = lambda message, reply: reply
         self.replies: dict[str, Message] = {}
         self.sent: list[tuple[Message, bytes]] = []
@@ -71,7 +73,7 @@ class Wire(Grid):
 
     def _answer(self, message: Message) -> Message:
         node = message.metadata.dst_node_id
-        run = {"words": shlex.join(self.words), "data": "", "timeout": 1.0}
+        run = {"words": shlex.join(self.words_of.get(node, self.words)), "data": "", "timeout": 1.0}
         context = Context(0, node, self.nodes[node], RecordDict(), run)  # type: ignore[arg-type]
         try:
             return client_app(message, context)
@@ -79,6 +81,8 @@ class Wire(Grid):
             return Message(Error(2, f"{type(error)}:<'{error}'>"), reply_to=message)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        if self.spoiled.intersection(message_ids):
+            raise RuntimeError("unexpected object type")
         return [self.replies.pop(name) for name in message_ids if name in self.replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
@@ -126,7 +130,8 @@ class Place:
     def on_flower(self, timeout: float = 5.0) -> Federation:
         """The server with its share alone, where its run folder stands."""
         experiment = flower._experiment(shlex.join(self.words), str(self.folder / "shares" / "server"))
-        transport = partial(FlowerTransport, grid=self.wire, timeout=timeout)
+        configuration = configuration_sha256(self.words)
+        transport = partial(FlowerTransport, grid=self.wire, configuration=configuration, timeout=timeout)
         return replace(experiment, run_dir=self.folder / "server", transport=transport).federation()
 
 
@@ -216,7 +221,7 @@ def test_nothing_crosses_the_wire_but_the_messages_and_numbers(place: Place) -> 
         for record in [*content.config_records.values(), *content.metric_records.values()]:
             for name, value in record.items():
                 flat = value if isinstance(value, list) else [value]
-                assert all(isinstance(number, int | float) for number in flat) or name == "split_sha256"
+                assert all(isinstance(number, int | float) for number in flat) or name in ("split", "configuration")
         # and nothing is hidden beside that: names, numbers and Flower's own account take little
         assert len(data) - sum(len(array.data) for array in arrays) < 4096
     assert up == sum(sum(result.bytes_up.values()) for result in results)
@@ -253,6 +258,17 @@ def in_round(message: Message, round: int, kinds: Iterable[str], node: int = 101
 
 
 NO_REPLY = "TimeoutError: no reply within 1 s"
+
+
+def test_clients_without_exchange_are_sent_back_as_well(tmp_path: Path) -> None:
+    """No upload tells the server that a client has trained; here the end of round 1 is not heard by one."""
+    local = next(path for path in METHODS if path.stem == "local")
+    budget = [f"--model.init_args.{name}={value}" for name, value in BUDGET.items()]
+    place = Place(tmp_path, ["--config", str(local), *budget], rounds=2)
+    expected = run(place.in_process())
+    place.wire.fault = lambda message, reply: None if reply and in_round(message, 1, {END}) else reply
+    found = run(place.on_flower(timeout=1.0), stop=1) + run(place.on_flower())
+    assert [result.accuracy for result in found[1:]] == [result.accuracy for result in expected[1:]]
 
 
 @pytest.mark.parametrize("kinds", [{FIT}, {FIT, END}], ids=["fit", "fit and end"])
@@ -380,9 +396,15 @@ def with_nan(content: RecordDict) -> RecordDict:
         (lambda c: changed(c, upload=payload(b"\x80\x04garbage")), "MessageError: upload is truncated or not in the"),
         (lambda c: changed(c, upload=payload(b"", "numpy.ndarray")), "ValueError: the reply holds no 'upload'"),
         (lambda c: RecordDict(), "ValueError: the reply holds no 'upload'"),
-        (lambda c: changed(c, metrics=MetricRecord({"loss": [1.0]})), "ValueError: metrics: loss is a list"),
+        (lambda c: changed(c, metrics=MetricRecord({"loss": [1.0]})), "ValueError: metrics: loss is [1.0], must be a"),
+        (lambda c: changed(c, metrics=MetricRecord({"loss": math.nan})), "ValueError: metrics: loss is nan, must be a"),
+        (lambda c: changed(c, metrics=MetricRecord({"a b": 1.0})), "ValueError: metrics: 'a b' is no name of a metric"),
+        (
+            lambda c: changed(c, metrics=MetricRecord({f"m{n}": 1.0 for n in range(65)})),
+            "ValueError: metrics: 'm64' is no name of a metric, or one too many",
+        ),
     ],
-    ids=["NaN", "garbage", "another format", "nothing", "odd metrics"],
+    ids=["NaN", "garbage", "another format", "nothing", "odd metric", "NaN metric", "odd name", "many metrics"],
 )
 def test_a_node_that_answers_garbage_is_refused_by_name(
     place: Place, change: Callable[[RecordDict], RecordDict], complaint: str
@@ -465,7 +487,7 @@ def test_data_of_another_split_are_refused(place: Place, caplog: pytest.LogCaptu
     with caplog.at_level(logging.WARNING, logger="fedlscl"):
         (result,) = run(place.on_flower(timeout=1.0), stop=1)
     assert set(result.skipped) == {1}
-    assert "its data, of client 1, are of another split" in caplog.text
+    assert f"client 1 has another split ({other.data.split_sha256[:12]}) than this run" in caplog.text
 
 
 def test_a_node_cannot_be_a_client_whose_data_it_does_not_have(place: Place) -> None:
@@ -481,7 +503,8 @@ def test_a_node_cannot_be_a_client_whose_data_it_does_not_have(place: Place) -> 
     ("config", "complaint"),
     [
         ({"timeout": 0.0}, "timeout is 0.0, must be a positive number of seconds"),
-        ({"words": "--config nowhere.yaml"}, "words of the run or the node"),
+        ({"words": "--config nowhere.yaml"}, "words of the run or the node: .*nowhere.yaml"),
+        ({"words": "--federation.rounds nope"}, "words of the run or the node: .*rounds"),
         ({"data": "nowhere"}, "nowhere holds no share of a federation's data"),
     ],
 )
@@ -523,7 +546,7 @@ def test_a_download_that_was_missed_is_kept_until_it_is_heard(place: Place) -> N
 def test_counts_of_nobody_are_none(place: Place) -> None:
     federation = place.on_flower(timeout=0.3)
     place.wire.offline = {100, 101, 102}
-    assert federation.compute() == {"resnet18": {}}
+    assert federation.compute() == {}
     place.wire.offline = set()
     assert set(federation.compute()["resnet18"]) == {"trained_parameters", "flops_frozen", "flops"}
     assert place.wire.sent[-1][0].metadata.message_type == COMPUTE
@@ -534,7 +557,9 @@ def test_config_records_hold_no_names(place: Place) -> None:
     run(place.on_flower(), stop=1)
     fits = [m for m, _ in place.wire.sent if m.metadata.message_type == FIT and not m.metadata.src_node_id]
     records = [message.content.config_records["round"] for message in fits]
-    assert {name for record in records for name in record} == {"task", "round", "since", "uploads", "ends_task"}
+    assert {name for record in records for name in record} == {
+        *("client", "task", "round", "since", "uploads", "ends_task")
+    }
     assert isinstance(records[0], ConfigRecord)
 
 
@@ -555,3 +580,142 @@ def test_a_run_in_which_a_client_was_lost_at_the_end_has_its_numbers_without_it(
     assert summary["accuracy"]["seen"]["final_average"] == pytest.approx(sum(others) / 2)
     assert summary["skipped"] == [{"round": 4, "client": 1, "reason": NO_REPLY}]
     assert not any(row["value"] == "nan" for row in lasting_rows(Path("run")))
+
+
+# ---- what Flower itself may do
+
+
+def test_a_reply_that_cannot_be_unpacked_harms_its_sender_alone(place: Place) -> None:
+    def spoil(message: Message, reply: Message | None) -> Message | None:
+        if reply is not None and in_round(message, 2, {FIT}):
+            place.wire.spoiled.add(message.metadata.message_id)
+        return reply
+
+    place.wire.fault = spoil
+    results = run(place.on_flower(), stop=3)
+    assert [result.skipped for result in results] == [{}, {1: "RuntimeError: unexpected object type"}, {}]
+
+
+def test_a_reply_belongs_to_the_message_it_was_asked_for_with(place: Place) -> None:
+    """Whatever the sender writes there."""
+
+    def claim(message: Message, reply: Message | None) -> Message | None:
+        if reply is not None and in_round(message, 2, {FIT}):
+            reply.metadata.__dict__["_reply_to_message_id"] = "another"
+        return reply
+
+    place.wire.fault = claim
+    assert outcome(run(place.on_flower())) == outcome(run(place.in_process()))
+
+
+def test_a_message_that_flower_does_not_take_is_sent_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    push, count = place.wire.push_messages, iter(range(1000))
+    monkeypatch.setattr(place.wire, "push_messages", lambda m: push(m) if next(count) % 3 else [])
+    assert outcome(run(place.on_flower())) == outcome(run(place.in_process()))
+
+
+def test_a_node_that_flower_has_lost_for_a_while_gets_its_message_again(place: Place) -> None:
+    lost = iter(range(1000))
+
+    def away(message: Message, reply: Message | None) -> Message | None:
+        if reply is not None and in_round(message, 2, {FIT, END}) and next(lost) % 2 == 0:
+            return Message(Error(5, "Node Unavailable"), reply_to=message)
+        return reply
+
+    place.wire.fault = away
+    assert outcome(run(place.on_flower())) == outcome(run(place.in_process()))
+    assert next(lost) == 4
+
+
+def test_who_stays_away_holds_nobody_up(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the exchange in which it is missed first it has until the time-out, and no time in the next."""
+    place.wire.offline = {102}
+    slept = []
+    monkeypatch.setattr(flower.time, "sleep", slept.append)
+    now = iter(range(10**9))
+    monkeypatch.setattr(flower.time, "monotonic", lambda: next(now) / 10)
+    federation = place.on_flower(timeout=50)
+    rounds = federation.run(Recorder())
+    assert next(rounds).skipped == {2: "TimeoutError: no node of this client within 50 s"}
+    assert len(slept) > 100
+    federation.store.commit({"round": 1})
+    slept.clear()
+    assert set(next(rounds).skipped) == {2}
+    assert len(slept) < 10
+    federation.store.commit({"round": 2})
+    place.wire.offline = set()
+    assert next(rounds).skipped == {}
+
+
+def test_a_node_that_has_become_another_client_is_not_taken_for_the_first(place: Place) -> None:
+    run(place.on_flower(), stop=1)
+    federation = place.on_flower()
+    rounds = federation.run(Recorder())
+    next(rounds)
+    federation.store.commit({"round": 2})
+    place.wire.nodes[101] = {"client": 2, "data": place.wire.nodes[102]["data"]}
+    result = next(rounds)
+    assert "the message is for client 1, and this is client 2" in result.skipped[1]
+    assert all(math.isnan(value) for value in result.accuracy["seen"][1])
+
+
+# ---- one folder, one engine; one split, one configuration
+
+
+def test_a_run_does_not_change_its_engine(place: Place) -> None:
+    """Neither knows the states that the other has left, and would begin anew in the middle."""
+    run(place.in_process(), stop=1)
+    run(place.on_flower(), stop=1)
+    (place.folder / "server").rename(place.folder / "flower")
+    (place.folder / "whole").rename(place.folder / "server")
+    with pytest.raises(ValueError, match="holds a run in one process; go on with `fedlscl fit`"):
+        place.on_flower()
+    (place.folder / "flower").rename(place.folder / "whole")
+    with pytest.raises(ValueError, match="holds a run on Flower; go on with `flwr run`"):
+        place.in_process()
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--seed_everything", "8"], "was dealt with data.seed 7, the run has 8; deal again"),
+        (["--data.split.dirichlet_alpha", "3"], r"was dealt with data.split .*alpha=1.0.*the run has .*alpha=3.0"),
+    ],
+)
+def test_a_share_that_was_dealt_for_another_configuration_is_refused(
+    place: Place, words: list[str], complaint: str
+) -> None:
+    place.words += words
+    with pytest.raises(ValueError, match=complaint):
+        place.on_flower()
+
+
+def test_a_machine_on_which_the_words_mean_something_else_is_refused(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    place.wire.words_of[101] = [*place.wire.words, "--model.learning_rate", "0.5"]
+    with caplog.at_level(logging.WARNING, logger="fedlscl"):
+        (result,) = run(place.on_flower(timeout=1.0), stop=1)
+    assert set(result.skipped) == {1}
+    assert "node 101 is refused: client 1 has another configuration (" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [{"flops": math.nan}, {"flops": 1.0}, {"trained_parameters": 1, "flops_frozen": 1, "flops": -1}, {"flops": [1]}],
+    ids=str,
+)
+def test_impossible_counts_are_not_taken(
+    place: Place, counts: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The next client is asked."""
+
+    def tamper(message: Message, reply: Message | None) -> Message | None:
+        if reply is not None and message.metadata.message_type == COMPUTE and message.metadata.dst_node_id == 100:
+            return Message(RecordDict({"compute": MetricRecord(counts)}), reply_to=message)
+        return reply
+
+    place.wire.fault = tamper
+    with caplog.at_level(logging.WARNING, logger="fedlscl"):
+        assert set(place.on_flower().compute()["resnet18"]) == {"trained_parameters", "flops_frozen", "flops"}
+    assert "client 0 does not say what it computes" in caplog.text

@@ -380,7 +380,7 @@ def test_in_the_first_task_it_is_fedavg(make: Make) -> None:
 def test_a_generator_comes_when_a_task_ends(make: Make, wire: Wire) -> None:
     federation = make(client=client(), server=server(), rounds=2)
     results = run(federation)
-    data = federation.data
+    data = federation.site.data
     uploads = {(m.client, m.round): m for m, _ in wire if isinstance(m, Upload)}
     for (index, round), message in uploads.items():
         mask = torch.zeros(data.num_classes, dtype=torch.bool)

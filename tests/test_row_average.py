@@ -61,9 +61,9 @@ def test_a_class_of_one_client_is_adopted_and_untouched_ones_stay(
     uploads = {m.client: m for m, _ in wire if isinstance(m, Upload) and m.round == 1}
     answer = next(m for m, _ in wire if isinstance(m, Download) and m.round == 1)
     counts = torch.stack([uploads[client].tensors[COUNTS] for client in sorted(uploads)])
-    for client, split in enumerate(fed.data.split.clients):
-        labels = fed.data.dataset.train.labels[split.tasks[0].train]
-        assert counts[client].tolist() == [int((labels == c).sum()) for c in range(fed.data.num_classes)]
+    for client, split in enumerate(fed.site.data.split.clients):
+        labels = fed.site.data.dataset.train.labels[split.tasks[0].train]
+        assert counts[client].tolist() == [int((labels == c).sum()) for c in range(fed.site.data.num_classes)]
     owners = (counts > 0).sum(0)
     assert (owners == 0).any()
     assert (owners == 1).any()
