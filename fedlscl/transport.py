@@ -122,7 +122,8 @@ class InProcess:
 
     def _enter(self, index: int) -> Client:
         """The client in its last state."""
-        return self.site.enter(index, self.store.read(client_name(index)), self.site.start(index))
+        state = self.store.read(client_name(index))
+        return self.site.enter(index, state, self.site.start(index) if state is None else None)
 
 
 def _fitted(index: int) -> str:

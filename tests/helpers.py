@@ -150,8 +150,8 @@ def outcome(results: list[RoundResult]) -> list[Any]:
 
 def enter_client(federation: Federation, index: int) -> Any:
     """A client's body in the client's last state; of the class that the federation was given."""
-    site = federation.site
-    return site.enter(index, federation.store.read(client_name(index)), site.start(index))
+    site, state = federation.site, federation.store.read(client_name(index))
+    return site.enter(index, state, site.start(index) if state is None else None)
 
 
 def fit(body: Client, task: int, round: int, seed: int = 0) -> None:
