@@ -177,7 +177,7 @@ class FlowerTransport:
         waiting, sent, deadline = list(clients), dict[str, int](), time.monotonic() + self.timeout
         self._asked.clear()
         self._refused.clear()  # what was wrong with a node may have been put right
-        answered = False
+        answered = kind == COMPUTE  # the run is over, and whoever is there will do
         while (waiting or sent) and time.monotonic() < deadline:
             if answered and not sent and self._absent.issuperset(waiting):
                 break  # who was not there before either holds nobody up
