@@ -191,7 +191,7 @@ class Deployment:
             RuntimeError: if it failed, with the end of the server's output.
         """
         while not (status := self.status(run_id))["status"].startswith("finished"):
-            time.sleep(5)  # each question is a process
+            time.sleep(15)  # each question is a process that takes seconds of a core
         if status["status"] != "finished:completed":
             raise RuntimeError(f"the run has {status['status']}: {self.log('server')[-3000:]}")
         return status
