@@ -43,7 +43,8 @@ from fedlscl.transport import LEDGER, Accuracy, Fitted, Listener
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 1.0
+POLL_SECONDS = 0.1  # at first, and after each reply; more and more up to
+SLOWEST_POLL_SECONDS = 2.0
 FIT, END, WHO, COMPUTE = "train", "evaluate", "query.who", "query.compute"
 
 server_app = ServerApp()
@@ -178,6 +179,7 @@ class FlowerTransport:
         self._asked.clear()
         self._refused.clear()  # what was wrong with a node may have been put right
         answered = kind == COMPUTE  # the run is over, and whoever is there will do
+        pause = POLL_SECONDS
         while (waiting or sent) and time.monotonic() < deadline:
             if answered and not sent and self._absent.issuperset(waiting):
                 break  # who was not there before either holds nobody up
@@ -187,14 +189,15 @@ class FlowerTransport:
                     waiting.remove(client)
                     sent[message_id] = client
             for message_id, reply in self._pull(sent):
-                client = sent.pop(message_id)
+                client, pause = sent.pop(message_id), POLL_SECONDS
                 if _is_away(reply):
                     waiting.append(client)  # until the time-out it may come back
                     continue
                 answered = True
                 yield client, _problem(reply) if isinstance(reply, Error) else reply
             if waiting or sent:
-                time.sleep(POLL_SECONDS)
+                time.sleep(pause)
+                pause = min(1.5 * pause, SLOWEST_POLL_SECONDS)
         self._absent = self._absent.difference(clients).union(waiting)
         for client in waiting:
             yield client, f"TimeoutError: no node of this client within {self.timeout:g} s"

@@ -102,6 +102,7 @@ class Wire(Grid):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(flower, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(flower, "SLOWEST_POLL_SECONDS", 0.01)
     for name in ("run_id", "task_id", "node_id"):  # as Flower sets them in the process of an app; nodes begin at 100
         monkeypatch.setattr(TaskIdentity, f"_{name}", 0)
     yield
