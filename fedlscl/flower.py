@@ -181,8 +181,6 @@ class FlowerTransport:
         answered = kind == COMPUTE  # the run is over, and whoever is there will do
         pause = POLL_SECONDS
         while (waiting or sent) and time.monotonic() < deadline:
-            if answered and not sent and self._absent.issuperset(waiting):
-                break  # who was not there before either holds nobody up
             nodes = self._nodes()
             for client in [client for client in waiting if client in nodes]:
                 if message_id := self._push(self._content(client, round, more), nodes[client], kind):
@@ -195,6 +193,8 @@ class FlowerTransport:
                     continue
                 answered = True
                 yield client, _problem(reply) if isinstance(reply, Error) else reply
+            if answered and not sent and self._absent.issuperset(waiting):
+                break  # who was not there before either holds nobody up
             if waiting or sent:
                 time.sleep(pause)
                 pause = min(1.5 * pause, SLOWEST_POLL_SECONDS)
