@@ -98,6 +98,7 @@ class Scale:
     features: int = 800
     product: int = 3072
     words: tuple[str, ...] = ()
+    federation: tuple[str, ...] = ()  # words for whole federations
 
 
 TINY = Scale(
@@ -113,6 +114,7 @@ TINY = Scale(
         *("--cnn.image_size=16", "--cnn.features=8"),
         "--cnn.model_args={channels: [4, 4, 8, 8], norm_layer: groupnorm1}",
     ),
+    federation=("--data.split.clients=2", "--federation.rounds=1"),
 )
 scale = Scale()
 
@@ -411,6 +413,7 @@ def framework() -> Iterator[Row]:
 
 def compare(setting: str, words: list[str]) -> Row:
     """One setting, three times each way."""
+    words = [*words, *scale.federation]
     accuracies: dict[str, Any] = {}
     numbers = itertools.count()
     with tempfile.TemporaryDirectory() as folder:
@@ -581,7 +584,13 @@ def device() -> Iterator[Row]:
     """The second round of all clients; the smallest models, since numbers of operations do not depend on the size."""
     for precision in ("32-true", "bf16-mixed"):
         with tempfile.TemporaryDirectory() as folder:
-            words = [*CIFAR, *TINY.words, "--federation.rounds=2", f"--trainer.precision={precision}"]
+            words = [
+                *CIFAR,
+                *TINY.words,
+                *scale.federation,
+                "--federation.rounds=2",
+                f"--trainer.precision={precision}",
+            ]
             yield {"precision": precision, **profiled(experiment(words, folder))}
 
 

@@ -31,7 +31,7 @@ data:
 backbone: {name: vit_tiny_patch16_224, image_size: 16,
            model_args: {patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}}
 cnn: {name: resnet18, features: 16, image_size: 16, model_args: {channels: [4, 4, 8, 8], layers: [1, 1, 1, 1]}}
-federation: {rounds: 2}
+federation: {rounds: 1}
 trainer: {accelerator: cpu}
 tracking: {wandb_mode: disabled}
 model:
