@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import tarfile
 import tempfile
 import uuid
@@ -327,11 +328,23 @@ def _decode_all(paths: Sequence[Path], size: int, images: np.memmap[Any, np.dtyp
 
 
 def unpack(archive: Path, inner: str, folder: Path) -> None:
-    """Unpack the folder `inner` of a tar archive as `folder`, whole or not at all."""
+    """Unpack the folder `inner` of a tar archive as `folder`, whole or not at all; plain files and folders only."""
     with tempfile.TemporaryDirectory(prefix=".unpack-", dir=folder.parent) as temporary:
+        root = Path(temporary).resolve()
         try:
             with tarfile.open(archive) as tar:
-                tar.extractall(temporary, filter="data")  # refuses links and paths that leave the folder
+                for member in tar:  # not extractall: Python before 3.11.4 has no safe form of it
+                    path = (root / member.name).resolve()
+                    if not path.is_relative_to(root):
+                        raise tarfile.ExtractError(f"{member.name} would be outside the folder")
+                    if member.isdir():
+                        continue
+                    content = tar.extractfile(member) if member.isfile() else None
+                    if content is None:
+                        raise tarfile.ExtractError(f"{member.name} is a link or a device, no file or folder")
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with content, path.open("wb") as file:
+                        shutil.copyfileobj(content, file)
         except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{archive} cannot be unpacked ({error}); fetch it again") from error
         unpacked = Path(temporary) / inner
