@@ -29,6 +29,7 @@ WITHOUT_EFFECT = (
     "seed_everything",
     "threads",
     "data.cache_dir",
+    "data.device_mib",
     "backbone.weights",
     "backbone.cache_mib",
     "setting",
