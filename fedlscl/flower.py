@@ -10,7 +10,9 @@ What crosses the wire: the serialised `Upload` and `Download` as they are in one
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import io
+import json
 import logging
 import math
 import re
@@ -32,6 +34,7 @@ from rich.console import Console
 
 from fedlscl.checkpoint import Store
 from fedlscl.cli import configuration_sha256, describe, run_dir_of
+from fedlscl.data import FederatedDataModule
 from fedlscl.evaluation import MASKS
 from fedlscl.experiment import Experiment
 from fedlscl.messages import Download
@@ -266,7 +269,12 @@ class FlowerTransport:
         client = who.get("client")
         if type(client) is not int or not 0 <= client < self.site.clients:
             return f"it says that it is client {client!r}, of which there are {self.site.clients}, numbered from 0"
-        for name, own in (("split", self.site.data.split_sha256), ("configuration", self.configuration)):
+        data = self.site.data
+        for name, own in (
+            ("split", data.split_sha256),
+            ("list of classes", _names_sha256(data)),
+            ("configuration", self.configuration),
+        ):
             if who.get(name) != own:
                 return f"client {client} has another {name} ({str(who.get(name))[:12]}) than this run ({own[:12]})"
         if others := [other for other, its in self._clients.items() if its == client and other in online]:
@@ -280,13 +288,14 @@ class FlowerTransport:
 
 @client_app.query("who")
 def who(message: Message, context: Context) -> Message:
-    """Say which client this is, of which split its data are, and what the run's words mean on this machine."""
+    """Say which client this is, of which classes and split its data are, and what the run's words mean here."""
     index, folder = _client(context), str(context.node_config.get("data", ""))
     data = LocalShare(Path(folder)) if folder else _own(context)[1].data
+    data.setup()
     with _as_error():
         configuration = configuration_sha256(shlex.split(str(context.run_config["words"])))
-    record = ConfigRecord({"client": index, "split": data.split_sha256, "configuration": configuration})
-    return _reply(message, who=record)
+    own = {"split": data.split_sha256, "list of classes": _names_sha256(data), "configuration": configuration}
+    return _reply(message, who=ConfigRecord({"client": index, **own}))
 
 
 @client_app.train()
@@ -423,6 +432,10 @@ _COLUMNS = ("client", *ENDS, "answered")
 _STYPE = "safetensors"
 NODE_UNAVAILABLE = 5  # of Flower's error codes, which its public modules do not name
 METRIC, MOST_METRICS = re.compile(r"[\w/.-]{1,64}"), 64
+
+
+def _names_sha256(data: FederatedDataModule) -> str:
+    return hashlib.sha256(json.dumps(data.class_names).encode()).hexdigest()
 
 
 def _missed(client: int, round: int) -> str:

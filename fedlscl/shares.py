@@ -20,6 +20,8 @@ from fedlscl.datasets import Dataset, ImageSet, Source
 from fedlscl.splits import ClientSplit, Split, TaskSplit
 
 PARTS = ("train", "test")
+FIELDS = {"data", "classes", "sha256", "public_per_class", "split"}
+"""What `share.json` holds."""
 
 
 class LocalShare(FederatedDataModule):
@@ -31,14 +33,20 @@ class LocalShare(FederatedDataModule):
 
     Raises:
         FileNotFoundError: if there is no share in `folder`.
+        ValueError: if `share.json` is not what `deal` writes.
     """
 
     def __init__(self, folder: Path, device_mib: float = 8192) -> None:
         path = folder / "share.json"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no share of a federation's data ({path.name}); see `fedlscl deal`")
-        self._content = json.loads(path.read_text())
-        share = Split.from_json(json.dumps(self._content["split"]))
+        try:
+            self._content = json.loads(path.read_text())
+            if missing := FIELDS - set(self._content):
+                raise ValueError(f"it lacks {sorted(missing)}")
+            share = Split.from_json(json.dumps(self._content["split"]))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
         super().__init__(_Arrays(folder), share.spec, share.seed, device_mib=device_mib)
         self.folder, self.split = folder, share
 
@@ -46,8 +54,20 @@ class LocalShare(FederatedDataModule):
         """Everything is there."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the images, which are read when they are needed."""
+        """Open the images, which are read when they are needed.
+
+        Raises:
+            ValueError: if they are not those that the tasks name; a share need not have been made by `deal`.
+        """
         self.dataset = self.source.load(self.folder)
+        for client in self.split.present:
+            for number, task in enumerate(client.tasks):
+                for part, positions in (("train", task.train), (self.split.evaluate_on, task.test)):
+                    labels, where = getattr(self.dataset, part).labels, f"{self.folder}: task {number}"
+                    if positions.size and positions[-1] >= len(labels):
+                        raise ValueError(f"{where} has position {positions[-1]} in {part}-images of {len(labels)}")
+                    if others := set(labels[positions].tolist()) - set(task.classes):
+                        raise ValueError(f"{where} has classes {list(task.classes)}, but {part} images of {others}")
 
     @property
     def split_sha256(self) -> str:

@@ -36,6 +36,9 @@ from fedlscl.shares import deal
 
 pytestmark = pytest.mark.usefixtures("command_line")
 
+DIGESTS = ("split", "list of classes", "configuration")
+"""What a node says besides numbers, each a hash."""
+
 Fault = Callable[[Message, Message | None], Message | None]
 """What becomes of a message's reply; the reply is None while the node has not seen the message."""
 
@@ -222,7 +225,7 @@ def test_nothing_crosses_the_wire_but_the_messages_and_numbers(place: Place) -> 
         for record in [*content.config_records.values(), *content.metric_records.values()]:
             for name, value in record.items():
                 flat = value if isinstance(value, list) else [value]
-                assert all(isinstance(number, int | float) for number in flat) or name in ("split", "configuration")
+                assert all(isinstance(number, int | float) for number in flat) or name in DIGESTS
         # and nothing is hidden beside that: names, numbers and Flower's own account take little
         assert len(data) - sum(len(array.data) for array in arrays) < 4096
     assert up == sum(sum(result.bytes_up.values()) for result in results)
@@ -489,6 +492,17 @@ def test_data_of_another_split_are_refused(place: Place, caplog: pytest.LogCaptu
         (result,) = run(place.on_flower(timeout=1.0), stop=1)
     assert set(result.skipped) == {1}
     assert f"client 1 has another split ({other.data.split_sha256[:12]}) than this run" in caplog.text
+
+
+def test_other_names_of_the_classes_are_refused(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """A share need not have been dealt; with the classes in another order its labels would mean something else."""
+    path = place.folder / "shares" / "client-1" / "share.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "classes": content["classes"][::-1]}))
+    with caplog.at_level(logging.WARNING, logger="fedlscl"):
+        (result,) = run(place.on_flower(timeout=1.0), stop=1)
+    assert set(result.skipped) == {1}
+    assert "client 1 has another list of classes (" in caplog.text
 
 
 def test_a_node_cannot_be_a_client_whose_data_it_does_not_have(place: Place) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from test_cli import METHOD
 from fedlscl.cli import main
 from fedlscl.data import FederatedDataModule
 from fedlscl.shares import LocalShare, deal
-from fedlscl.splits import Split, TaskSplit
+from fedlscl.splits import Split, SplitSpec, TaskSplit
 
 OTHER_SPLITS: list[dict[str, Any]] = [
     {},
@@ -39,6 +40,10 @@ def opened(folder: Path) -> LocalShare:
 
 def indices(task: TaskSplit, split: Split) -> list[tuple[Any, np.ndarray[Any, Any]]]:
     return [("train", task.train), (split.evaluate_on, task.test)]
+
+
+def swap(tasks: list[dict[str, Any]], part: str) -> None:
+    tasks[0][part], tasks[1][part] = tasks[1][part], tasks[0][part]
 
 
 def test_a_client_finds_its_own_images_where_they_were(whole: FederatedDataModule, tmp_path: Path) -> None:
@@ -103,6 +108,45 @@ def test_the_rules_hold_for_those_who_are_there(whole: FederatedDataModule) -> N
     content["clients"][1]["tasks"][0]["train"] = content["clients"][1]["tasks"][1]["train"]
     with pytest.raises(ValueError, match=r"training images: .* used more than once"):
         Split.from_json(json.dumps(content))
+
+
+def test_a_share_written_by_hand_as_the_documentation_says(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "experiments/flower/README.md").read_text()
+    (tmp_path / "share.json").write_text(page.split("```json")[1].split("```")[0])
+    images = np.arange(8 * 3 * 5 * 5).reshape(8, 3, 5, 5).astype(np.uint8)
+    labels = np.array([4, 4, 5, 5, 6, 6, 7, 7])
+    for part, held in (("train", slice(None)), ("test", slice(None, None, 2))):
+        np.save(tmp_path / f"{part}-images.npy", images[held])
+        np.save(tmp_path / f"{part}-labels.npy", labels[held])
+    share = opened(tmp_path)
+    assert share.split_spec == SplitSpec(2, 2, 2, 4, 0)
+    assert [bool(client.tasks) for client in share.split.clients] == [False, True]
+    for task in share.split.clients[1].tasks:
+        for part, positions in indices(task, share.split):
+            _, found = share.batch(part, positions)
+            assert {share.class_names[label] for label in found} == {share.class_names[label] for label in task.classes}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda share, _: share.pop("classes"), r"share.json: it lacks \['classes'\]"),
+        (lambda share, _: share["split"].pop("seed"), r"share.json: not a split .*\['clients', 'spec'\]"),
+        (lambda _, tasks: tasks[1].update(classes=[0, 1]), "share.json: not a split .*client 0: classes of all tasks"),
+        (lambda _, tasks: tasks[0]["train"].append(5000), "task 0 has position 5000 in train-images of"),
+        (lambda _, tasks: tasks[0].update(test=tasks[1]["test"]), "client 0: test images: .* used more than once"),
+        (lambda _, tasks: swap(tasks, "test"), r"task 0 has classes \[.*\], but test images of \{"),
+    ],
+)
+def test_a_share_that_is_wrong_is_refused(
+    cache: Path, tmp_path: Path, change: Callable[[dict[str, Any], list[dict[str, Any]]], object], complaint: str
+) -> None:
+    folder = next(deal(make_data(cache), 0, tmp_path))
+    content = json.loads((folder / "share.json").read_text())
+    change(content, content["split"]["clients"][0]["tasks"])
+    (folder / "share.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=complaint):
+        opened(folder)
 
 
 @pytest.mark.usefixtures("command_line")
