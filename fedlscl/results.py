@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,12 @@ class Run:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Every field of its configuration that has an effect, by dotted name; of the path of data the last part."""
-        fields = {name: value for name, value in flat(self.summary["config"]).items() if name not in WITHOUT_EFFECT}
+        """Every field of its configuration that has an effect, by dotted name; of the path of data the last part.
+
+        A field that is null is left out: one that a later version has added, and that is off, makes no other run.
+        """
+        flattened = flat(self.summary["config"])
+        fields = {name: value for name, value in flattened.items() if name not in WITHOUT_EFFECT and value is not None}
         if isinstance(root := fields.get("data.source.root"), str):
             fields["data.source.root"] = Path(root).name
         return fields
@@ -189,8 +193,9 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
     """Group runs into what may be compared, methods with their configurations, and seeds.
 
     Usual is, in each field, the value that most configurations have, each counted once however many seeds it was
-    repeated with: of a method's own fields among the configurations of that method, of the others (`PROTOCOL`) among
-    those of all methods. Where two values are equally frequent none is usual, and every variant bears its own.
+    repeated with: of a field that some method varies among the configurations of all methods of the same class, so
+    that a method and its ablations are usual at the same value; of those in `PROTOCOL` among the configurations of all
+    methods. Where two values are equally frequent none is usual, and every variant bears its own.
 
     Args:
         runs: finished runs.
@@ -203,13 +208,24 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
     """
     comparisons = []
     for conditions in dict.fromkeys(run.conditions for run in runs):
-        groups = _repeated([run for run in runs if run.conditions == conditions])
-        shared = _usual([group[0].fields for group in groups], lambda name: name.startswith(PROTOCOL))
+        methods: dict[str, list[tuple[Run, ...]]] = {}
+        for group in _repeated([run for run in runs if run.conditions == conditions]):
+            methods.setdefault(group[0].method, []).append(group)
+        fields = {method: [group[0].fields for group in groups] for method, groups in methods.items()}
+        every = [each for own in fields.values() for each in own]
+        shared = {name: _most_frequent(name, every) for name in _varied(every) if name.startswith(PROTOCOL)}
         comparison = Comparison(*conditions)
-        for method in dict.fromkeys(group[0].method for group in groups):
-            own = [group for group in groups if group[0].method == method]
-            usual = shared | _usual([group[0].fields for group in own], lambda name: not name.startswith(PROTOCOL))
-            variants = [Variant(method, _differs(group[0].fields, usual), group) for group in own]
+        for method, groups in methods.items():
+            of_class = fields[method][0].get("model.class_path")
+            family = [own for own in fields.values() if own[0].get("model.class_path") == of_class]
+            varied = dict.fromkeys(name for own in family for name in _varied(own) if not name.startswith(PROTOCOL))
+            usual = dict(shared)
+            for name in varied:
+                # a field that a method never has is none in which it could differ, nor does it have a vote
+                having = [own for own in family if any(name in each for each in own)]
+                if fields[method] in having:
+                    usual[name] = _most_frequent(name, [each for own in having for each in own])
+            variants = [Variant(method, _differs(group[0].fields, usual), group) for group in groups]
             comparison.variants.extend(sorted(variants, key=_order))
         comparisons.append(comparison)
     return comparisons
@@ -238,15 +254,10 @@ def _repeated(runs: Sequence[Run]) -> list[tuple[Run, ...]]:
     return [tuple(run for _, run in sorted(seeds.items())) for seeds in groups.values()]
 
 
-def _usual(configurations: Sequence[Mapping[str, Any]], concerned: Callable[[str], bool]) -> dict[str, str | None]:
-    """The key of the most frequent value of each field that varies; None where there is none."""
-    names = dict.fromkeys(name for fields in configurations for name in fields if concerned(name))
-    found = {}
-    for name in names:
-        values = [_key(fields.get(name)) for fields in configurations]
-        if len(set(values)) > 1:
-            found[name] = _most_frequent(values)
-    return found
+def _varied(configurations: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The fields in which configurations differ."""
+    names = dict.fromkeys(name for fields in configurations for name in fields)
+    return [name for name in names if len({_key(fields.get(name)) for fields in configurations}) > 1]
 
 
 def _differs(fields: Mapping[str, Any], usual: Mapping[str, str | None]) -> dict[str, Any]:
@@ -263,8 +274,9 @@ def _by_size(value: Any) -> tuple[float, str]:
     return (float(value) if isinstance(value, int | float) else 0.0, str(value))
 
 
-def _most_frequent(values: Sequence[str]) -> str | None:
-    (first, count), *others = Counter(values).most_common()
+def _most_frequent(name: str, configurations: Sequence[Mapping[str, Any]]) -> str | None:
+    """The key of a field's most frequent value; None where two values are."""
+    (first, count), *others = Counter(_key(fields.get(name)) for fields in configurations).most_common()
     return None if others and others[0][1] == count else first
 
 

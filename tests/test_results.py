@@ -64,6 +64,15 @@ def test_seeds_threads_and_places_make_no_other_variant() -> None:
     assert variant.label == "fed_lscl"
 
 
+def test_a_field_that_is_off_and_one_that_an_older_version_did_not_have_are_the_same() -> None:
+    runs = [make_run(seed=1), make_run(seed=2, config={"model.gradient_clip": None})]
+    (comparison,) = compare(runs)
+    assert [variant.label for variant in comparison.variants] == ["fed_lscl"]
+    (comparison,) = compare([*runs, make_run(seed=3, config={"model.gradient_clip": 1.0})])
+    labels = [variant.label for variant in comparison.variants]
+    assert labels == ["fed_lscl (gradient_clip None)", "fed_lscl (gradient_clip 1.0)"]
+
+
 def test_the_usual_configuration_has_the_most_frequent_values() -> None:
     """A sweep over blocks and one over buffers share their middle; it is what each of them varies."""
     blocks = [make_run(config={"model.block": block}) for block in (0, 3, 11)]
@@ -78,6 +87,21 @@ def test_the_usual_configuration_has_the_most_frequent_values() -> None:
     assert list(comparison.varying("model.block")) == [0, 3, 11]
     assert list(comparison.varying("model.buffer_size")) == [5, 10, 20]
     assert comparison.varying("model.epochs") == {}
+
+
+def test_a_method_and_its_ablations_are_usual_at_the_same_value() -> None:
+    """Three blocks are equally frequent for the method itself; its ablation and the other class ran at one of them."""
+    other = {"model.class_path": "another.Class", "model.block": 11}
+    runs = [make_run(config={"model.block": block}) for block in (0, 3, 11)]
+    runs += [make_run("fed_lscl_without_o2d"), make_run("lorm", config={"model": other})]
+    (comparison,) = compare(runs)
+    assert [variant.label for variant in comparison.usual] == ["fed_lscl", "fed_lscl_without_o2d", "lorm"]
+    assert [variant.label for variant in comparison.variants][1:3] == ["fed_lscl (block 0)", "fed_lscl (block 11)"]
+    # two more at block 11, and it is the ablation that ran at another than the usual one
+    runs += [make_run(config={"model.block": 11, "model.epochs": epochs}) for epochs in (5, 9)]
+    (comparison,) = compare(runs)
+    assert [variant.label for variant in comparison.usual] == ["fed_lscl", "fed_lscl_without_o2d (block 3)", "lorm"]
+    assert comparison.usual[0].runs[0].fields["model.block"] == 11
 
 
 def test_without_a_usual_configuration_all_variants_are_shown() -> None:
