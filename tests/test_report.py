@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 
 from fedlscl import checkpoint, report
 from fedlscl.figures import Picture
-from fedlscl.report import differences, inline_svg, write_report
+from fedlscl.protocol import differences
+from fedlscl.report import inline_svg, write_report
 from fedlscl.results import Comparison, Run, compare
 from fedlscl.tables import Cell, Table, tables
 
@@ -315,11 +316,11 @@ def test_what_a_drawing_refers_to_is_in_it() -> None:
 
 
 def test_a_run_of_the_papers_protocol_differs_in_its_seeds_only() -> None:
-    (seeds,), same = differences(only(make_run()))
+    (seeds,), same = differences(only(make_run()).variants)
     assert (seeds.label, seeds.paper, seeds.here, seeds.in_part) == ("seeds", "42, 1999, 2024", "42", False)
     assert "private classes per client (15)" in same
     assert "foundation model (ViT-B/16)" in same
-    nothing, same = differences(only(*(make_run(seed=seed) for seed in (2024, 42, 1999))))
+    nothing, same = differences(only(*(make_run(seed=seed) for seed in (2024, 42, 1999))).variants)
     assert nothing == []
     assert "seeds (42, 1999, 2024)" in same
 
@@ -359,7 +360,7 @@ def test_a_run_of_the_papers_protocol_differs_in_its_seeds_only() -> None:
 )
 def test_each_difference_from_the_paper_is_named(change: dict[str, Any], label: str, paper: str, here: str) -> None:
     runs = [make_run(seed=seed, **change) for seed in (42, 1999, 2024)]
-    (found,), same = differences(only(*runs))
+    (found,), same = differences(only(*runs).variants)
     assert (found.label, found.paper, found.here, found.in_part) == (label, paper, here, False)
     assert found.why
     assert not [text for text in same if text.startswith(f"{label} (")]
@@ -368,7 +369,8 @@ def test_each_difference_from_the_paper_is_named(change: dict[str, Any], label: 
 def test_the_protocol_is_that_of_the_data_set() -> None:
     def fields(source: dict[str, Any], private: int, public: int) -> dict[str, tuple[str, str]]:
         split = {"data__split__private_classes": private, "data__split__public_classes": public}
-        found, _ = differences(only(*(make_run(seed=s, data__source=source, **split) for s in (42, 1999, 2024))))
+        runs = [make_run(seed=seed, data__source=source, **split) for seed in (42, 1999, 2024)]
+        found, _ = differences(only(*runs).variants)
         return {difference.label: (difference.paper, difference.here) for difference in found}
 
     imagenet = {"class_path": "fedlscl.data.ImageNetR", "init_args": {"root": "imagenet-r.tar"}}
@@ -388,7 +390,7 @@ def test_where_runs_differ_each_value_is_counted() -> None:
     runs = [make_run(seed=seed) for seed in (42, 1999, 2024)]
     runs += [make_run(seed=42, model__block=block) for block in (11, 0)]
     runs += [make_run("fedavg", model={"class_path": "fedlscl.methods.small_model.SmallModelClient", "block": 5})]
-    found, _ = differences(only(*runs))
+    found, _ = differences(only(*runs).variants)
     by_label = {difference.label: difference for difference in found}
     assert set(by_label) == {"adapted block of the ViT", "seeds"}
     block = by_label["adapted block of the ViT"]
