@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import count
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from rich.text import Text
 
 from fedlscl.checkpoint import write_atomically
 from fedlscl.figures import pictures, save
+from fedlscl.formats import FORMATS, to_markdown
 from fedlscl.predict import predict
 from fedlscl.report import write_report
 from fedlscl.results import Comparison, compare, read_runs
-from fedlscl.tables import FORMATS, tables, to_markdown
+from fedlscl.tables import tables
 
 RUNS = "run folders, folders of them, or their summary.json"
 
@@ -87,10 +89,17 @@ def _parser(name: str, description: str) -> ArgumentParser:
 
 
 def _comparisons(paths: list[str]) -> list[tuple[str, Comparison]]:
-    """The comparisons, each with a name of its own that is fit for a file."""
+    """The comparisons, each with a name of its own that is fit for a file: the setting, and what tells it apart."""
+    comparisons = compare(read_runs(map(Path, paths)))
     named: dict[str, Comparison] = {}
-    for comparison in compare(read_runs(map(Path, paths))):
-        free = (name for n in count(1) if (name := comparison.setting + f"_{n}" * (n > 1)) not in named)
+    for comparison in comparisons:
+        same = [other for other in comparisons if other.setting == comparison.setting]
+        parts = [comparison.setting]
+        parts += [comparison.backbone] * (len({other.backbone for other in same}) > 1)
+        parts += [comparison.evaluated_on] * (len({other.evaluated_on for other in same}) > 1)
+        base = "-".join(re.sub(r"[^\w.]+", "_", part) for part in parts)
+        # signs that no file name takes may have been all that told two apart
+        free = (name for n in count(1) if (name := base + f"_{n}" * (n > 1)) not in named)
         named[next(free)] = comparison
     return list(named.items())
 

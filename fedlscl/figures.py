@@ -22,7 +22,7 @@ from matplotlib.transforms import Bbox
 from fedlscl.checkpoint import write_atomically
 from fedlscl.evaluation import MASKS, FloatArray, measured_mean
 from fedlscl.plots import DPI, MAX_NUMBERED, STYLES, heat_map
-from fedlscl.results import Comparison, Variant
+from fedlscl.results import POOLED, Comparison, Variant
 
 METHOD = "fed_lscl"
 """The method whose block, buffer and CNNs vary."""
@@ -42,6 +42,8 @@ _TYPE: dict[Any, Any] = {
     "lines.linewidth": 1.1,
     "lines.markersize": 4,
 }
+MAX_BANDS = 6
+"""Lines that may have bands in one panel; those of more hide each other."""
 _LABEL_SIZE, _TICK_SIZE = 6.5, 7.0
 _MIB = 2.0**20
 
@@ -132,9 +134,10 @@ def _by_field(comparison: Comparison, mask: str, field: str, name: str, meaning:
     above, below = figure.subplots(2, 1, height_ratios=[1.5, 1])
     ends = []
     styles = _ordered(len(variants))
+    banded = len(variants) <= MAX_BANDS
     for (value, variant), style in zip(variants.items(), styles, strict=True):
         accuracy = _over_tasks(variant, mask)
-        _line(above, np.arange(1, accuracy.shape[1] + 1), accuracy, str(value), style)
+        _line(above, np.arange(1, accuracy.shape[1] + 1), accuracy, str(value), style, band=banded)
         ends.append(_over_seeds(accuracy[:, -1]))
     values = list(variants)
     below.plot(values, [float(mean) for mean, _ in ends], color="0.7", linewidth=0.8, zorder=1)
@@ -161,10 +164,11 @@ def _by_field(comparison: Comparison, mask: str, field: str, name: str, meaning:
         handlelength=2.6,
         columnspacing=1.0,
     )
+    spread = "bands and bars are" if banded else "bars are"
     what = f"Accuracy of {METHOD} by {meaning}"
     caption = (
         f"Above, accuracy in % after each task, as the mean over clients and over the tasks learned so far; below, "
-        f"its value after the last task; {_among(mask)}. {_seeds(methods)} {_starred(methods, mask)}"
+        f"its value after the last task; {_among(mask)}. {_seeds(methods, spread)} {_starred(methods, mask)}"
     )
     return Picture(name, f"{what}, {comparison.title}", caption.strip(), figure)
 
@@ -201,7 +205,7 @@ def _clients_by_task(comparison: Comparison, mask: str) -> Picture | None:
     bar.ax.tick_params(labelsize=_TICK_SIZE)
     caption = (
         f"Accuracy in % of each client's final model on the test images of each task; {_among(mask)}. "
-        f"{_seeds(shown, bands=False)} {_starred(shown, mask)}"
+        f"{_seeds(shown, None)} {_starred(shown, mask)}"
     )
     title = f"Accuracy of {METHOD}'s final models by client and task, {comparison.title}"
     return Picture("clients_by_task", title, caption.strip(), figure)
@@ -226,7 +230,7 @@ def _forgetting(comparison: Comparison, mask: str) -> Picture | None:
             later = np.arange(task, accuracy.shape[1])
             _line(axes, later + 1, accuracy[:, later, task], str(task + 1), {**styles[task], "markersize": 3.2})
         final = float(_over_seeds(_over_tasks(variant, mask)[:, -1])[0])
-        axes.set_title(f"{textwrap.fill(_name(variant, mask), 26)}  {final:.1f}", pad=3)
+        axes.set_title(f"{_filled(_name(variant, mask), 26)}  {final:.1f}", pad=3)
         _frame(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _within(grid[0])
@@ -258,11 +262,11 @@ def _forgetting(comparison: Comparison, mask: str) -> Picture | None:
 
 def _by_bytes(comparison: Comparison, mask: str) -> Picture | None:
     """Final average against what a client sends and receives in a round, a numbered point for each method."""
-    ranked = _ranked(comparison.usual, mask)
+    ranked = _ranked([variant for variant in comparison.usual if variant.method not in POOLED], mask)
     if not ranked:
         return None
     sent = [float(np.mean([_bytes(run.summary) for run in variant.runs])) / _MIB for variant in ranked]
-    names = [textwrap.fill(_name(variant, mask), 48) for variant in ranked]
+    names = [_filled(_name(variant, mask), 48) for variant in ranked]
     columns = 1 if max(map(len, names)) > 26 or len(names) < 4 else 2
     lines = sum(name.count("\n") + 1 for name in names) / columns
     figure = Figure(figsize=(COLUMN, 3.0 + 0.14 * lines), dpi=DPI, layout="constrained")
@@ -377,6 +381,11 @@ def _name(variant: Variant, mask: str) -> str:
     return f"{variant.label}{_star(variant, mask)}"
 
 
+def _filled(text: str, width: int) -> str:
+    """The text in lines, which may end behind an underscore too."""
+    return textwrap.fill(text.replace("_", "_ "), width).replace("_ ", "_")
+
+
 def _starred(variants: Sequence[Variant], mask: str) -> str:
     return "* is told the task of a test image." if any(_star(variant, mask) for variant in variants) else ""
 
@@ -385,16 +394,16 @@ def _among(mask: str) -> str:
     return f'mask "{mask}", prediction among {STYLES[mask]["label"]}'
 
 
-def _seeds(variants: Sequence[Variant], *, bands: bool = True) -> str:
-    """How many seeds there are, and what is drawn of their spread."""
+def _seeds(variants: Sequence[Variant], spread: str | None = "bands and bars are") -> str:
+    """How many seeds there are, and what is drawn of their spread; None if nothing is."""
     least, most = (pick(len(variant.runs) for variant in variants) for pick in (min, max))
     count = f"{most} seed{'s' if most > 1 else ''}" if least == most else f"{least} to {most} seeds"
-    if not bands:
+    if spread is None:
         return f"Mean over {count}."
     if most == 1:
         return "One seed, hence no bands."
     where = " where there are two or more" if least == 1 else ""
-    return f"Mean over {count}; bands and bars are ± one sample standard deviation{where}."
+    return f"Mean over {count}; {spread} ± one sample standard deviation{where}."
 
 
 # -------------------------------------------------------------------------------- drawing
@@ -413,13 +422,15 @@ def _ordered(count: int) -> list[dict[str, Any]]:
     ]
 
 
-def _line(axes: Axes, x: npt.NDArray[np.int64], values: FloatArray, label: str, style: dict[str, Any]) -> None:
+def _line(
+    axes: Axes, x: npt.NDArray[np.int64], values: FloatArray, label: str, style: dict[str, Any], *, band: bool = True
+) -> None:
     """Draw the mean of `values` (seeds, points) with a band of +- the sample deviation, where there is one."""
     mean, deviation = _over_seeds(values)
     axes.plot(x, mean, label=label, **style)
     if len(x) == 1:  # a band without width would not be seen
         _bars(axes, x, mean, deviation, style["color"])
-    elif not np.isnan(deviation).all():
+    elif band and not np.isnan(deviation).all():
         axes.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.13, linewidth=0)
 
 

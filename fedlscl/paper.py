@@ -5,11 +5,8 @@ Source: Large-Small Model Collaborative Framework for Federated Continual Learni
 
 from __future__ import annotations
 
-TASKS = 5
-"""Tasks in its settings; runs with another number of tasks are not in one of them."""
-
 TABLE1: dict[str, dict[str, tuple[float, ...]]] = {
-    "cifar100": {
+    "CIFAR-100": {
         "fedavg": (43.925, 50.678, 57.369, 55.519, 61.230),
         "fedprox": (23.703, 22.803, 26.146, 22.152, 23.664),
         "fedvit": (70.237, 70.139, 71.413, 66.027, 67.389),
@@ -23,7 +20,7 @@ TABLE1: dict[str, dict[str, tuple[float, ...]]] = {
         "lorm": (93.773, 88.684, 85.160, 84.556, 80.534),
         "fed_lscl": (97.735, 97.419, 96.597, 96.544, 96.932),
     },
-    "imagenet_r": {
+    "ImageNet-R": {
         "fedavg": (37.778, 35.427, 35.536, 35.811, 36.751),
         "fedprox": (20.238, 19.762, 19.730, 18.984, 17.882),
         "fedvit": (68.284, 59.818, 57.396, 59.867, 57.950),
@@ -38,20 +35,20 @@ TABLE1: dict[str, dict[str, tuple[float, ...]]] = {
         "fed_lscl": (91.178, 89.155, 86.985, 87.382, 88.150),
     },
 }
-"""By setting and method: accuracy in % of the global model on each of the five tasks, mean over three seeds."""
+"""By data set and method: accuracy in % of the global model on each of the five tasks, mean over three seeds."""
 
-TABLE2: dict[str, dict[str, float]] = {
-    "cifar100": {
-        "fed_lscl_without_o2d": 89.396,
-        "fed_lscl_without_replay": 50.298,
-        "fed_lscl_collaboration_only": 49.235,
-        "small_fedavg": 29.873,
+TABLE2: dict[str, dict[str, tuple[float, ...]]] = {
+    "CIFAR-100": {
+        "fed_lscl_without_o2d": (89.396,),
+        "fed_lscl_without_replay": (50.298,),
+        "fed_lscl_collaboration_only": (49.235,),
+        "small_fedavg": (29.873,),
     },
-    "imagenet_r": {
-        "fed_lscl_without_o2d": 80.780,
-        "fed_lscl_without_replay": 46.648,
-        "fed_lscl_collaboration_only": 45.377,
-        "small_fedavg": 27.298,
+    "ImageNet-R": {
+        "fed_lscl_without_o2d": (80.780,),
+        "fed_lscl_without_replay": (46.648,),
+        "fed_lscl_collaboration_only": (45.377,),
+        "small_fedavg": (27.298,),
     },
 }
-"""By setting and ablation: accuracy in % of the final model over all local tasks. The full method is not in it."""
+"""By data set and ablation: accuracy in % of the final model over all local tasks. The full method is not in it."""

@@ -24,9 +24,10 @@ from fedlscl.checkpoint import write_atomically
 from fedlscl.console import human_bytes
 from fedlscl.evaluation import MASKS
 from fedlscl.figures import pictures
+from fedlscl.formats import Table
 from fedlscl.protocol import OPEN, POINTS, differences, in_words, plural, texts
 from fedlscl.results import Comparison, Run
-from fedlscl.tables import MASK_NAMES, Table, tables
+from fedlscl.tables import MASK_NAMES, tables
 
 TEMPLATE = "report.html.jinja"
 NUMBER = re.compile(r"[-+]?\d|[-–—]?$")

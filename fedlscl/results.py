@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlscl.evaluation import FloatArray, measured_mean
+from fedlscl.evaluation import MASKS, FloatArray, measured_mean
 
 log = logging.getLogger(__name__)
 
@@ -21,9 +21,12 @@ PROTOCOL = ("data.", "backbone.", "cnn.", "federation.", "trainer.")
 
 NEEDED = {
     *("method", "setting", "seed", "backbone", "cnn", "evaluated_on", "accuracy", "bytes_up", "bytes_down", "skipped"),
-    *("seconds", "peak_memory_mib", "machine", "versions"),
+    *("seconds", "peak_memory_mib", "machine", "versions", "config"),
 }
-"""What every summary holds; by these a file is known to be one."""
+"""What every summary holds."""
+
+POOLED = ("joint",)
+"""Methods for which all images lie in one place, so that it means nothing that no message is sent."""
 
 WITHOUT_EFFECT = (
     "seed_everything",
@@ -103,15 +106,7 @@ class Variant:
     @property
     def label(self) -> str:
         """The method's name, and in what it differs from its usual configuration."""
-        # other CNNs have other arguments, which go without saying
-        other_cnns = "cnn.name" in self.differs
-        shown = {
-            name: value
-            for name, value in self.differs.items()
-            if not (other_cnns and name.startswith("cnn.model_args"))
-        }
-        fields = ", ".join(f"{name.removeprefix('model.')} {value}" for name, value in shown.items())
-        return f"{self.method} ({fields})" if fields else self.method
+        return f"{self.method} ({named(self.differs)})" if self.differs else self.method
 
     @property
     def task_aware(self) -> tuple[str, ...]:
@@ -139,6 +134,23 @@ class Comparison:
         having = {variant.method for variant in self.variants if not variant.differs}
         return [variant for variant in self.variants if not variant.differs or variant.method not in having]
 
+    @property
+    def usual_values(self) -> dict[str, dict[str, Any]]:
+        """What labels leave out: by method, the usual value of each field in which one of its variants differs.
+
+        Those that are not a method's own, see `PROTOCOL`, are under the empty name.
+        """
+        having = [variant for variant in self.variants if not variant.differs]
+        found: dict[str, dict[str, Any]] = {"": {}}
+        for variant in self.variants:
+            for name in variant.differs:
+                shared = name.startswith(PROTOCOL)
+                usual = next((other for other in having if shared or other.method == variant.method), None)
+                if usual:
+                    method = "" if shared else variant.method
+                    found.setdefault(method, {})[name] = usual.runs[0].fields.get(name)
+        return {method: dict(sorted(values.items())) for method, values in found.items()}
+
     def varying(self, name: str, method: str = "fed_lscl") -> dict[Any, Variant]:
         """The variants of a method that differ from its usual configuration in no field but one.
 
@@ -164,28 +176,29 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
         paths: run folders, folders that hold such folders or summaries at any depth, or summaries (JSON).
 
     Returns:
-        The runs, each once, in the order of their files. Summaries of older versions, without the configuration, are
-        left out of folders, with a warning in the log.
+        The runs, each once, in the order of their files. What is no run is passed over in folders; with a warning in
+        the log where it may have been meant to be one: JSON that does not parse, a summary that lacks something.
 
     Raises:
         FileNotFoundError: if a path does not exist, or no finished run is in it.
-        ValueError: if a file that was named is no summary of a run, or lacks its configuration.
+        ValueError: if a file that was named is no summary of a run, or lacks something.
     """
     runs: dict[Path, Run] = {}
     for path in paths:
-        files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
-        found = {file: read for file in files if (read := _read(file)) is not None}
-        old = [file for file, run in found.items() if "config" not in run.summary]
-        if not path.is_dir() and not found:
-            raise ValueError(f"{path} is not the summary.json of a finished run")
-        if old and not path.is_dir():
-            raise ValueError(f"{path} does not hold the configuration of its run; it was made by an older version")
-        for file in old:
-            log.warning("%s is left out: it does not hold the configuration of its run", file)
-            del found[file]
+        if not path.is_dir():
+            runs[path.resolve()] = _read(path)
+            continue
+        found = {}
+        for file in sorted(file for file in path.rglob("*.json") if file.is_file()):
+            try:
+                found[file.resolve()] = _read(file)
+            except _OtherFile:
+                continue
+            except ValueError as error:
+                log.warning("%s; it is left out", error)
         if not found:
             raise FileNotFoundError(f"{path}: no finished run in it, which would have a summary.json")
-        runs |= {file.resolve(): run for file, run in found.items()}
+        runs |= found
     return list(runs.values())
 
 
@@ -229,6 +242,13 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
             comparison.variants.extend(sorted(variants, key=_order))
         comparisons.append(comparison)
     return comparisons
+
+
+def named(fields: Mapping[str, Any]) -> str:
+    """Fields with their values in a line, as in `block 11, buffer_size 5`."""
+    # other CNNs have other arguments, which go without saying
+    shown = [name for name in fields if not ("cnn.name" in fields and name.startswith("cnn.model_args"))]
+    return ", ".join(f"{name.removeprefix('model.')} {fields[name]}" for name in shown)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -284,10 +304,25 @@ def _key(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _read(path: Path) -> Run | None:
-    """The run whose summary a file is; None for any other file."""
+class _OtherFile(ValueError):
+    """A file that was never meant to be a summary."""
+
+
+def _read(path: Path) -> Run:
+    """The run whose summary a file is.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is no complete summary; naming the file and what is wrong.
+    """
     try:
         content = json.loads(path.read_text())
-    except (ValueError, IsADirectoryError):
-        return None
-    return Run(path, content) if isinstance(content, dict) and set(content) >= NEEDED else None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict) or not {"method", "accuracy"} <= set(content):
+        raise _OtherFile(f"{path} is not the summary.json of a finished run")
+    if missing := sorted(NEEDED - set(content)):
+        raise ValueError(f"{path} lacks {', '.join(missing)}; it was cut short, or made by another version")
+    if missing := [mask for mask in MASKS if mask not in content["accuracy"]]:
+        raise ValueError(f"{path} lacks accuracy under mask {', '.join(missing)}; it was made by another version")
+    return Run(path, content)

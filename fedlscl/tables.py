@@ -5,22 +5,18 @@ Every accuracy is in %, mean ± sample deviation over seeds; a single seed has n
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
-
-from tabulate import tabulate
+from dataclasses import replace
+from typing import Any
 
 from fedlscl import paper
 from fedlscl.console import human_bytes
 from fedlscl.evaluation import MASKS
-from fedlscl.results import Comparison, Run, Variant
-
-Mark = Literal["best", "second", ""]
+from fedlscl.formats import MISSING, Cell, Mark, Table
+from fedlscl.protocol import SEEDS, Difference, data_set, differences
+from fedlscl.results import POOLED, Comparison, Run, Variant, named
 
 COMPONENTS = {
     "fed_lscl": (True, True, True),
@@ -31,47 +27,23 @@ COMPONENTS = {
 }
 """Rows of Table 2: large-small collaboration, small-model continual fine-tuning, one-by-one distillation."""
 
-COMPARED = tuple(paper.TABLE1["cifar100"])
+COMPARED = tuple(paper.TABLE1["CIFAR-100"])
 """Rows of Table 1, shown as missing where there is no run."""
 
 BOUNDS = ("joint", "local", "local_vit")
 """Not federated, or not continual: they stand below the others and are never marked as best."""
 
-MISSING = "–"
-MARKS = "The best of each column is bold, the second best in italics, bounds left out."
+MARKS = "The best of each column is bold, the second best in italics."
+COMPETING = (
+    f"{MARKS} Bounds, ablations, and rows that name a field in brackets do not compete; under the masks seen and none "
+    "neither do methods with a star."
+)
 STAR = "A star: the task of each test image, which had to be known, chose the parameters that classified it."
 MASK_NAMES = {
     "task": "only the classes of the image's task compete",
     "seen": "all classes that the client has learned so far compete",
     "none": "all classes of the federation compete",
 }
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell of a table: plain text, and whether it is the best or second best of its column."""
-
-    text: str
-    mark: Mark = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table, ready to be written in any format.
-
-    Args:
-        name: a short name, fit for a file.
-        title: what it shows.
-        note: what its numbers are, in sentences.
-        header: the names of the columns.
-        rows: the cells, row by row.
-    """
-
-    name: str
-    title: str
-    note: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
 
 
 def tables(comparison: Comparison, masks: Sequence[str] = ("task",)) -> list[Table]:
@@ -91,20 +63,20 @@ def tables(comparison: Comparison, masks: Sequence[str] = ("task",)) -> list[Tab
     if unknown := [mask for mask in masks if mask not in MASKS]:
         raise ValueError(f"mask is '{unknown[0]}', must be one of {', '.join(MASKS)}")
     found = [table1(comparison, mask) for mask in masks]
-    found.append(overview("overview", "Every method under all masks", comparison.usual))
+    found.append(overview(comparison))
     if {variant.method for variant in comparison.usual} & (set(COMPONENTS) - {"fed_lscl"}):
         found.append(table2(comparison))
     found.append(costs(comparison))
     shown = [id(variant) for variant in comparison.usual]
-    for name, field, what in (
+    for name, varied_field, what in (
         ("blocks", "model.block", "block of the ViT that is adapted (Fig. 3)"),
         ("buffers", "model.buffer_size", "images kept of each class (Fig. 5)"),
     ):
-        if varying := comparison.varying(field):
-            found.append(_sensitivity(name, what, varying))
+        if varying := comparison.varying(varied_field):
+            found.append(_sensitivity(comparison, name, what, varying))
             shown += map(id, varying.values())
     if others := [variant for variant in comparison.variants if id(variant) not in shown]:
-        found.append(overview("variants", "What was varied besides, under all masks", others))
+        found.append(varied(comparison, others))
     return found
 
 
@@ -116,13 +88,12 @@ def table1(comparison: Comparison, mask: str = "task") -> Table:
         mask: the classes that compete.
 
     Returns:
-        A row for each method of the paper, missing or not, then for the others, and the bounds last. In the paper's
-        settings and under its mask the paper's numbers follow in columns of their own.
+        A row for each method of the paper, missing or not, then for the others, and the bounds last. On the paper's
+        data and under its mask the paper's numbers follow in columns of their own, see :func:`_beside`.
     """
-    its_own = mask == "task" and _tasks(comparison) == paper.TASKS
-    reported = paper.TABLE1.get(comparison.setting, {}) if its_own else {}
     variants = _ordered([variant for variant in comparison.usual if variant.method not in _ABLATIONS], COMPARED)
-    tasks = _tasks(comparison)
+    reported, note = _beside(comparison, paper.TABLE1, variants) if mask == "task" else ({}, "")
+    tasks, papers_tasks = _tasks(comparison), max(map(len, reported.values()), default=0)
 
     def on_task(n: int) -> Callable[[Run], float | None]:
         return lambda run: next(iter(run.summary["accuracy"][mask]["table1"][n:]), None)
@@ -130,20 +101,22 @@ def table1(comparison: Comparison, mask: str = "task") -> Table:
     def average(run: Run) -> float:
         return float(statistics.mean(run.summary["accuracy"][mask]["table1"]))
 
-    columns = [_accuracies(variants, value, mask) for value in [*map(on_task, range(tasks)), average]]
+    values = [*map(on_task, range(tasks)), average]
+    columns = [_accuracies(variants, value, mask, competing=_usual_methods(mask)) for value in values]
     rows = []
     for place, (name, variant) in enumerate(variants):
-        cells = [Cell(name), Cell(_seeds(variant)), *(column[place] for column in columns)]
-        if reported:
-            cells += [Cell(f"{x:.1f}") for x in reported.get(_method(name, variant), ())] or [Cell(MISSING)] * tasks
-        rows.append(tuple(cells))
+        papers = map(_number, reported.get(name, (None,) * papers_tasks))
+        rows.append((Cell(name), _seeds(variant), *(column[place] for column in columns), *papers))
     header = ("method", "seeds", *(f"task {n + 1}" for n in range(tasks)), "mean")
-    if reported:
-        header += tuple(f"paper: task {n + 1}" for n in range(tasks))
+    header += tuple(f"paper: task {n + 1}" for n in range(papers_tasks))
     return Table(
         f"table1_{mask}",
         f"Accuracy on each task right after it was learned (Table 1), mask {mask}",
-        f"Accuracy in %, mean over clients, ± deviation over seeds; {MASK_NAMES[mask]}. {MARKS} {STAR}",
+        comparison.title,
+        _note(
+            f"Accuracy in %, mean over clients, ± deviation over seeds; {MASK_NAMES[mask]}.",
+            *(COMPETING, STAR, _unnamed(comparison), note),
+        ),
         header,
         tuple(rows),
     )
@@ -156,62 +129,66 @@ def table2(comparison: Comparison) -> Table:
         comparison: runs that may stand side by side.
 
     Returns:
-        A row for each combination of components that the method offers; the paper's numbers in its settings.
+        A row for each combination of components that the method offers; the paper's numbers as in :func:`table1`.
     """
-    reported = paper.TABLE2.get(comparison.setting, {}) if _tasks(comparison) == paper.TASKS else {}
     variants = _ordered([variant for variant in comparison.usual if variant.method in COMPONENTS], tuple(COMPONENTS))
-    columns = [_accuracies(variants, _final(mask), mask) for mask in MASKS]
+    reported, note = _beside(comparison, paper.TABLE2, variants)
+    columns = [_accuracies(variants, _final(mask), mask, competing=_usual) for mask in MASKS]
     rows = []
     for place, (name, variant) in enumerate(variants):
-        method = _method(name, variant)
-        parts = ["✓" if there else "×" for there in COMPONENTS[method]]
-        cells = [name, *parts, _seeds(variant)]
-        paper_cell = [f"{reported[method]:.1f}" if method in reported else MISSING] if reported else []
-        rows.append((*map(Cell, cells), *(column[place] for column in columns), *map(Cell, paper_cell)))
+        parts = ["✓" if there else "×" for there in COMPONENTS[_method(name, variant)]]
+        paper_cell = [_number(*reported.get(name, (None,)))] if reported else []
+        rows.append((*map(Cell, [name, *parts]), _seeds(variant), *(column[place] for column in columns), *paper_cell))
     return Table(
         "table2",
         "Ablation (Table 2): accuracy of the final model over all tasks",
-        "L-S: large-small collaboration; SM-CF: small-model continual fine-tuning; O2D: one-by-one distillation. "
-        "Final average in %, ± deviation over seeds, under each mask; the paper does not say which is its own. "
-        f"{MARKS}",
+        comparison.title,
+        _note(
+            "L-S: large-small collaboration; SM-CF: small-model continual fine-tuning; O2D: one-by-one distillation.",
+            "Final average in %, ± deviation over seeds, under each mask; the paper does not say which is its own.",
+            *(MARKS, _unnamed(comparison), note),
+        ),
         ("method", "L-S", "SM-CF", "O2D", "seeds", *MASKS, *(["paper"] if reported else [])),
         tuple(rows),
     )
 
 
-def overview(name: str, title: str, shown: Sequence[Variant]) -> Table:
-    """The main metrics under all masks.
+def overview(comparison: Comparison) -> Table:
+    """The main metrics of every method under all masks.
 
     Args:
-        name: the table's name.
-        title: its title.
-        shown: the variants to show.
+        comparison: runs that may stand side by side.
 
     Returns:
-        A row for each variant.
+        A row for each method in its usual configuration, the bounds last.
     """
-    variants = _ordered(shown, ())
-
-    def metric(mask: str, key: str) -> Callable[[Run], float | None]:
-        return lambda run: run.summary["accuracy"][mask][key]
-
-    columns = [
-        _accuracies(variants, lambda run: statistics.mean(run.summary["accuracy"]["task"]["table1"]), "task"),
-        *(_accuracies(variants, _final(mask), mask) for mask in MASKS),
-        _accuracies(variants, metric("seen", "average_incremental"), "seen"),
-        _accuracies(variants, metric("seen", "forgetting"), "seen", least=True),
-    ]
     return Table(
-        name,
-        title,
-        '"new" is the accuracy on each task right after it was learned, averaged over the tasks; "final" that of the '
-        'last model over all tasks, "average" the average incremental accuracy, "forgetting" in points. In %, '
-        f"± deviation over seeds. {MARKS} {STAR}",
-        ("method", "seeds", "new, task", *(f"final, {m}" for m in MASKS), "average, seen", "forgetting, seen"),
-        tuple(
-            (Cell(label), Cell(_seeds(variant)), *(column[place] for column in columns))
-            for place, (label, variant) in enumerate(variants)
-        ),
+        "overview",
+        "Every method under all masks",
+        comparison.title,
+        _note(_METRICS, COMPETING, STAR, _unnamed(comparison)),
+        _METRICS_HEADER,
+        _metrics(_ordered(comparison.usual, ()), _usual_methods),
+    )
+
+
+def varied(comparison: Comparison, shown: Sequence[Variant]) -> Table:
+    """The main metrics of what differs from the usual configurations.
+
+    Args:
+        comparison: runs that may stand side by side.
+        shown: those of its variants to show.
+
+    Returns:
+        A row for each variant; none is marked, for they differ in more than in their method.
+    """
+    return Table(
+        "variants",
+        "What was varied besides, under all masks",
+        comparison.title,
+        _note(_METRICS, STAR, _unnamed(comparison)),
+        _METRICS_HEADER,
+        _metrics(_ordered(shown, ()), lambda mask: lambda variant: False),
     )
 
 
@@ -228,27 +205,35 @@ def costs(comparison: Comparison) -> Table:
     for name, variant in _ordered(comparison.usual, ()):
         assert variant is not None  # nothing is missing where no method is required
         summaries = [run.summary for run in variant.runs]
-        compute = summaries[0].get("compute")
+        # runs of older versions did not count, and a seed changes no count
+        compute = next((counted for summary in summaries if (counted := summary.get("compute"))), None)
+        seconds = _spread([summary["seconds"]["total"] for summary in summaries], 0)
+        memory = _number(statistics.mean(summary["peak_memory_mib"] for summary in summaries), 0)
         rows.append(
-            [
-                name,
-                *(human_bytes(_mean(summaries, f"bytes_{way}", "per_client_round")) for way in ("up", "down")),
-                human_bytes(_mean(summaries, "bytes_up", "total") + _mean(summaries, "bytes_down", "total")),
-                _range(compute, "trained_parameters", 1e6, "{:.2f}"),
-                _range(compute, "flops_frozen", 1e9, "{:.3f}"),
-                _range(compute, "flops", 1e9, "{:.3f}"),
-                f"{_mean(summaries, 'seconds', 'total'):.0f}",
-                f"{statistics.mean(summary['peak_memory_mib'] for summary in summaries):.0f}",
-            ]
+            (
+                Cell(name),
+                *_traffic(variant.method, summaries),
+                _range(compute, "trained_parameters", 1e6, 2),
+                _range(compute, "flops_frozen", 1e9, 3),
+                _range(compute, "flops", 1e9, 3),
+                seconds,
+                memory,
+            )
         )
     machines = sorted({str(run.summary["machine"]) for variant in comparison.usual for run in variant.runs})
     return Table(
         "costs",
         "Communication and computation",
-        "Bytes are those of the serialised messages of a client and round, and of a whole run. Parameters (millions) "
-        "are those that a client trains; GFLOP are counted by torch's FlopCounterMode for one test image: what depends "
-        "on nothing trained and is computed once per image, and the rest. A range where clients have different CNNs. "
-        f"Seconds and MiB are of a whole run, all clients in turn on one machine ({'; '.join(machines)}).",
+        comparison.title,
+        _note(
+            "Bytes are those of the serialised messages of a client and round, and of a whole run; no message is sent "
+            "where all images lie in one place. Parameters (millions) are those that a client trains; GFLOP are counted"
+            " by torch's FlopCounterMode for one test image: what depends on nothing trained and is computed once per "
+            f"image, and the rest. A range where clients have different CNNs; {MISSING} where no run counted. Seconds, "
+            "± deviation over seeds, and MiB are of a whole run, all clients in turn on one machine, whatever else it "
+            f"did and in whatever precision ({'; '.join(machines)}).",
+            _unnamed(comparison),
+        ),
         (
             "method",
             "up",
@@ -260,11 +245,11 @@ def costs(comparison: Comparison) -> Table:
             "seconds",
             "peak MiB",
         ),
-        tuple(tuple(map(Cell, row)) for row in rows),
+        tuple(rows),
     )
 
 
-def _sensitivity(name: str, what: str, varying: Mapping[Any, Variant]) -> Table:
+def _sensitivity(comparison: Comparison, name: str, what: str, varying: Mapping[Any, Variant]) -> Table:
     variants = [(str(value), variant) for value, variant in varying.items()]
     tasks = len(variants[0][1].runs[0].over_tasks("seen"))
 
@@ -276,8 +261,12 @@ def _sensitivity(name: str, what: str, varying: Mapping[Any, Variant]) -> Table:
     return Table(
         name,
         f"Fed-LSCL by {what}",
-        "Accuracy in % over the clients and tasks learned so far, ± deviation over seeds, all learned classes "
-        f"competing; in the last column only those of the image's task. {MARKS}",
+        comparison.title,
+        _note(
+            "Accuracy in % over the clients and tasks learned so far, ± deviation over seeds, all learned classes "
+            "competing; in the last column only those of the image's task.",
+            *(MARKS, _unnamed(comparison)),
+        ),
         (
             what.split(" (")[0],
             "seeds",
@@ -285,7 +274,7 @@ def _sensitivity(name: str, what: str, varying: Mapping[Any, Variant]) -> Table:
             "at the end, mask task",
         ),
         tuple(
-            (Cell(value), Cell(_seeds(variant)), *(column[place] for column in columns))
+            (Cell(value), _seeds(variant), *(column[place] for column in columns))
             for place, (value, variant) in enumerate(variants)
         ),
     )
@@ -321,93 +310,172 @@ def _final(mask: str) -> Callable[[Run], float]:
     return lambda run: float(run.summary["accuracy"][mask]["final_average"])
 
 
+# ---- what the rows are
+
+
+def _usual(variant: Variant) -> bool:
+    return not variant.differs
+
+
+def _usual_methods(mask: str) -> Callable[[Variant], bool]:
+    """Whether a variant competes with the other methods: what is told the task has it easier where others are not."""
+    return lambda variant: (
+        _usual(variant)
+        and variant.method not in (*BOUNDS, *_ABLATIONS)
+        and (mask == "task" or mask not in variant.task_aware)
+    )
+
+
+def _note(*sentences: str) -> str:
+    return " ".join(filter(None, sentences))
+
+
+def _unnamed(comparison: Comparison) -> str:
+    """The usual values, which no row bears in its name."""
+    groups = {method: named(values) for method, values in comparison.usual_values.items() if values}
+    texts = [f"{method}: {values}" if method else values for method, values in groups.items()]
+    return f"Where a row does not name it: {'; '.join(texts)}." if texts else ""
+
+
+def _beside(
+    comparison: Comparison, numbers: Mapping[str, Mapping[str, tuple[float, ...]]], variants: Sequence[Named]
+) -> tuple[dict[str, tuple[float, ...]], str]:
+    """The paper's numbers by the row that they may stand in, and a sentence on it.
+
+    They stand in the rows of runs on one of the paper's data sets that follow what the paper states of its protocol,
+    and in those of methods that were not run; what it leaves open and differs here is said. Where no row follows they
+    are left out, and it is said why.
+    """
+    there = [variant for _, variant in variants if variant]
+    reported = numbers.get(data_set(there[0]), {}) if there else {}
+    if not reported:
+        return {}, ""
+    if comparison.evaluated_on != "test images":
+        return {}, f"The paper's numbers are left out: these are accuracies on {comparison.evaluated_on}."
+    stated = {id(variant): any(point.stated for point in _unlike([variant])) for variant in there}
+    different = _unlike(there)
+    found = {}
+    if not all(stated.values()):
+        follows = [(name, variant) for name, variant in variants if not (variant and stated[id(variant)])]
+        found = {name: reported[method] for name, variant in follows if (method := _method(name, variant)) in reported}
+    if not found:
+        reasons = [point for point in different if point.stated]
+        return {}, f"The paper's numbers are left out, for these runs differ from its protocol: {_listed(reasons)}."
+    said = f" These runs differ from it: {_listed(different)}." if different else ""
+    return found, f"The paper's numbers are those of its own protocol.{said}"
+
+
+def _unlike(variants: Sequence[Variant]) -> list[Difference]:
+    return [difference for difference in differences(variants)[0] if difference.label != SEEDS]
+
+
+def _listed(found: Sequence[Difference]) -> str:
+    return ", ".join(f"{point.label} {point.here} (paper: {point.paper})" for point in found)
+
+
+_METRICS = (
+    '"new" is the accuracy on each task right after it was learned, averaged over the tasks; "final" that of the last '
+    'model over all tasks, "average" the average incremental accuracy, "forgetting" in points. In %, ± deviation over '
+    "seeds."
+)
+_METRICS_HEADER = (
+    *("method", "seeds", "new, task", *(f"final, {mask}" for mask in MASKS)),
+    *("average, seen", "forgetting, seen"),
+)
+
+
+def _metrics(
+    variants: Sequence[Named], competing: Callable[[str], Callable[[Variant], bool]]
+) -> tuple[tuple[Cell, ...], ...]:
+    def metric(mask: str, key: str) -> Callable[[Run], float | None]:
+        return lambda run: run.summary["accuracy"][mask][key]
+
+    def new(run: Run) -> float:
+        return float(statistics.mean(run.summary["accuracy"]["task"]["table1"]))
+
+    def column(value: Callable[[Run], float | None], mask: str, *, least: bool = False) -> list[Cell]:
+        return _accuracies(variants, value, mask, competing=competing(mask), least=least)
+
+    columns = [
+        column(new, "task"),
+        *(column(_final(mask), mask) for mask in MASKS),
+        column(metric("seen", "average_incremental"), "seen"),
+        column(metric("seen", "forgetting"), "seen", least=True),
+    ]
+    return tuple(
+        (Cell(label), _seeds(variant), *(cells[place] for cells in columns))
+        for place, (label, variant) in enumerate(variants)
+    )
+
+
+# ---- cells
+
+
 def _accuracies(
-    variants: Sequence[tuple[str, Variant | None]], value: Callable[[Run], float | None], mask: str, least: bool = False
+    variants: Sequence[tuple[str, Variant | None]],
+    value: Callable[[Run], float | None],
+    mask: str,
+    *,
+    competing: Callable[[Variant], bool] = lambda variant: True,
+    least: bool = False,
 ) -> list[Cell]:
-    """A column: mean and deviation of a value over each variant's seeds, the two best marked, a star where due."""
+    """A column: mean and deviation of a value over each variant's seeds, a star where due, the two best marked."""
     cells, means = [], []
     for _, variant in variants:
         known = [x for x in map(value, variant.runs if variant else ()) if x is not None and not math.isnan(x)]
-        mean = statistics.mean(known) if known else None
-        text = MISSING if mean is None else f"{mean:.1f}"
-        if len(known) > 1:
-            text += f" ± {statistics.stdev(known):.1f}"
+        cell = _spread(known, 1)
         if variant and known and mask in variant.task_aware:
-            text += "*"
-        cells.append(Cell(text))
-        means.append(mean if variant and variant.method not in BOUNDS else None)
+            cell = replace(cell, text=f"{cell.text}*", numbers={**cell.numbers, "task known": 1})
+        cells.append(cell)
+        means.append(statistics.mean(known) if variant and known and competing(variant) else None)
     # what reads the same is equally good
     ranking = sorted({round(mean, 1) for mean in means if mean is not None}, reverse=not least)[:2]
-    competing = sum(mean is not None for mean in means)
     marks: list[Mark] = ["best", "second"]
-    for place, mean in enumerate(means):
-        if mean is not None and competing > 1 and round(mean, 1) in ranking:
-            cells[place] = replace(cells[place], mark=marks[ranking.index(round(mean, 1))])
+    if sum(mean is not None for mean in means) > 1:
+        for place, mean in enumerate(means):
+            if mean is not None and round(mean, 1) in ranking:
+                cells[place] = replace(cells[place], mark=marks[ranking.index(round(mean, 1))])
     return cells
 
 
-def _seeds(variant: Variant | None) -> str:
-    return str(len(variant.runs)) if variant else "0"
+def _spread(values: Sequence[float], digits: int) -> Cell:
+    """Mean ± sample deviation; a single value has no deviation."""
+    if not values:
+        return Cell(MISSING)
+    cell = _number(statistics.mean(values), digits)
+    if len(values) == 1:
+        return cell
+    deviation = statistics.stdev(values)
+    return Cell(f"{cell.text} ± {deviation:.{digits}f}", numbers={**cell.numbers, "sd": deviation})
 
 
-def _mean(summaries: Sequence[Mapping[str, Any]], group: str, name: str) -> float:
-    return float(statistics.mean(summary[group][name] for summary in summaries))
+def _number(value: float | None, digits: int = 1) -> Cell:
+    return Cell(MISSING) if value is None else Cell(f"{value:.{digits}f}", numbers={"": value})
 
 
-def _range(compute: Mapping[str, Mapping[str, float]] | None, name: str, unit: float, form: str) -> str:
+def _seeds(variant: Variant | None) -> Cell:
+    return _number(len(variant.runs) if variant else 0, 0)
+
+
+def _traffic(method: str, summaries: Sequence[Mapping[str, Any]]) -> list[Cell]:
+    """Bytes up and down of a client and round, and of the whole run."""
+    if method in POOLED:
+        return [Cell(MISSING)] * 3
+
+    def mean(group: str, name: str) -> float:
+        return float(statistics.mean(summary[group][name] for summary in summaries))
+
+    sent = [mean(f"bytes_{way}", "per_client_round") for way in ("up", "down")]
+    sent.append(mean("bytes_up", "total") + mean("bytes_down", "total"))
+    return [Cell(human_bytes(value), numbers={"": value}) for value in sent]
+
+
+def _range(compute: Mapping[str, Mapping[str, float]] | None, name: str, unit: float, digits: int) -> Cell:
     """A number, or the smallest and the largest where the clients' CNNs differ."""
     if not compute:
-        return MISSING
-    values = sorted({form.format(entry[name] / unit) for entry in compute.values()}, key=float)
-    return values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"
-
-
-# ---- formats
-
-
-def to_markdown(table: Table) -> str:
-    """The table as Markdown, with its title and its note."""
-    marks = {"best": "**{}**", "second": "_{}_", "": "{}"}
-    rows = [
-        [marks[cell.mark].format(cell.text.replace("*", "\\*").replace("|", "\\|")) for cell in row]
-        for row in table.rows
-    ]
-    body = tabulate(rows, table.header, tablefmt="github", disable_numparse=True)
-    return f"**{table.title}**\n\n{body}\n\n{table.note}\n"
-
-
-def to_latex(table: Table) -> str:
-    """The table as a LaTeX tabular (booktabs not needed), its title and note as comments."""
-    marks = {"best": r"\textbf{{{}}}", "second": r"\emph{{{}}}", "": "{}"}
-    rows = [[marks[cell.mark].format(_escape_latex(cell.text)) for cell in row] for row in table.rows]
-    header = [_escape_latex(name) for name in table.header]
-    body = tabulate(rows, header, tablefmt="latex_raw", disable_numparse=True)
-    return f"% {table.title}\n% {table.note}\n{body}\n"
-
-
-def to_csv(table: Table) -> str:
-    """The table as CSV; marks are left out."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(table.header)
-    writer.writerows([cell.text for cell in row] for row in table.rows)
-    return out.getvalue()
-
-
-FORMATS: dict[str, Callable[[Table], str]] = {"md": to_markdown, "tex": to_latex, "csv": to_csv}
-"""How a table is written, by the file's suffix."""
-
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "±": r"$\pm$",
-    "✓": r"$\checkmark$",
-    "×": r"$\times$",
-    "–": "--",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
-}
-
-
-def _escape_latex(text: str) -> str:
-    return "".join(_LATEX.get(sign, sign) for sign in text)
+        return Cell(MISSING)
+    values = [entry[name] / unit for entry in compute.values()]
+    least, most = (_number(pick(values), digits) for pick in (min, max))
+    if least.text == most.text:
+        return least
+    return Cell(f"{least.text} to {most.text}", numbers={"least": least.numbers[""], "most": most.numbers[""]})

@@ -21,7 +21,7 @@ PURE = (
     *("splits", "evaluation", "distillation", "continual", "datasets", "precomputed"),
     *("schedule", "inversion", "resident"),
 )
-REPORTING = ("results", "paper", "protocol", "tables", "figures", "report")
+REPORTING = ("results", "paper", "protocol", "formats", "tables", "figures", "report")
 """They tell finished runs apart by the names in their summaries, and nothing that trains may know them."""
 MACHINE = (
     *("client", "server", "site", "node", "transport", "federation", "methods"),

@@ -26,32 +26,45 @@ def test_tables_are_printed_and_written_in_every_format(runs: Path, capsys: pyte
     main(["tables", str(runs), "--out", "out", "--masks", "[task,none]"])
     printed = capsys.readouterr().out
     assert "## digits (a ViT, 32 px; test images)" in printed
+    assert "(Table 1), mask task**, digits (a ViT, 32 px; test images)" in printed
     names = {f"{setting}-{name}" for setting in ("digits", "cifar100") for name in ("table1_task", "table1_none")}
     names |= {f"{setting}-{name}" for setting in ("digits", "cifar100") for name in ("overview", "costs")}
     written = {path.name for path in Path("out").iterdir()}
     assert written == {f"{name}.{suffix}" for name in names for suffix in ("md", "tex", "csv")}
     text = Path("out/digits-table1_task.md").read_text()
     assert text in printed
+    tex = Path("out/digits-table1_task.tex").read_text()
+    assert tex.startswith("% Accuracy on each task right after it was learned (Table 1), mask task, digits (a ViT, 32")
     row = next(line for line in text.splitlines() if line.startswith("| fed_lscl"))
     # 50.5 and 52.5 on the first task, 61.5 and 63.5 on the second
     assert [cell.strip(" *") for cell in row.split("|")[3:6]] == ["51.5 ± 1.4", "62.5 ± 1.4", "57.0 ± 1.4"]
 
 
-def test_two_backbones_of_one_setting_get_files_of_their_own(runs: Path) -> None:
-    write_run(runs / "e", backbone="another ViT")
-    main(["tables", str(runs), "--out", "out"])
-    assert {path.name for path in Path("out").glob("*-overview.md")} == {
-        *("digits-overview.md", "digits_2-overview.md", "cifar100-overview.md")
-    }
+def names(folder: Path) -> set[str]:
+    return {path.name.removesuffix("-overview.md") for path in folder.glob("*-overview.md")}
 
 
-def test_a_numbered_name_takes_no_settings_own(runs: Path) -> None:
-    write_run(runs / "e", setting="digits_2")
-    write_run(runs / "f", backbone="another ViT")
+def test_what_tells_comparisons_apart_is_in_the_names_of_their_files(runs: Path) -> None:
+    write_run(runs / "e", backbone="another ViT, 32 px")
     main(["tables", str(runs), "--out", "out"])
-    assert {path.name for path in Path("out").glob("digits*-overview.md")} == {
-        *("digits-overview.md", "digits_2-overview.md", "digits_3-overview.md")
-    }
+    both = {"digits-a_ViT_32_px", "digits-another_ViT_32_px"}
+    assert names(Path("out")) == {*both, "cifar100"}
+    # in whatever order they are given
+    main(["tables", str(runs / "e"), str(runs / "a"), "--out", "turned"])
+    assert names(Path("turned")) == both
+    for name in both:
+        table = Path(f"turned/{name}-overview.md").read_text()
+        assert f"digits ({'another' if 'another' in name else 'a'} ViT, 32 px; test images)" in table
+    write_run(runs / "f", evaluated_on="images held out of training")
+    main(["tables", str(runs / "a"), str(runs / "f"), "--out", "held"])
+    assert names(Path("held")) == {"digits-test_images", "digits-images_held_out_of_training"}
+
+
+def test_names_that_no_sign_tells_apart_are_numbered(runs: Path) -> None:
+    for name, backbone in (("e", "ViT-9"), ("f", "ViT: 9")):
+        write_run(runs / name, backbone=backbone)
+    main(["tables", str(runs / "e"), str(runs / "f"), "--out", "out"])
+    assert names(Path("out")) == {"digits-ViT_9", "digits-ViT_9_2"}
 
 
 def test_figures_are_written_below_their_setting(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

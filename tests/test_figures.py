@@ -234,6 +234,38 @@ def test_accuracy_stands_over_both_directions_in_mib_and_who_sends_nothing_stand
     assert [len(drawn(chosen)["accuracy_by_bytes"].figure.axes) for chosen in (runs[:3], runs[3:])] == [1, 1]
 
 
+def test_where_all_images_lie_in_one_place_no_bytes_stand_for_what_was_sent() -> None:
+    runs = [run("joint", 1, level(1, 99, 99), mib=0), run("fedavg", 1, level(1, 60, 60))]
+    found = drawn(runs)
+    (axes,) = found["accuracy_by_bytes"].figure.axes
+    assert list(lines(axes)) == ["1  fedavg"]
+    assert len(found["forgetting"].figure.axes) == 2
+    assert "accuracy_by_bytes" not in drawn(runs[:1])
+
+
+def test_bands_of_many_lines_would_hide_each_other_and_bars_do_not() -> None:
+    def blocks(count: int) -> Picture:
+        chosen = [(block, seed) for block in range(count) for seed in (1, 2)]
+        runs = [run("fed_lscl", seed, level(50, 60 + seed, 40), block=block) for block, seed in chosen]
+        return drawn(runs)["accuracy_by_block"]
+
+    few, many_more = blocks(6), blocks(7)
+    for picture, count in ((few, 6), (many_more, 7)):
+        above, below = picture.figure.axes
+        bands = [c for c in above.collections if isinstance(c, PolyCollection) and not isinstance(c, LineCollection)]
+        assert len(bands) == (count if picture is few else 0)
+        assert len(bars(below)) == count
+    assert "bands and bars are ±" in few.caption
+    assert "2 seeds; bars are ±" in many_more.caption
+
+
+def test_a_long_name_is_broken_behind_an_underscore_and_stays_the_same() -> None:
+    name = "a_method_with_a_very_long_name (block 11)"
+    title = drawn([run(name, 1, level(50, 60, 40))])["forgetting"].figure.axes[0].get_title()
+    assert title.replace("\n", "").replace(" ", "") == f"{name}50.0".replace(" ", "")
+    assert max(map(len, title.splitlines())) <= 26 + len("  50.0")
+
+
 def test_numbers_beside_points_hide_neither_each_other_nor_a_point() -> None:
     close = [run(f"method {k:02}", 1, level(50, 50 + k // 8, 50 + k // 8), mib=5 + k // 4) for k in range(16)]
     figure = drawn(close)["accuracy_by_bytes"].figure

@@ -217,8 +217,8 @@ def test_the_page_is_well_formed_and_refers_to_nothing_outside(sweep: list[Compa
 
 def test_every_table_is_there_cell_by_cell_with_its_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = (Cell("a method"), Cell("1.5 ± 0.1", "best"), Cell("–"), Cell("3 KiB", "second"), Cell("no"))
-    table = Table("t", "A title", "A note & more.", ("name", "one", "two", "three", "four"), (row,))
-    empty = Table("e", "Empty", "", ("name", "value"), ())
+    table = Table("t", "A title", "a setting", "A note & more.", ("name", "one", "two", "three", "four"), (row,))
+    empty = Table("e", "Empty", "", "", ("name", "value"), ())
     monkeypatch.setattr(report, "tables", lambda comparison: [table, empty])
     monkeypatch.setattr(report, "pictures", lambda comparison: [])
     page = parse([only(make_run())], tmp_path)
@@ -277,7 +277,8 @@ def test_what_runs_say_is_never_markup(tmp_path: Path, monkeypatch: pytest.Monke
     run = make_run(bad, setting=bad, cnn__name=[bad], model__train_mask=bad)
     changes = {"skipped": skipped, "machine": bad, "versions": {bad: bad}, "evaluated_on": bad, "backbone": bad}
     run = Run(Path(bad), {**run.summary, **changes, "cnn": bad})
-    monkeypatch.setattr(report, "tables", lambda comparison: [Table(bad, bad, bad, (bad,), ((Cell(bad, "best"),),))])
+    table = Table(bad, bad, bad, bad, (bad,), ((Cell(bad, "best"),),))
+    monkeypatch.setattr(report, "tables", lambda comparison: [table])
     monkeypatch.setattr(report, "pictures", lambda comparison: [Picture(bad, bad, bad, draw())])
     page = parse([only(run)], tmp_path)
     assert page.count("script") == 0

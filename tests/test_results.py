@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,16 @@ from fedlscl.results import Run, compare, flat, read_runs
 SEEDS = (42, 1999, 2024)
 
 
-def test_runs_are_found_at_any_depth_and_each_only_once(tmp_path: Path) -> None:
+def test_runs_are_found_at_any_depth_and_each_only_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = write_run(tmp_path / "a" / "one", seed=1)
     write_run(tmp_path / "a" / "b" / "two", seed=2)
     (tmp_path / "a" / "three-seed3.json").write_text(json.dumps(make_summary(seed=3)))
-    (tmp_path / "a" / "broken.json").write_text("{")
     (tmp_path / "a" / "list.json").write_text("[1]")
+    (tmp_path / "a" / "other.json").write_text('{"method": "of payment"}')
     (tmp_path / "a" / "folder.json").mkdir()
     runs = read_runs([tmp_path / "a", first, first / "summary.json"])
     assert sorted(run.seed for run in runs) == [1, 2, 3]
+    assert not caplog.records
 
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:
@@ -35,17 +37,30 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
         read_runs([folder / "split.json"])
 
 
-def test_a_summary_without_its_configuration_is_left_out_of_folders_and_refused_by_name(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("{", "is not JSON: Expecting property name"),
+        ({"config": None}, "lacks config; it was cut short, or made by another version"),
+        ({"seconds": None, "machine": None}, "lacks machine, seconds; it was"),
+        ({"accuracy": {"seen": {}, "task": {}}}, "lacks accuracy under mask none; it was made by another version"),
+    ],
+)
+def test_what_may_have_been_meant_as_a_run_is_named_in_folders_and_refused_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str | dict[str, object], complaint: str
 ) -> None:
     write_run(tmp_path / "runs" / "new")
-    old = make_summary(seed=1)
-    del old["config"]
-    (tmp_path / "runs" / "old.json").write_text(json.dumps(old))
+    if not isinstance(text, str):
+        changed = {**make_summary(seed=1), **text}
+        text = json.dumps({key: value for key, value in changed.items() if value is not None})
+    bad = tmp_path / "runs" / "bad.json"
+    bad.write_text(text)
     assert [run.seed for run in read_runs([tmp_path / "runs"])] == [42]
-    assert "old.json is left out" in caplog.text
-    with pytest.raises(ValueError, match="does not hold the configuration"):
-        read_runs([tmp_path / "runs" / "old.json"])
+    (record,) = caplog.records
+    assert f"{bad} {complaint}" in record.message
+    assert record.message.endswith("; it is left out")
+    with pytest.raises(ValueError, match=re.escape(f"{bad} {complaint}")):
+        read_runs([bad])
 
 
 def test_runs_of_other_conditions_are_not_compared() -> None:
@@ -86,6 +101,7 @@ def test_the_usual_configuration_has_the_most_frequent_values() -> None:
     assert [variant.label for variant in comparison.usual] == ["fed_lscl", "fedavg"]
     assert list(comparison.varying("model.block")) == [0, 3, 11]
     assert list(comparison.varying("model.buffer_size")) == [5, 10, 20]
+    assert comparison.usual_values == {"": {}, "fed_lscl": {"model.block": 3, "model.buffer_size": 10}}
     assert comparison.varying("model.epochs") == {}
 
 
@@ -121,6 +137,8 @@ def test_what_is_no_methods_own_is_usual_for_all_together() -> None:
     assert [variant.label for variant in comparison.usual] == [
         *("fed_lscl", "lorm", "glfc", "fedavg (federation.rounds 50)", "fedprox", "ewc")
     ]
+    # fedavg has no usual configuration of its own here, and what is usual for all is the same for it
+    assert comparison.usual_values == {"": {"federation.rounds": 3}, "fed_lscl": {"model.block": 3}}
 
 
 def test_data_of_another_folder_are_other_data_wherever_it_lies() -> None:

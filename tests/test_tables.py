@@ -12,31 +12,14 @@ from made_runs import accuracy, make_run
 
 from fedlscl import paper
 from fedlscl.evaluation import MASKS, summarise
+from fedlscl.formats import MISSING, Cell, Table, to_csv, to_latex, to_markdown
 from fedlscl.results import Comparison, Run, compare
-from fedlscl.tables import (
-    COMPARED,
-    COMPONENTS,
-    MISSING,
-    Cell,
-    Table,
-    costs,
-    overview,
-    table1,
-    table2,
-    tables,
-    to_csv,
-    to_latex,
-    to_markdown,
-)
+from fedlscl.tables import COMPARED, COMPONENTS, costs, overview, table1, table2, tables
 
 
 def comparison(*runs: Run) -> Comparison:
     (only,) = compare(runs)
     return only
-
-
-def overview_of(of: Comparison) -> Table:
-    return overview("overview", "", of.usual)
 
 
 def rows(table: Table) -> dict[str, list[Cell]]:
@@ -84,10 +67,10 @@ def test_low_forgetting_is_the_best() -> None:
         acc[:, 1, 0] = last
         return make_run(method, accuracy={mask: summarise(acc) for mask in ("task", "seen", "none")})
 
-    found = rows(overview_of(comparison(run("fedavg", 40.0), run("glfc", 20.0), run("lorm", 45.0))))
+    found = rows(overview(comparison(run("fedavg", 40.0), run("glfc", 20.0), run("lorm", 45.0))))
     # clients had 50 and 51 on task 1: 50.5 - 40 = 10.5
-    assert [found[name][-1] for name in ("fedavg", "glfc", "lorm")] == [
-        *(Cell("10.5", "second"), Cell("30.5"), Cell("5.5", "best"))
+    assert [(found[name][-1].text, found[name][-1].mark) for name in ("fedavg", "glfc", "lorm")] == [
+        *(("10.5", "second"), ("30.5", ""), ("5.5", "best"))
     ]
 
 
@@ -95,29 +78,112 @@ def test_a_star_where_the_task_chose_the_parameters() -> None:
     runs = (make_run("fedmgp", task_aware=["task"]), make_run())
     assert texts(rows(table1(comparison(*runs)))["fedmgp"])[1:] == ["50.5*", "61.5*", "56.0*"]
     assert texts(rows(table1(comparison(*runs), "seen"))["fedmgp"])[1:] == ["40.5", "51.5", "46.0"]
-    assert texts(rows(overview_of(comparison(*runs)))["fedmgp"])[1:5] == ["56.0*", "61.0*", "51.0", "41.0"]
+    assert texts(rows(overview(comparison(*runs)))["fedmgp"])[1:5] == ["56.0*", "61.0*", "51.0", "41.0"]
 
 
-def in_its_setting(method: str = "fed_lscl", setting: str = "cifar100", **options: Any) -> Run:
+def marks(table: Table, method: str) -> set[str]:
+    return {cell.mark for cell in rows(table)[method][1:]}
+
+
+def test_what_is_told_the_task_competes_only_where_everyone_is() -> None:
+    runs = [make_run("fedweit", value=80.0, task_aware=["task", "seen"]), make_run(), make_run("fedavg", value=30.0)]
+    assert marks(table1(comparison(*runs)), "fedweit") == {"best"}
+    assert marks(table1(comparison(*runs)), "fed_lscl") == {"second"}
+    assert marks(table1(comparison(*runs), "seen"), "fedweit") == {""}
+    assert marks(table1(comparison(*runs), "seen"), "fed_lscl") == {"best"}
+
+
+def test_ablations_and_what_is_not_usual_do_not_compete() -> None:
+    """More rounds, or the method itself once more without a component, take no mark from another method."""
+    runs = [make_run(), make_run("fed_lscl_without_o2d", value=80.0), make_run("fedavg", value=30.0), make_run("glfc")]
+    runs += [make_run("lorm", value=85.0, config={"federation.rounds": 50})]
+    table = overview(comparison(*runs))
+    assert marks(table, "fed_lscl_without_o2d") == marks(table, "lorm (federation.rounds 50)") == {""}
+    assert "best" in marks(table, "fed_lscl")
+    assert marks(table1(comparison(*runs)), "lorm (federation.rounds 50)") == {""}
+    assert "Where a row does not name it: federation.rounds 3." in table.note
+    # in the table of the components they are what is compared
+    assert marks(table2(comparison(*runs)), "fed_lscl_without_o2d") == {"", "best"}
+
+
+def test_a_table_says_what_its_rows_leave_out() -> None:
+    runs = [make_run(), make_run("fedavg"), make_run(config={"model.block": 0}), make_run(config={"model.epochs": 5})]
+    for table in tables(comparison(*runs)):
+        assert "Where a row does not name it: fed_lscl: block 3, epochs 1." in table.note, table.name
+    for table in tables(comparison(make_run(), make_run("fedavg"))):
+        assert "does not name" not in table.note
+
+
+PROTOCOL = {
+    "data.source.class_path": "fedlscl.data.CIFAR100",
+    "data.split.clients": 5,
+    "data.split.tasks": 5,
+    "federation.rounds": 5,
+    "model.epochs": 5,
+    "model.buffer_size": 20,
+}
+"""What differs in runs made by hand from the paper's protocol."""
+IMAGENET = {"data.source.class_path": "fedlscl.data.ImageNetR"}
+
+
+def in_its_setting(method: str = "fed_lscl", config: dict[str, Any] | None = None, **options: Any) -> Run:
     five = summarise(accuracy(20.0, tasks=5))
-    return make_run(method, setting=setting, accuracy=dict.fromkeys(MASKS, five), **options)
+    changed = PROTOCOL | (config or {})
+    return make_run(method, setting="any", accuracy=dict.fromkeys(MASKS, five), config=changed, **options)
 
 
-def test_the_papers_numbers_stand_in_columns_of_their_own_and_only_in_its_settings() -> None:
+def test_the_papers_numbers_stand_in_columns_of_their_own() -> None:
     table = table1(comparison(in_its_setting(), in_its_setting("fedweit")))
     assert table.header[8:] == tuple(f"paper: task {n}" for n in range(1, 6))
     assert texts(rows(table)["lorm"])[7:] == ["93.8", "88.7", "85.2", "84.6", "80.5"]
     assert texts(rows(table)["fedweit"])[7:] == [MISSING] * 5
     assert {len(row) for row in table.rows} == {len(table.header)}
-    ablation = table2(comparison(in_its_setting(setting="imagenet_r")))
+    ablation = table2(comparison(in_its_setting(config=IMAGENET)))
     assert ablation.header[-1] == "paper"
     assert texts(rows(ablation)["fed_lscl_without_o2d"])[-1] == "80.8"
     assert texts(rows(ablation)["fed_lscl"])[-1] == MISSING
-    for setting in ("digits", "cifar100"):  # with two tasks it is not the paper's
-        for table in tables(comparison(make_run(setting=setting), make_run("small_fedavg", setting=setting))):
-            assert "paper" not in " ".join(table.header)
-    assert set(paper.TABLE1["cifar100"]) == set(paper.TABLE1["imagenet_r"]) == set(COMPARED)
-    assert set(paper.TABLE2["cifar100"]) == set(paper.TABLE2["imagenet_r"]) == set(COMPONENTS) - {"fed_lscl"}
+    assert ablation.note.endswith("The paper's numbers are those of its own protocol.")
+    assert set(paper.TABLE1["CIFAR-100"]) == set(paper.TABLE1["ImageNet-R"]) == set(COMPARED)
+    assert set(paper.TABLE2["CIFAR-100"]) == set(paper.TABLE2["ImageNet-R"]) == set(COMPONENTS) - {"fed_lscl"}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"federation.rounds": 1}, "rounds per task 1 (paper: 5)"),
+        ({"data.split.tasks": 4}, "tasks 4 (paper: 5)"),
+        ({"model.buffer_size": 5}, "images kept of each class 5 (paper: 20)"),
+    ],
+)
+def test_the_papers_numbers_stand_beside_no_other_protocol(config: dict[str, Any], said: str) -> None:
+    for table in (table1, table2):
+        found = table(comparison(in_its_setting(config=config)))
+        assert "paper" not in " ".join(found.header)
+        assert found.note.endswith(f"left out, for these runs differ from its protocol: {said}.")
+
+
+def test_the_papers_numbers_are_of_test_images() -> None:
+    found = table1(comparison(in_its_setting(evaluated_on="images held out of training")))
+    assert "paper" not in " ".join(found.header)
+    assert found.note.endswith("left out: these are accuracies on images held out of training.")
+
+
+def test_other_data_than_the_papers_say_nothing_of_its_numbers() -> None:
+    for table in tables(comparison(make_run(), make_run("small_fedavg"))):
+        assert "paper" not in " ".join(table.header)
+        assert "paper's numbers" not in table.note
+
+
+def test_a_row_of_another_protocol_stands_without_the_papers_numbers() -> None:
+    """What the paper leaves open may differ and is said; a row with other rounds bears no number of the paper's."""
+    epochs = {"data.split.train_per_class": 20}
+    runs = [in_its_setting(name, config=epochs) for name in ("fed_lscl", "glfc")]
+    runs.append(in_its_setting("fedavg", config=epochs | {"federation.rounds": 50}))
+    table = table1(comparison(*runs))
+    found = rows(table)
+    assert texts(found["fed_lscl"])[-1] == "96.9"
+    assert texts(found["fedavg (federation.rounds 50)"])[7:] == [MISSING] * 5
+    assert "training images per class 20 (paper: all), rounds per task 5 (2 runs); 50 (1 run) (paper: 5)." in table.note
 
 
 def test_table_2_by_hand() -> None:
@@ -129,7 +195,7 @@ def test_table_2_by_hand() -> None:
 
 
 def test_without_a_usual_configuration_each_variant_has_its_row_and_the_papers_numbers() -> None:
-    """Two configurations are equally frequent, as in a sweep of two learning rates."""
+    """Two configurations are equally frequent, as in a sweep of two values."""
     runs = [in_its_setting(config={"model.epochs": epochs}) for epochs in (1, 5)]
     runs += [in_its_setting("small_fedavg", config={"model.epochs": epochs}) for epochs in (2, 9)]
     labels = ["fed_lscl (epochs 1)", "fed_lscl (epochs 5)"]
@@ -157,12 +223,18 @@ def test_costs_by_hand() -> None:
     two = {"a": {"trained_parameters": 10**6, "flops_frozen": 2 * 10**9, "flops": 10**9}}
     two["b"] = {**two["a"], "trained_parameters": 12 * 10**6}
     runs = [make_run(seed=1), make_run(seed=2, seconds={"total": 14.0}, peak_memory_mib=300.0)]
-    runs += [make_run("fedavg", compute=two), make_run("old", compute=None)]
+    runs += [make_run("fedavg", compute=two), make_run("old", compute=None), make_run("joint")]
     found = rows(costs(comparison(*runs)))
     numbers = ["1.50", "2.000", "1.000"]
-    assert texts(found["fed_lscl"]) == ["1.0 KiB", "1.0 KiB", "12.0 KiB", *numbers, "13", "200"]
+    assert texts(found["fed_lscl"]) == ["1.0 KiB", "1.0 KiB", "12.0 KiB", *numbers, "13 ± 1", "200"]
     assert texts(found["fedavg"])[3:6] == ["1.00 to 12.00", "2.000", "1.000"]
     assert texts(found["old"])[3:6] == [MISSING] * 3
+    assert texts(found["joint"])[:3] == [MISSING] * 3
+
+
+def test_costs_are_counted_by_any_seed_that_counted() -> None:
+    runs = [make_run(seed=1, compute=None), make_run(seed=2)]
+    assert texts(rows(costs(comparison(*runs)))["fed_lscl"])[3] == "1.50"
 
 
 def test_sensitivity_by_hand() -> None:
@@ -183,6 +255,7 @@ def test_what_was_varied_besides_has_a_table_of_its_own() -> None:
     found = rows(by_name["variants"])
     assert list(found) == ["fed_lscl (cnn.name ['resnet18', 'vgg16'])", "fed_lscl (epochs 5)"]
     assert texts(found["fed_lscl (cnn.name ['resnet18', 'vgg16'])"])[1] == "26.0"
+    assert {cell.mark for cells in found.values() for cell in cells} == {""}
     assert list(rows(by_name["overview"])) == ["fed_lscl", "fedavg"]
 
 
@@ -202,22 +275,27 @@ def test_an_unknown_mask_is_named() -> None:
 SAMPLE = Table(
     "sample",
     "A title",
+    "a setting",
     "A note.",
     ("method_name", "x"),
-    ((Cell("a_b"), Cell("9.0 ± 1.0*", "best")), (Cell("5 % of {c}, d & e"), Cell("8.0", "second"))),
+    (
+        (Cell("a_b"), Cell("9.0 ± 1.0*", "best", {"": 9.04, "sd": 0.96, "task known": 1})),
+        (Cell("5 % of {c}, d & e"), Cell("8.0", "second", {"": 8})),
+        (Cell(MISSING), Cell(MISSING)),
+    ),
 )
 
 
 def test_markdown() -> None:
     lines = to_markdown(SAMPLE).splitlines()
-    assert lines[0] == "**A title**"
+    assert lines[0] == "**A title**, a setting"
     assert [cell.strip() for cell in lines[4].split("|")[1:3]] == ["a_b", r"**9.0 ± 1.0\***"]
     assert [cell.strip() for cell in lines[5].split("|")[1:3]] == ["5 % of {c}, d & e", "_8.0_"]
     assert lines[-1] == "A note."
 
 
 def test_a_bar_in_a_name_ends_no_cell() -> None:
-    table = Table("t", "t", "n", ("x",), ((Cell("a|b"),),))
+    table = Table("t", "t", "s", "n", ("x",), ((Cell("a|b"),),))
     assert "| a\\|b" in to_markdown(table)
 
 
@@ -231,13 +309,37 @@ def test_latex_is_escaped() -> None:
     assert not re.search(r"(?<!\\)[%#_]", body)
 
 
-def test_csv_reads_back() -> None:
+def test_csv_is_for_programs() -> None:
     read = list(csv.reader(io.StringIO(to_csv(SAMPLE))))
-    assert read == [["method_name", "x"], ["a_b", "9.0 ± 1.0*"], ["5 % of {c}, d & e", "8.0"]]
+    assert read == [
+        *(["method_name", "x", "x sd", "x task known"], ["a_b", "9.04", "0.96", "1"]),
+        *(["5 % of {c}, d & e", "8", "", ""], ["", "", "", ""]),
+    ]
+
+
+def test_every_number_of_a_csv_can_be_read() -> None:
+    """Bytes in bytes, deviations apart, a range as its ends; nothing but names and ticks is text."""
+    two = {"a": {"trained_parameters": 10**6, "flops_frozen": 0, "flops": 10**9}}
+    two["b"] = {**two["a"], "trained_parameters": 3 * 10**6}
+    runs = [in_its_setting(seed=1), in_its_setting(seed=2), in_its_setting("small_fedavg", task_aware=["task"])]
+    runs += [in_its_setting("joint"), in_its_setting(config={"model.block": 0}, compute=two)]
+    for table in tables(comparison(*runs)):
+        read = list(csv.DictReader(io.StringIO(to_csv(table))))
+        assert len(read) == len(table.rows)
+        for row in read:
+            assert all(not text or float(text) is not None for text in list(row.values())[-4:])
+    found = {row["method"]: row for row in csv.DictReader(io.StringIO(to_csv(costs(comparison(*runs)))))}
+    assert [found["fed_lscl"][name] for name in ("up", "whole run", "trained, M", "seconds sd")] == [
+        *("1024", "12288", "1.5", "0")
+    ]
+    assert [found["joint"][name] for name in ("up", "down", "whole run")] == [""] * 3
+    ranged = costs(comparison(in_its_setting(compute=two)))
+    (row,) = csv.DictReader(io.StringIO(to_csv(ranged)))
+    assert [row[f"trained, M {end}"] for end in ("least", "most")] == ["1", "3"]
 
 
 def test_rows_are_as_wide_as_the_header() -> None:
     runs = [in_its_setting(name) for name in (*COMPARED, "small_fedavg", "joint")]
-    runs += [in_its_setting(config={"model.buffer_size": size}) for size in (5, 20)]
+    runs += [in_its_setting(config={"model.buffer_size": size}) for size in (5, 10)]
     for table in tables(comparison(*runs), ("task", "seen", "none")):
         assert {len(row) for row in table.rows} == {len(table.header)}, table.name
