@@ -8,7 +8,7 @@ import os
 import secrets
 import warnings
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +32,8 @@ WandbMode = Literal["auto", "offline", "online", "disabled"]
 
 class Tracker:
     """Record every metric of a federation once, in ``metrics.csv`` and in one W&B run.
+
+    Once it has begun, W&B's failures end no federation: the first one is warned of, and ``metrics.csv`` has everything.
 
     Args:
         run_dir: folder of the run; it receives ``metrics.csv`` and, in ``wandb``, what W&B writes.
@@ -69,6 +71,7 @@ class Tracker:
             self._writer.writerow(HEADER)
         self.run_id = run_id or secrets.token_hex(4)
         self._run: Run | None = None
+        self._warned = False
         try:
             if mode != "disabled":
                 init = {"project": project, "name": name, "config": dict(config), "id": self.run_id}
@@ -96,8 +99,7 @@ class Tracker:
             raise ValueError(f"metrics must not be called {sorted(reserved)}: those are the axes")
         values = {metric: float(value) for metric, value in metrics.items()}
         self._writer.writerows((task, round, metric, repr(value)) for metric, value in values.items())
-        if self._run is not None:
-            self._run.log({**values, "task": task, "round": round})
+        self._tell(lambda run: run.log({**values, "task": task, "round": round}))
 
     def flush(self) -> int:
         """Force ``metrics.csv`` onto the disk.
@@ -122,10 +124,13 @@ class Tracker:
         """
         if wrong := [row for row in rows if len(row) != len(columns)]:
             raise ValueError(f"rows of table {name!r} must have {len(columns)} cells, got {list(wrong[0])}")
-        if self._run is not None:
+
+        def log(run: Run) -> None:
             import wandb
 
-            self._run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+            run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+
+        self._tell(log)
 
     def image(self, name: str, path: Path) -> None:
         """Show a picture in W&B.
@@ -139,10 +144,13 @@ class Tracker:
         """
         if not path.is_file():
             raise FileNotFoundError(f"image {name!r}: no file {path}")
-        if self._run is not None:
+
+        def log(run: Run) -> None:
             import wandb
 
-            self._run.log({name: wandb.Image(str(path))})
+            run.log({name: wandb.Image(str(path))})
+
+        self._tell(log)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set the run's closing numbers in W&B, shown in its table of runs.
@@ -150,8 +158,7 @@ class Tracker:
         Args:
             values: closing value by name.
         """
-        if self._run is not None:
-            self._run.summary.update(dict(values))
+        self._tell(lambda run: run.summary.update(dict(values)))
 
     def finish(self, exit_code: int = 0) -> None:
         """Close the record; a second call does nothing.
@@ -162,8 +169,17 @@ class Tracker:
         if not self._csv.closed:
             self.flush()
             self._csv.close()
-            if self._run is not None:
-                self._run.finish(exit_code=exit_code)
+            self._tell(lambda run: run.finish(exit_code=exit_code))
+
+    def _tell(self, tell: Callable[[Run], object]) -> None:
+        if self._run is None:
+            return
+        try:
+            tell(self._run)
+        except Exception as error:  # whatever W&B, its service process and its server come up with
+            if not self._warned:
+                warnings.warn(f"W&B failed, the run goes on without what it was told: {error!r}", stacklevel=3)
+                self._warned = True
 
     def __enter__(self) -> Tracker:
         return self

@@ -89,7 +89,7 @@ def test_the_sweeps_are_those_of_the_paper(repository: None) -> None:
 def cli_names() -> set[str]:
     from fedlscl.paper import TABLE1
 
-    return set(TABLE1["cifar100"]) | {"fedweit", "local", "joint"}
+    return set(TABLE1["CIFAR-100"]) | {"fedweit", "local", "joint"}
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)

@@ -8,6 +8,8 @@ import math
 import os
 import struct
 import sys
+import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -205,6 +207,7 @@ def test_an_offline_run_holds_everything_and_is_resumed_under_its_id(home: Path,
         tracker.summary({"final": 7.0})
         run_id, size = tracker.run_id, tracker.flush()
     again: dict[str, Any] = {"run_id": run_id, "metrics_bytes": size}
+    time.sleep(1)  # W&B names a run's folder after the second in which it began
     with Tracker(offline, wandb_mode="offline", config={"seed": 42}, **again) as tracker:
         tracker.log({"client/0/loss": 0.25}, task=2, round=5)
         assert tracker.run_id == run_id
@@ -230,6 +233,29 @@ def test_an_offline_run_holds_everything_and_is_resumed_under_its_id(home: Path,
     assert summary["final"] == "7.0"
     media = {path.name.split("_")[0] for path in offline.glob("wandb/*/files/media/*/**/*") if path.is_file()}
     assert media == {"matrix", "plot"}
+
+
+def test_when_wandb_fails_the_record_goes_on(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process may die, its server refuse a table: said once, and no reason to lose a run."""
+    with Tracker(tmp_path, wandb_mode="offline", config={}) as tracker:
+        assert tracker._run is not None
+        finish = tracker._run.finish
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise ConnectionResetError("Connection lost")
+
+        for name in ("log", "finish"):
+            monkeypatch.setattr(tracker._run, name, fail)
+        with pytest.warns(UserWarning, match="W&B failed, the run goes on.*Connection lost") as warned:
+            tracker.log({"eval/a": 1.0}, task=1, round=1)
+        with warnings.catch_warnings(action="error"):  # once is enough
+            tracker.table("t", ["a"], [[1]])
+            tracker.image("plot", tmp_path / "metrics.csv")
+            tracker.log({"eval/a": 2.0}, task=1, round=2)
+            tracker.finish()
+        assert len(warned) == 1
+    assert [row[3] for row in rows(tmp_path)[1:]] == ["1.0", "2.0"]
+    finish()
 
 
 class Toy(LightningModule):
