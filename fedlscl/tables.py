@@ -115,7 +115,7 @@ def table1(comparison: Comparison, mask: str = "task") -> Table:
         comparison.title,
         _note(
             f"Accuracy in %, mean over clients, ± deviation over seeds; {MASK_NAMES[mask]}.",
-            *(COMPETING, STAR, _unnamed(comparison), note),
+            *(COMPETING, STAR, _unnamed(comparison, variants), note),
         ),
         header,
         tuple(rows),
@@ -146,7 +146,7 @@ def table2(comparison: Comparison) -> Table:
         _note(
             "L-S: large-small collaboration; SM-CF: small-model continual fine-tuning; O2D: one-by-one distillation.",
             "Final average in %, ± deviation over seeds, under each mask; the paper does not say which is its own.",
-            *(MARKS, _unnamed(comparison), note),
+            *(MARKS, _unnamed(comparison, variants), note),
         ),
         ("method", "L-S", "SM-CF", "O2D", "seeds", *MASKS, *(["paper"] if reported else [])),
         tuple(rows),
@@ -162,13 +162,14 @@ def overview(comparison: Comparison) -> Table:
     Returns:
         A row for each method in its usual configuration, the bounds last.
     """
+    variants = _ordered(comparison.usual, ())
     return Table(
         "overview",
         "Every method under all masks",
         comparison.title,
-        _note(_METRICS, COMPETING, STAR, _unnamed(comparison)),
+        _note(_METRICS, COMPETING, STAR, _unnamed(comparison, variants)),
         _METRICS_HEADER,
-        _metrics(_ordered(comparison.usual, ()), _usual_methods),
+        _metrics(variants, _usual_methods),
     )
 
 
@@ -182,13 +183,14 @@ def varied(comparison: Comparison, shown: Sequence[Variant]) -> Table:
     Returns:
         A row for each variant; none is marked, for they differ in more than in their method.
     """
+    variants = _ordered(shown, ())
     return Table(
         "variants",
         "What was varied besides, under all masks",
         comparison.title,
-        _note(_METRICS, STAR, _unnamed(comparison)),
+        _note(_METRICS, STAR, _unnamed(comparison, variants)),
         _METRICS_HEADER,
-        _metrics(_ordered(shown, ()), lambda mask: lambda variant: False),
+        _metrics(variants, lambda mask: lambda variant: False),
     )
 
 
@@ -202,7 +204,8 @@ def costs(comparison: Comparison) -> Table:
         A row for each method in its usual configuration.
     """
     rows = []
-    for name, variant in _ordered(comparison.usual, ()):
+    variants = _ordered(comparison.usual, ())
+    for name, variant in variants:
         assert variant is not None  # nothing is missing where no method is required
         summaries = [run.summary for run in variant.runs]
         # runs of older versions did not count, and a seed changes no count
@@ -232,7 +235,7 @@ def costs(comparison: Comparison) -> Table:
             f"image, and the rest. A range where clients have different CNNs; {MISSING} where no run counted. Seconds, "
             "± deviation over seeds, and MiB are of a whole run, all clients in turn on one machine, whatever else it "
             f"did and in whatever precision ({'; '.join(machines)}).",
-            _unnamed(comparison),
+            _unnamed(comparison, variants),
         ),
         (
             "method",
@@ -250,11 +253,11 @@ def costs(comparison: Comparison) -> Table:
 
 
 def _sensitivity(comparison: Comparison, name: str, what: str, varying: Mapping[Any, Variant]) -> Table:
-    variants = [(str(value), variant) for value, variant in varying.items()]
-    tasks = len(variants[0][1].runs[0].over_tasks("seen"))
+    variants: list[Named] = [(str(value), variant) for value, variant in varying.items()]
+    tasks = _tasks(comparison)
 
-    def after(n: int) -> Callable[[Run], float]:
-        return lambda run: float(run.over_tasks("seen")[n])
+    def after(n: int) -> Callable[[Run], float | None]:
+        return lambda run: next(iter(run.over_tasks("seen")[n:].tolist()), None)
 
     columns = [_accuracies(variants, after(n), "seen") for n in range(tasks)]
     columns.append(_accuracies(variants, _final("task"), "task"))
@@ -265,7 +268,7 @@ def _sensitivity(comparison: Comparison, name: str, what: str, varying: Mapping[
         _note(
             "Accuracy in % over the clients and tasks learned so far, ± deviation over seeds, all learned classes "
             "competing; in the last column only those of the image's task.",
-            *(MARKS, _unnamed(comparison)),
+            *(MARKS, _unnamed(comparison, variants)),
         ),
         (
             what.split(" (")[0],
@@ -330,9 +333,10 @@ def _note(*sentences: str) -> str:
     return " ".join(filter(None, sentences))
 
 
-def _unnamed(comparison: Comparison) -> str:
+def _unnamed(comparison: Comparison, variants: Sequence[Named]) -> str:
     """The usual values, which no row bears in its name."""
-    groups = {method: named(values) for method, values in comparison.usual_values.items() if values}
+    shown = {"", *(variant.method for _, variant in variants if variant)}
+    groups = {method: named(values) for method, values in comparison.usual_values.items() if values and method in shown}
     texts = [f"{method}: {values}" if method else values for method, values in groups.items()]
     return f"Where a row does not name it: {'; '.join(texts)}." if texts else ""
 

@@ -112,6 +112,11 @@ def test_a_table_says_what_its_rows_leave_out() -> None:
         assert "Where a row does not name it: fed_lscl: block 3, epochs 1." in table.note, table.name
     for table in tables(comparison(make_run(), make_run("fedavg"))):
         assert "does not name" not in table.note
+    # nothing of methods that are not in it
+    runs.append(make_run("fedavg", config={"model.epochs": 9}))
+    notes = {table.name: table.note for table in tables(comparison(*runs))}
+    assert notes["overview"].endswith("name it: fed_lscl: block 3, epochs 1; fedavg: epochs 1.")
+    assert notes["blocks"].endswith("name it: fed_lscl: block 3, epochs 1.")
 
 
 PROTOCOL = {
