@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -48,9 +49,14 @@ def plot_command(words: list[str]) -> None:
     for name, comparison in _comparisons(options.runs):
         folder = Path(options.out) / name
         folder.mkdir(parents=True, exist_ok=True)
-        for picture in pictures(comparison, options.mask):
-            for path in save(picture, folder):
-                Console().print(Text(str(path)), soft_wrap=True)
+        drawn = [replace(found, name=f"{found.name}_{options.mask}") for found in pictures(comparison, options.mask)]
+        captions = "".join(f"**{picture.name}**: {picture.title}. {picture.caption}\n\n" for picture in drawn)
+        _write(folder / f"captions_{options.mask}.md", captions)
+        for path in [
+            folder / f"captions_{options.mask}.md",
+            *(path for found in drawn for path in save(found, folder)),
+        ]:
+            Console().print(Text(str(path)), soft_wrap=True)
 
 
 def report_command(words: list[str]) -> None:

@@ -16,8 +16,8 @@ from fedlscl.evaluation import MASKS, FloatArray, measured_mean
 
 log = logging.getLogger(__name__)
 
-PROTOCOL = ("data.", "backbone.", "cnn.", "federation.", "trainer.")
-"""Groups of fields that are not a method's own: what is usual there, is so for all methods together."""
+PROTOCOL = ("data.", "backbone.", "cnn.", "federation.", "trainer.", "model.epochs", "model.batch_size")
+"""Fields, by their beginning, that are not a method's own: what is usual there, is so for all methods together."""
 
 NEEDED = {
     *("method", "setting", "seed", "backbone", "cnn", "evaluated_on", "accuracy", "bytes_up", "bytes_down", "skipped"),
@@ -136,37 +136,38 @@ class Comparison:
 
     @property
     def usual_values(self) -> dict[str, dict[str, Any]]:
-        """What labels leave out: by method, the usual value of each field in which one of its variants differs.
+        """What labels leave out: by method, the usual value of each field that a method of the same class varies.
 
         Those that are not a method's own, see `PROTOCOL`, are under the empty name.
         """
-        having = [variant for variant in self.variants if not variant.differs]
+        having = [variant.runs[0].fields | {"": variant.method} for variant in self.variants if not variant.differs]
         found: dict[str, dict[str, Any]] = {"": {}}
         for variant in self.variants:
             for name in variant.differs:
                 shared = name.startswith(PROTOCOL)
-                usual = next((other for other in having if shared or other.method == variant.method), None)
-                if usual:
-                    method = "" if shared else variant.method
-                    found.setdefault(method, {})[name] = usual.runs[0].fields.get(name)
+                for fields in having:
+                    if name in fields and (shared or _class(fields) == _class(variant.runs[0].fields)):
+                        found.setdefault("" if shared else fields[""], {})[name] = fields[name]
         return {method: dict(sorted(values.items())) for method, values in found.items()}
 
     def varying(self, name: str, method: str = "fed_lscl") -> dict[Any, Variant]:
-        """The variants of a method that differ from its usual configuration in no field but one.
+        """The variants of a method that differ from each other in no field but one.
 
         Args:
             name: the field, such as `model.block`.
             method: the method.
 
         Returns:
-            Variant by the field's value, in rising order; empty if there are less than two.
+            Variant by the field's value, in rising order; empty if there are less than two. Of several such series the
+            longest, and of those of the same length that in which less is unusual.
         """
-        found = {
-            variant.runs[0].fields.get(name): variant
-            for variant in self.variants
-            if variant.method == method and set(variant.differs) <= {name}
-        }
-        return dict(sorted(found.items(), key=lambda item: _by_size(item[0]))) if len(found) > 1 else {}
+        series: dict[str, dict[Any, Variant]] = {}
+        for variant in self.variants:
+            if variant.method == method and name in variant.runs[0].fields:
+                others = {field: value for field, value in variant.runs[0].fields.items() if field != name}
+                series.setdefault(_key(others), {})[variant.runs[0].fields[name]] = variant
+        longest = max(series.values(), key=lambda found: (len(found), -_unusual(found, name)), default={})
+        return dict(sorted(longest.items(), key=lambda item: _by_size(item[0]))) if len(longest) > 1 else {}
 
 
 def read_runs(paths: Iterable[Path]) -> list[Run]:
@@ -205,10 +206,11 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
 def compare(runs: Sequence[Run]) -> list[Comparison]:
     """Group runs into what may be compared, methods with their configurations, and seeds.
 
-    Usual is, in each field, the value that most configurations have, each counted once however many seeds it was
-    repeated with: of a field that some method varies among the configurations of all methods of the same class, so
-    that a method and its ablations are usual at the same value; of those in `PROTOCOL` among the configurations of all
-    methods. Where two values are equally frequent none is usual, and every variant bears its own.
+    Usual is, in each field that a method varies, the value that most of its configurations have, each counted once
+    however many seeds it was repeated with. Where two values are equally frequent it is the one that all other methods
+    of the same class have, if there are two or more of them (a method and its ablations), or else the one with the most
+    seeds, or else none, and every variant bears its own. Fields in `PROTOCOL` are usual for all methods together: the
+    value that most methods have.
 
     Args:
         runs: finished runs.
@@ -224,20 +226,18 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
         methods: dict[str, list[tuple[Run, ...]]] = {}
         for group in _repeated([run for run in runs if run.conditions == conditions]):
             methods.setdefault(group[0].method, []).append(group)
-        fields = {method: [group[0].fields for group in groups] for method, groups in methods.items()}
-        every = [each for own in fields.values() for each in own]
-        shared = {name: _most_frequent(name, every) for name in _varied(every) if name.startswith(PROTOCOL)}
+        shared = _usual_for_all(list(methods.values()))
         comparison = Comparison(*conditions)
         for method, groups in methods.items():
-            of_class = fields[method][0].get("model.class_path")
-            family = [own for own in fields.values() if own[0].get("model.class_path") == of_class]
-            varied = dict.fromkeys(name for own in family for name in _varied(own) if not name.startswith(PROTOCOL))
-            usual = dict(shared)
-            for name in varied:
-                # a field that a method never has is none in which it could differ, nor does it have a vote
-                having = [own for own in family if any(name in each for each in own)]
-                if fields[method] in having:
-                    usual[name] = _most_frequent(name, [each for own in having for each in own])
+            relatives = [
+                other
+                for name, other in methods.items()
+                if name != method and _class(other[0][0].fields) == _class(groups[0][0].fields)
+            ]
+            having = {name for group in groups for name in group[0].fields}
+            usual = {name: value for name, value in shared.items() if name in having}
+            own = [name for name in _varied([group[0].fields for group in groups]) if not name.startswith(PROTOCOL)]
+            usual |= {name: _usual_value(name, groups, relatives) for name in own}
             variants = [Variant(method, _differs(group[0].fields, usual), group) for group in groups]
             comparison.variants.extend(sorted(variants, key=_order))
         comparisons.append(comparison)
@@ -280,6 +280,11 @@ def _varied(configurations: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in names if len({_key(fields.get(name)) for fields in configurations}) > 1]
 
 
+def _unusual(series: Mapping[Any, Variant], name: str) -> int:
+    """In how many fields but one a series differs from what is usual."""
+    return len(set(next(iter(series.values())).differs) - {name})
+
+
 def _differs(fields: Mapping[str, Any], usual: Mapping[str, str | None]) -> dict[str, Any]:
     return {name: fields.get(name) for name, value in usual.items() if _key(fields.get(name)) != value}
 
@@ -294,10 +299,44 @@ def _by_size(value: Any) -> tuple[float, str]:
     return (float(value) if isinstance(value, int | float) else 0.0, str(value))
 
 
-def _most_frequent(name: str, configurations: Sequence[Mapping[str, Any]]) -> str | None:
-    """The key of a field's most frequent value; None where two values are."""
-    (first, count), *others = Counter(_key(fields.get(name)) for fields in configurations).most_common()
-    return None if others and others[0][1] == count else first
+def _usual_for_all(methods: Sequence[Sequence[tuple[Run, ...]]]) -> dict[str, str | None]:
+    """The usual value, as its key, of each field of the protocol that varies; a method that was swept has one vote."""
+    every = [group[0].fields for groups in methods for group in groups]
+    found = {}
+    for name in _varied(every):
+        if name.startswith(PROTOCOL):
+            # a field that a method never has is none in which it could differ, nor does it have a vote
+            having = [groups for groups in methods if any(name in group[0].fields for group in groups)]
+            votes = [_most_frequent(_values(name, groups)) for groups in having]
+            found[name] = _most_frequent([vote for vote in votes if vote is not None])
+    return found
+
+
+def _usual_value(
+    name: str, groups: Sequence[tuple[Run, ...]], relatives: Sequence[Sequence[tuple[Run, ...]]]
+) -> str | None:
+    """The usual value of a method's own field, see :func:`compare`."""
+    values = _values(name, groups)
+    if (most := _most_frequent(values)) is not None:
+        return most
+    agreed = [_most_frequent(_values(name, other)) for other in relatives if name in other[0][0].fields]
+    if len(agreed) > 1 and len(set(agreed)) == 1 and agreed[0] in values:
+        return agreed[0]
+    return _most_frequent([value for value, group in zip(values, groups, strict=True) for _ in group])
+
+
+def _values(name: str, groups: Sequence[tuple[Run, ...]]) -> list[str]:
+    return [_key(group[0].fields.get(name)) for group in groups]
+
+
+def _most_frequent(values: Sequence[str]) -> str | None:
+    """The most frequent value; None where two are, or there is none."""
+    counts = Counter(values).most_common(2)
+    return counts[0][0] if counts and (len(counts) == 1 or counts[0][1] > counts[1][1]) else None
+
+
+def _class(fields: Mapping[str, Any]) -> Any:
+    return fields.get("model.class_path")
 
 
 def _key(value: Any) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from matplotlib.ticker import EngFormatter
+
 from fedlscl import paper
 from fedlscl.console import human_bytes
 from fedlscl.evaluation import MASKS
@@ -30,15 +32,27 @@ COMPONENTS = {
 COMPARED = tuple(paper.TABLE1["CIFAR-100"])
 """Rows of Table 1, shown as missing where there is no run."""
 
+RELATIVES = (
+    *("fed_lscl_without_o2d", "fed_lscl_without_replay", "fed_lscl_collaboration_only", "small_fedavg"),
+    *("fed_lscl_ewc", "fed_lscl_lwf", "fed_lscl_iterative", "fed_lscl_sums", "fed_lscl_auto"),
+    *("pilora_own_rate", "fedvit_rows"),
+)
+"""What a method is without one of its parts, or otherwise solved or set: they take no mark from other methods."""
+
+ROUNDING = {"trainer.precision"}
+"""Fields that make other numbers but no other experiment."""
+
 BOUNDS = ("joint", "local", "local_vit")
 """Not federated, or not continual: they stand below the others and are never marked as best."""
 
 MARKS = "The best of each column is bold, the second best in italics."
 COMPETING = (
-    f"{MARKS} Bounds, ablations, and rows that name a field in brackets do not compete; under the masks seen and none "
-    "neither do methods with a star."
+    f"{MARKS} Bounds, what is derived from another method, and rows that name a field in brackets, but for the "
+    "precision, do not compete; under the masks seen and none neither do methods with a star."
 )
 STAR = "A star: the task of each test image, which had to be known, chose the parameters that classified it."
+COUNTS = EngFormatter(places=1)
+"""How counts are written: with k, M and G for thousands, millions and milliards."""
 MASK_NAMES = {
     "task": "only the classes of the image's task compete",
     "seen": "all classes that the client has learned so far compete",
@@ -54,8 +68,8 @@ def tables(comparison: Comparison, masks: Sequence[str] = ("task",)) -> list[Tab
         masks: the masks to show Table 1 under; `task` is that of the paper.
 
     Returns:
-        Table 1 under each mask, an overview under all masks, Table 2 if there is an ablation, the costs, a table for
-        each field of the sensitivity studies that was varied, and one of all other variants.
+        Table 1 under each mask, an overview under all masks, Table 2 if there is an ablation, a table for each field of
+        the sensitivity studies that was varied, one of all other variants, and the costs.
 
     Raises:
         ValueError: if a mask is unknown.
@@ -66,17 +80,18 @@ def tables(comparison: Comparison, masks: Sequence[str] = ("task",)) -> list[Tab
     found.append(overview(comparison))
     if {variant.method for variant in comparison.usual} & (set(COMPONENTS) - {"fed_lscl"}):
         found.append(table2(comparison))
-    found.append(costs(comparison))
     shown = [id(variant) for variant in comparison.usual]
     for name, varied_field, what in (
         ("blocks", "model.block", "block of the ViT that is adapted (Fig. 3)"),
         ("buffers", "model.buffer_size", "images kept of each class (Fig. 5)"),
     ):
         if varying := comparison.varying(varied_field):
-            found.append(_sensitivity(comparison, name, what, varying))
+            found.append(_sensitivity(comparison, name, varied_field, what, varying))
             shown += map(id, varying.values())
-    if others := [variant for variant in comparison.variants if id(variant) not in shown]:
+    others = [variant for variant in comparison.variants if id(variant) not in shown]
+    if others:
         found.append(varied(comparison, others))
+    found.append(costs(comparison, [*comparison.usual, *others]))
     return found
 
 
@@ -194,17 +209,18 @@ def varied(comparison: Comparison, shown: Sequence[Variant]) -> Table:
     )
 
 
-def costs(comparison: Comparison) -> Table:
+def costs(comparison: Comparison, shown: Sequence[Variant]) -> Table:
     """What each method sends, trains and computes (extends the paper's section 5.3).
 
     Args:
         comparison: runs that may stand side by side.
+        shown: those of its variants to show.
 
     Returns:
-        A row for each method in its usual configuration.
+        A row for each variant.
     """
     rows = []
-    variants = _ordered(comparison.usual, ())
+    variants = _ordered(shown, ())
     for name, variant in variants:
         assert variant is not None  # nothing is missing where no method is required
         summaries = [run.summary for run in variant.runs]
@@ -216,21 +232,19 @@ def costs(comparison: Comparison) -> Table:
             (
                 Cell(name),
                 *_traffic(variant.method, summaries),
-                _range(compute, "trained_parameters", 1e6, 2),
-                _range(compute, "flops_frozen", 1e9, 3),
-                _range(compute, "flops", 1e9, 3),
+                *(_range(compute, name) for name in ("trained_parameters", "flops_frozen", "flops")),
                 seconds,
                 memory,
             )
         )
-    machines = sorted({str(run.summary["machine"]) for variant in comparison.usual for run in variant.runs})
+    machines = sorted({str(run.summary["machine"]) for variant in shown for run in variant.runs})
     return Table(
         "costs",
         "Communication and computation",
         comparison.title,
         _note(
             "Bytes are those of the serialised messages of a client and round, and of a whole run; no message is sent "
-            "where all images lie in one place. Parameters (millions) are those that a client trains; GFLOP are counted"
+            "where all images lie in one place. Parameters are those that a client trains; FLOP are counted"
             " by torch's FlopCounterMode for one test image: what depends on nothing trained and is computed once per "
             f"image, and the rest. A range where clients have different CNNs; {MISSING} where no run counted. Seconds, "
             "± deviation over seeds, and MiB are of a whole run, all clients in turn on one machine, whatever else it "
@@ -242,9 +256,9 @@ def costs(comparison: Comparison) -> Table:
             "up",
             "down",
             "whole run",
-            "trained, M",
-            "GFLOP once",
-            "GFLOP each time",
+            "parameters",
+            "FLOP once",
+            "FLOP each time",
             "seconds",
             "peak MiB",
         ),
@@ -252,13 +266,17 @@ def costs(comparison: Comparison) -> Table:
     )
 
 
-def _sensitivity(comparison: Comparison, name: str, what: str, varying: Mapping[Any, Variant]) -> Table:
-    variants: list[Named] = [(str(value), variant) for value, variant in varying.items()]
+def _sensitivity(
+    comparison: Comparison, name: str, varied_field: str, what: str, varying: Mapping[Any, Variant]
+) -> Table:
+    variants = [(str(value), variant) for value, variant in varying.items()]
     tasks = _tasks(comparison)
 
     def after(n: int) -> Callable[[Run], float | None]:
         return lambda run: next(iter(run.over_tasks("seen")[n:].tolist()), None)
 
+    different = {key: value for key, value in variants[0][1].differs.items() if key != varied_field}
+    common = f"All with {named(different)}." if different else ""
     columns = [_accuracies(variants, after(n), "seen") for n in range(tasks)]
     columns.append(_accuracies(variants, _final("task"), "task"))
     return Table(
@@ -268,7 +286,7 @@ def _sensitivity(comparison: Comparison, name: str, what: str, varying: Mapping[
         _note(
             "Accuracy in % over the clients and tasks learned so far, ± deviation over seeds, all learned classes "
             "competing; in the last column only those of the image's task.",
-            *(MARKS, _unnamed(comparison, variants)),
+            *(MARKS, common, _unnamed(comparison, variants)),
         ),
         (
             what.split(" (")[0],
@@ -284,7 +302,6 @@ def _sensitivity(comparison: Comparison, name: str, what: str, varying: Mapping[
 
 
 _ABLATIONS = tuple(name for name in COMPONENTS if name != "fed_lscl")
-
 Named = tuple[str, Variant | None]
 
 
@@ -317,14 +334,14 @@ def _final(mask: str) -> Callable[[Run], float]:
 
 
 def _usual(variant: Variant) -> bool:
-    return not variant.differs
+    return set(variant.differs) <= ROUNDING
 
 
 def _usual_methods(mask: str) -> Callable[[Variant], bool]:
     """Whether a variant competes with the other methods: what is told the task has it easier where others are not."""
     return lambda variant: (
         _usual(variant)
-        and variant.method not in (*BOUNDS, *_ABLATIONS)
+        and variant.method not in (*BOUNDS, *RELATIVES)
         and (mask == "task" or mask not in variant.task_aware)
     )
 
@@ -335,9 +352,12 @@ def _note(*sentences: str) -> str:
 
 def _unnamed(comparison: Comparison, variants: Sequence[Named]) -> str:
     """The usual values, which no row bears in its name."""
-    shown = {"", *(variant.method for _, variant in variants if variant)}
-    groups = {method: named(values) for method, values in comparison.usual_values.items() if values and method in shown}
-    texts = [f"{method}: {values}" if method else values for method, values in groups.items()]
+    shown = {variant.method for _, variant in variants if variant}
+    groups: dict[str, list[str]] = {}
+    for method, values in comparison.usual_values.items():
+        if values and method in {"", *shown}:
+            groups.setdefault(named(values), []).append(method)
+    texts = [f"{', '.join(methods)}: {values}" if any(methods) else values for values, methods in groups.items()]
     return f"Where a row does not name it: {'; '.join(texts)}." if texts else ""
 
 
@@ -351,9 +371,12 @@ def _beside(
     are left out, and it is said why.
     """
     there = [variant for _, variant in variants if variant]
-    reported = numbers.get(data_set(there[0]), {}) if there else {}
-    if not reported:
+    data = sorted(set(map(data_set, there)))
+    if not any(name in numbers for name in data):
         return {}, ""
+    if len(data) > 1:
+        return {}, f"The paper's numbers are left out: these are runs on {' and '.join(data)}."
+    reported = numbers[data[0]]
     if comparison.evaluated_on != "test images":
         return {}, f"The paper's numbers are left out: these are accuracies on {comparison.evaluated_on}."
     stated = {id(variant): any(point.stated for point in _unlike([variant])) for variant in there}
@@ -474,12 +497,12 @@ def _traffic(method: str, summaries: Sequence[Mapping[str, Any]]) -> list[Cell]:
     return [Cell(human_bytes(value), numbers={"": value}) for value in sent]
 
 
-def _range(compute: Mapping[str, Mapping[str, float]] | None, name: str, unit: float, digits: int) -> Cell:
-    """A number, or the smallest and the largest where the clients' CNNs differ."""
+def _range(compute: Mapping[str, Mapping[str, float]] | None, name: str) -> Cell:
+    """A count, or the smallest and the largest where the clients' CNNs differ."""
     if not compute:
         return Cell(MISSING)
-    values = [entry[name] / unit for entry in compute.values()]
-    least, most = (_number(pick(values), digits) for pick in (min, max))
-    if least.text == most.text:
-        return least
-    return Cell(f"{least.text} to {most.text}", numbers={"least": least.numbers[""], "most": most.numbers[""]})
+    values = [float(entry[name]) for entry in compute.values()]
+    least, most = min(values), max(values)
+    if COUNTS(least) == COUNTS(most):
+        return Cell(COUNTS(least), numbers={"": least})
+    return Cell(f"{COUNTS(least)} to {COUNTS(most)}", numbers={"least": least, "most": most})

@@ -27,6 +27,9 @@ STEP_METRICS = {"client/*": "round", "server/*": "round", "eval/*": "round", "ta
 INIT_TIMEOUT = 30.0
 """Seconds W&B's server may take to answer before an online run is given up."""
 
+FINISH_TIMEOUT = 300.0
+"""Seconds that W&B may take to send what is left at the end; it stays on the disk, for `wandb sync`."""
+
 WandbMode = Literal["auto", "offline", "online", "disabled"]
 
 
@@ -235,7 +238,14 @@ def _start(
     import wandb
 
     quiet = wandb.Settings(
-        silent=True, quiet=True, console="off", disable_code=True, disable_git=True, init_timeout=INIT_TIMEOUT
+        silent=True,
+        quiet=True,
+        console="off",
+        disable_code=True,
+        disable_git=True,
+        init_timeout=INIT_TIMEOUT,
+        finish_timeout=FINISH_TIMEOUT,
+        finish_timeout_raises=True,
     )
     # "create_new" leaves alone a run the caller may have open.
     begin = partial(wandb.init, dir=run_dir, reinit="create_new", settings=quiet, **init)

@@ -70,8 +70,16 @@ def test_names_that_no_sign_tells_apart_are_numbered(runs: Path) -> None:
 def test_figures_are_written_below_their_setting(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["plot", str(runs), "--out", "out"])
     written = {str(path) for path in Path("out").rglob("*.*")}
-    assert {"out/digits/forgetting.png", "out/digits/forgetting.svg", "out/cifar100/accuracy_by_bytes.svg"} <= written
+    assert {f"out/digits/forgetting_seen.{suffix}" for suffix in ("png", "svg")} <= written
+    assert "out/cifar100/accuracy_by_bytes_seen.svg" in written
     assert set(capsys.readouterr().out.split()) == written
+    captions = Path("out/digits/captions_seen.md").read_text()
+    assert (
+        "**forgetting_seen**: Accuracy on earlier tasks, digits (a ViT, 32 px; test images). Accuracy in %" in captions
+    )
+    # another mask takes nothing away
+    main(["plot", str(runs), "--out", "out", "--mask", "none"])
+    assert written < {str(path) for path in Path("out").rglob("*.*")}
 
 
 def test_the_report_holds_all_settings(runs: Path) -> None:

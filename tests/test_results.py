@@ -85,7 +85,7 @@ def test_a_field_that_is_off_and_one_that_an_older_version_did_not_have_are_the_
     assert [variant.label for variant in comparison.variants] == ["fed_lscl"]
     (comparison,) = compare([*runs, make_run(seed=3, config={"model.gradient_clip": 1.0})])
     labels = [variant.label for variant in comparison.variants]
-    assert labels == ["fed_lscl (gradient_clip None)", "fed_lscl (gradient_clip 1.0)"]
+    assert labels == ["fed_lscl", "fed_lscl (gradient_clip 1.0)"]
 
 
 def test_the_usual_configuration_has_the_most_frequent_values() -> None:
@@ -101,23 +101,57 @@ def test_the_usual_configuration_has_the_most_frequent_values() -> None:
     assert [variant.label for variant in comparison.usual] == ["fed_lscl", "fedavg"]
     assert list(comparison.varying("model.block")) == [0, 3, 11]
     assert list(comparison.varying("model.buffer_size")) == [5, 10, 20]
-    assert comparison.usual_values == {"": {}, "fed_lscl": {"model.block": 3, "model.buffer_size": 10}}
+    usual = {"model.block": 3, "model.buffer_size": 10}
+    assert comparison.usual_values == {"": {}, "fed_lscl": usual, "fedavg": usual}
     assert comparison.varying("model.epochs") == {}
 
 
-def test_a_method_and_its_ablations_are_usual_at_the_same_value() -> None:
-    """Three blocks are equally frequent for the method itself; its ablation and the other class ran at one of them."""
+def test_what_all_relatives_have_decides_where_a_method_itself_does_not() -> None:
+    """Three blocks are equally frequent for the method; both of its ablations ran at one of them."""
     other = {"model.class_path": "another.Class", "model.block": 11}
     runs = [make_run(config={"model.block": block}) for block in (0, 3, 11)]
-    runs += [make_run("fed_lscl_without_o2d"), make_run("lorm", config={"model": other})]
-    (comparison,) = compare(runs)
-    assert [variant.label for variant in comparison.usual] == ["fed_lscl", "fed_lscl_without_o2d", "lorm"]
+    runs += [make_run(f"fed_lscl_without_{part}") for part in ("o2d", "replay")]
+    (comparison,) = compare([*runs, make_run("lorm", config={"model": other})])
+    assert [variant.label for variant in comparison.usual] == [
+        *("fed_lscl", "fed_lscl_without_o2d", "fed_lscl_without_replay", "lorm")
+    ]
     assert [variant.label for variant in comparison.variants][1:3] == ["fed_lscl (block 0)", "fed_lscl (block 11)"]
-    # two more at block 11, and it is the ablation that ran at another than the usual one
-    runs += [make_run(config={"model.block": 11, "model.epochs": epochs}) for epochs in (5, 9)]
+    # the method's own runs go before its relatives
+    runs += [make_run(config={"model.block": 11, "model.snapshot": way}) for way in ("a", "b")]
     (comparison,) = compare(runs)
-    assert [variant.label for variant in comparison.usual] == ["fed_lscl", "fed_lscl_without_o2d (block 3)", "lorm"]
-    assert comparison.usual[0].runs[0].fields["model.block"] == 11
+    assert comparison.usual_values["fed_lscl"]["model.block"] == 11
+    assert comparison.usual_values["fed_lscl_without_o2d"]["model.block"] == 3
+
+
+def test_what_relatives_have_by_design_names_no_other_method() -> None:
+    """A run of the full method without its replay is a variant of it, whatever most of the ablations do without."""
+    off = {"model.continual": "none"}
+    runs = [make_run(seed=seed, config={"model.continual": "replay"}) for seed in SEEDS]
+    runs += [make_run("fed_lscl_without_o2d", config={"model.continual": "replay"})]
+    runs += [make_run(f"fed_lscl_{name}", config=off) for name in ("without_replay", "collaboration_only")]
+    runs += [make_run(config=off)]
+    (comparison,) = compare(runs)
+    assert [variant.label for variant in comparison.variants] == [
+        *("fed_lscl", "fed_lscl (continual none)"),
+        *("fed_lscl_without_o2d", "fed_lscl_without_replay", "fed_lscl_collaboration_only"),
+    ]
+
+
+def test_a_lone_relative_decides_nothing_against_more_seeds() -> None:
+    """A head that is federated trains under another mask than one that is not; a single run tries the other's."""
+    runs = [make_run("fedvit", seed=seed, config={"model.train_mask": "task"}) for seed in SEEDS]
+    runs += [make_run(name, config={"model.train_mask": "seen"}) for name in ("fedvit", "local_vit")]
+    (comparison,) = compare(runs)
+    assert [variant.label for variant in comparison.variants] == ["fedvit", "fedvit (train_mask seen)", "local_vit"]
+
+
+def test_another_budget_is_named_though_it_is_all_that_a_method_ran_with() -> None:
+    runs = [make_run(name) for name in ("fed_lscl", "lorm", "glfc")]
+    runs += [make_run("fedvit", config={"model.epochs": 40}), make_run("fedavg", config={"model.learning_rate": 0.1})]
+    (comparison,) = compare(runs)
+    labels = [variant.label for variant in comparison.variants]
+    assert labels == ["fed_lscl", "lorm", "glfc", "fedvit (epochs 40)", "fedavg"]
+    assert comparison.usual_values[""] == {"model.epochs": 1}
 
 
 def test_without_a_usual_configuration_all_variants_are_shown() -> None:
@@ -132,13 +166,18 @@ def test_what_is_no_methods_own_is_usual_for_all_together() -> None:
     runs += [make_run("fedavg", seed=seed, config={"federation.rounds": 50}) for seed in SEEDS]
     # a study with fewer rounds has more configurations than the real thing, and still is not the usual one
     runs += [make_run(config={"federation.rounds": 1, "model.block": block}) for block in (3, 0, 11)]
+    # nor have its many configurations more to say than one of another method
+    runs += [make_run("lwf", config={"federation.rounds": 50, "model.block": block}) for block in range(9)]
     runs += [make_run(name) for name in ("fedprox", "ewc")]
     (comparison,) = compare(runs)
-    assert [variant.label for variant in comparison.usual] == [
+    assert [variant.label for variant in comparison.usual if variant.method != "lwf"] == [
         *("fed_lscl", "lorm", "glfc", "fedavg (federation.rounds 50)", "fedprox", "ewc")
     ]
-    # fedavg has no usual configuration of its own here, and what is usual for all is the same for it
-    assert comparison.usual_values == {"": {"federation.rounds": 3}, "fed_lscl": {"model.block": 3}}
+    assert all("federation.rounds 50" in v.label for v in comparison.variants if v.method in ("lwf", "fedavg"))
+    # what is usual for all is the same for those that have no usual configuration
+    usual = comparison.usual_values
+    assert usual.pop("") == {"federation.rounds": 3}
+    assert usual == {name: {"model.block": 3} for name in ("fed_lscl", "lorm", "glfc", "fedprox", "ewc")}
 
 
 def test_data_of_another_folder_are_other_data_wherever_it_lies() -> None:
@@ -152,15 +191,38 @@ def test_data_of_another_folder_are_other_data_wherever_it_lies() -> None:
     ]
 
 
-def test_a_field_that_some_lack_can_still_be_sorted() -> None:
+def test_a_run_without_the_field_is_in_no_study_of_it() -> None:
     (comparison,) = compare([make_run(config={"model.block": block}) for block in (5, None, 3)])
-    assert list(comparison.varying("model.block")) == [None, 3, 5]
+    assert list(comparison.varying("model.block")) == [3, 5]
 
 
-def test_a_seed_more_does_not_make_a_configuration_usual() -> None:
+def test_a_study_is_the_longest_series_that_agrees_in_all_else() -> None:
+    """Twelve blocks in another precision than everything else, beside two in the usual one."""
+    half, full = ({"trainer": {"precision": precision}} for precision in ("bf16-mixed", "32-true"))
+    runs = [make_run(name, config=full) for name in ("fed_lscl", "lorm", "glfc")]
+    runs += [make_run(config={**full, "model.block": 1})]
+    runs += [make_run(config={**half, "model.block": block}) for block in range(12)]
+    (comparison,) = compare(runs)
+    series = comparison.varying("model.block")
+    assert list(series) == list(range(12))
+    assert {variant.differs["trainer.precision"] for variant in series.values()} == {"bf16-mixed"}
+    # of two of one length the one with less that is unusual
+    (comparison,) = compare([run for run in runs if run.fields["model.block"] in (1, 3)])
+    assert [variant.label for variant in comparison.varying("model.block").values()] == [
+        "fed_lscl (block 1)",
+        "fed_lscl",
+    ]
+
+
+def test_where_two_values_are_equally_frequent_the_one_with_more_seeds_is_usual() -> None:
     runs = [make_run(seed=seed, config={"model.block": 0}) for seed in SEEDS]
-    (comparison,) = compare([*runs, make_run(config={"model.block": 1})])
-    assert all(variant.differs for variant in comparison.variants)
+    runs.append(make_run(config={"model.block": 1}))
+    (comparison,) = compare(runs)
+    assert [variant.label for variant in comparison.variants] == ["fed_lscl", "fed_lscl (block 1)"]
+    # but it is configurations that count first
+    runs += [make_run(config={"model.block": 1, "model.snapshot": way}) for way in ("a", "b")]
+    (comparison,) = compare(runs)
+    assert comparison.usual_values["fed_lscl"]["model.block"] == 1
 
 
 def test_the_same_run_twice_is_one_and_with_other_numbers_an_error() -> None:

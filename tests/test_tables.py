@@ -26,6 +26,10 @@ def rows(table: Table) -> dict[str, list[Cell]]:
     return {row[0].text: list(row[1:]) for row in table.rows}
 
 
+def costs_of(of: Comparison) -> Table:
+    return costs(of, of.usual)
+
+
 def texts(cells: list[Cell]) -> list[str]:
     return [cell.text for cell in cells]
 
@@ -109,14 +113,10 @@ def test_ablations_and_what_is_not_usual_do_not_compete() -> None:
 def test_a_table_says_what_its_rows_leave_out() -> None:
     runs = [make_run(), make_run("fedavg"), make_run(config={"model.block": 0}), make_run(config={"model.epochs": 5})]
     for table in tables(comparison(*runs)):
-        assert "Where a row does not name it: fed_lscl: block 3, epochs 1." in table.note, table.name
+        expected = "fed_lscl" if table.name in ("blocks", "variants") else "fed_lscl, fedavg"
+        assert f"Where a row does not name it: epochs 1; {expected}: block 3." in table.note, table.name
     for table in tables(comparison(make_run(), make_run("fedavg"))):
         assert "does not name" not in table.note
-    # nothing of methods that are not in it
-    runs.append(make_run("fedavg", config={"model.epochs": 9}))
-    notes = {table.name: table.note for table in tables(comparison(*runs))}
-    assert notes["overview"].endswith("name it: fed_lscl: block 3, epochs 1; fedavg: epochs 1.")
-    assert notes["blocks"].endswith("name it: fed_lscl: block 3, epochs 1.")
 
 
 PROTOCOL = {
@@ -179,6 +179,13 @@ def test_other_data_than_the_papers_say_nothing_of_its_numbers() -> None:
         assert "paper's numbers" not in table.note
 
 
+def test_numbers_of_two_data_sets_of_the_paper_stand_beside_neither() -> None:
+    runs = [in_its_setting(), in_its_setting("fedavg", config=IMAGENET)]
+    table = table1(comparison(*runs))
+    assert "paper" not in " ".join(table.header)
+    assert table.note.endswith("left out: these are runs on CIFAR-100 and ImageNet-R.")
+
+
 def test_a_row_of_another_protocol_stands_without_the_papers_numbers() -> None:
     """What the paper leaves open may differ and is said; a row with other rounds bears no number of the paper's."""
     epochs = {"data.split.train_per_class": 20}
@@ -229,27 +236,47 @@ def test_costs_by_hand() -> None:
     two["b"] = {**two["a"], "trained_parameters": 12 * 10**6}
     runs = [make_run(seed=1), make_run(seed=2, seconds={"total": 14.0}, peak_memory_mib=300.0)]
     runs += [make_run("fedavg", compute=two), make_run("old", compute=None), make_run("joint")]
-    found = rows(costs(comparison(*runs)))
-    numbers = ["1.50", "2.000", "1.000"]
+    found = rows(costs_of(comparison(*runs)))
+    numbers = ["1.5 M", "2.0 G", "1.0 G"]
     assert texts(found["fed_lscl"]) == ["1.0 KiB", "1.0 KiB", "12.0 KiB", *numbers, "13 ± 1", "200"]
-    assert texts(found["fedavg"])[3:6] == ["1.00 to 12.00", "2.000", "1.000"]
+    assert texts(found["fedavg"])[3:6] == ["1.0 M to 12.0 M", "2.0 G", "1.0 G"]
     assert texts(found["old"])[3:6] == [MISSING] * 3
     assert texts(found["joint"])[:3] == [MISSING] * 3
 
 
 def test_costs_are_counted_by_any_seed_that_counted() -> None:
     runs = [make_run(seed=1, compute=None), make_run(seed=2)]
-    assert texts(rows(costs(comparison(*runs)))["fed_lscl"])[3] == "1.50"
+    assert texts(rows(costs_of(comparison(*runs)))["fed_lscl"])[3] == "1.5 M"
 
 
 def test_sensitivity_by_hand() -> None:
     runs = [make_run(config={"model.block": block}, value=50.0 + block) for block in (0, 3)]
     by_name = {table.name: table for table in tables(comparison(*runs))}
     assert set(by_name) == {"table1_task", "overview", "costs", "blocks"}
+    assert "All with" not in by_name["blocks"].note
     found = rows(by_name["blocks"])
     # under mask seen: 40.5 after task 1, 51 after task 2, and 61 under mask task at the end; three more for block 3
     assert texts(found["0"]) == ["1", "40.5", "51.0", "61.0"]
     assert texts(found["3"]) == ["1", "43.5", "54.0", "64.0"]
+
+
+def test_a_study_in_another_precision_than_the_rest_is_still_one_and_says_so() -> None:
+    half, full = ({"trainer": {"precision": precision}} for precision in ("bf16-mixed", "32-true"))
+    runs = [make_run(name, config=full) for name in ("lorm", "glfc", "fedavg")]
+    runs += [make_run(config={**half, "model.block": block}, value=50.0 + block) for block in (0, 3)]
+    blocks = {table.name: table for table in tables(comparison(*runs))}["blocks"]
+    assert list(rows(blocks)) == ["0", "3"]
+    assert "All with trainer.precision bf16-mixed." in blocks.note
+
+
+def test_rounding_bars_nobody_and_relatives_take_no_mark() -> None:
+    half, full = ({"trainer": {"precision": precision}} for precision in ("bf16-mixed", "32-true"))
+    runs = [make_run(name, config=full) for name in ("fed_lscl", "glfc")] + [make_run("lorm", config=half, value=80.0)]
+    runs += [make_run(name, config=full, value=85.0) for name in ("fed_lscl_sums", "pilora_own_rate")]
+    table = table1(comparison(*runs))
+    assert marks(table, "lorm (trainer.precision bf16-mixed)") == {"best"}
+    assert marks(table, "fed_lscl") == {"second"}
+    assert marks(table, "fed_lscl_sums") == marks(table, "pilora_own_rate") == {""}
 
 
 def test_what_was_varied_besides_has_a_table_of_its_own() -> None:
@@ -262,6 +289,7 @@ def test_what_was_varied_besides_has_a_table_of_its_own() -> None:
     assert texts(found["fed_lscl (cnn.name ['resnet18', 'vgg16'])"])[1] == "26.0"
     assert {cell.mark for cells in found.values() for cell in cells} == {""}
     assert list(rows(by_name["overview"])) == ["fed_lscl", "fedavg"]
+    assert list(rows(by_name["costs"])) == ["fed_lscl", *found, "fedavg"]
 
 
 def test_one_alone_is_not_the_best() -> None:
@@ -333,14 +361,14 @@ def test_every_number_of_a_csv_can_be_read() -> None:
         assert len(read) == len(table.rows)
         for row in read:
             assert all(not text or float(text) is not None for text in list(row.values())[-4:])
-    found = {row["method"]: row for row in csv.DictReader(io.StringIO(to_csv(costs(comparison(*runs)))))}
-    assert [found["fed_lscl"][name] for name in ("up", "whole run", "trained, M", "seconds sd")] == [
-        *("1024", "12288", "1.5", "0")
+    found = {row["method"]: row for row in csv.DictReader(io.StringIO(to_csv(costs_of(comparison(*runs)))))}
+    assert [found["fed_lscl"][name] for name in ("up", "whole run", "parameters", "seconds sd")] == [
+        *("1024", "12288", "1500000", "0")
     ]
     assert [found["joint"][name] for name in ("up", "down", "whole run")] == [""] * 3
-    ranged = costs(comparison(in_its_setting(compute=two)))
+    ranged = costs_of(comparison(in_its_setting(compute=two)))
     (row,) = csv.DictReader(io.StringIO(to_csv(ranged)))
-    assert [row[f"trained, M {end}"] for end in ("least", "most")] == ["1", "3"]
+    assert [row[f"parameters {end}"] for end in ("least", "most")] == ["1000000", "3000000"]
 
 
 def test_rows_are_as_wide_as_the_header() -> None:

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from wandb.proto import wandb_internal_pb2
+from wandb_server import WandbServer
 
 from fedlscl.tracking import STEP_METRICS, ClientLogger, Tracker
 
@@ -256,6 +257,18 @@ def test_when_wandb_fails_the_record_goes_on(home: Path, tmp_path: Path, monkeyp
         assert len(warned) == 1
     assert [row[3] for row in rows(tmp_path)[1:]] == ["1.0", "2.0"]
     finish()
+
+
+def test_a_server_that_went_away_is_not_waited_for(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedlscl.tracking.FINISH_TIMEOUT", 1.0)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with WandbServer() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        tracker = Tracker(tmp_path / "run", wandb_mode="online", config={})
+    tracker.log({"eval/a": 1.0}, task=1, round=1)
+    with pytest.warns(UserWarning, match="W&B failed, the run goes on.*Timed out"):
+        tracker.finish()
+    assert [row[3] for row in rows(tmp_path / "run")[1:]] == ["1.0"]
 
 
 class Toy(LightningModule):
