@@ -50,12 +50,9 @@ def plot_command(words: list[str]) -> None:
         folder = Path(options.out) / name
         folder.mkdir(parents=True, exist_ok=True)
         drawn = [replace(found, name=f"{found.name}_{options.mask}") for found in pictures(comparison, options.mask)]
-        captions = "".join(f"**{picture.name}**: {picture.title}. {picture.caption}\n\n" for picture in drawn)
-        _write(folder / f"captions_{options.mask}.md", captions)
-        for path in [
-            folder / f"captions_{options.mask}.md",
-            *(path for found in drawn for path in save(found, folder)),
-        ]:
+        captions = folder / f"captions_{options.mask}.md"
+        _write(captions, "\n".join(f"**{found.name}**: {found.title}. {found.caption}\n" for found in drawn))
+        for path in [captions, *(path for found in drawn for path in save(found, folder))]:
             Console().print(Text(str(path)), soft_wrap=True)
 
 

@@ -52,7 +52,7 @@ COMPETING = (
 )
 STAR = "A star: the task of each test image, which had to be known, chose the parameters that classified it."
 COUNTS = EngFormatter(places=1)
-"""How counts are written: with k, M and G for thousands, millions and milliards."""
+"""How counts are written: with k, M and G."""
 MASK_NAMES = {
     "task": "only the classes of the image's task compete",
     "seen": "all classes that the client has learned so far compete",
