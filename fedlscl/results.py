@@ -268,7 +268,8 @@ def _repeated(runs: Sequence[Run]) -> list[tuple[Run, ...]]:
         if (other := seeds.get(run.seed)) and other.summary["accuracy"] != run.summary["accuracy"]:
             raise ValueError(
                 f"{other.path} and {run.path} have the same configuration and seed {run.seed} but other numbers; "
-                "name one of them"
+                "name one of them, or, if they are of other data or weights that lie in folders or files of the same "
+                "name, run one with another --setting"
             )
         seeds[run.seed] = run
     return [tuple(run for _, run in sorted(seeds.items())) for seeds in groups.values()]
