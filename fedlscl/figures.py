@@ -22,7 +22,7 @@ from matplotlib.transforms import Bbox
 from fedlscl.checkpoint import write_atomically
 from fedlscl.evaluation import MASKS, FloatArray, measured_mean
 from fedlscl.plots import DPI, MAX_NUMBERED, STYLES, heat_map
-from fedlscl.results import POOLED, Comparison, Variant
+from fedlscl.results import POOLED, Comparison, Variant, named
 
 METHOD = "fed_lscl"
 """The method whose block, buffer and CNNs vary."""
@@ -165,10 +165,12 @@ def _by_field(comparison: Comparison, mask: str, field: str, name: str, meaning:
         columnspacing=1.0,
     )
     spread = "bands and bars are" if banded else "bars are"
+    different = {name: value for name, value in methods[0].differs.items() if name != field}
+    common = f" All with {named(different)}." if different else ""
     what = f"Accuracy of {METHOD} by {meaning}"
     caption = (
         f"Above, accuracy in % after each task, as the mean over clients and over the tasks learned so far; below, "
-        f"its value after the last task; {_among(mask)}. {_seeds(methods, spread)} {_starred(methods, mask)}"
+        f"its value after the last task; {_among(mask)}.{common} {_seeds(methods, spread)} {_starred(methods, mask)}"
     )
     return Picture(name, f"{what}, {comparison.title}", caption.strip(), figure)
 

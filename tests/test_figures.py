@@ -234,6 +234,13 @@ def test_accuracy_stands_over_both_directions_in_mib_and_who_sends_nothing_stand
     assert [len(drawn(chosen)["accuracy_by_bytes"].figure.axes) for chosen in (runs[:3], runs[3:])] == [1, 1]
 
 
+def test_a_study_of_unusual_runs_says_what_they_share() -> None:
+    others = [run(method, 1, level(50, 60, 40), cnn="resnet18") for method in ("lorm", "glfc", "fedavg")]
+    blocks = [run("fed_lscl", 1, level(50, 60, 40), block=block, cnn="vgg16") for block in (0, 3)]
+    assert "All with cnn.name vgg16." in drawn([*others, *blocks])["accuracy_by_block"].caption
+    assert "All with" not in drawn(blocks)["accuracy_by_block"].caption
+
+
 def test_where_all_images_lie_in_one_place_no_bytes_stand_for_what_was_sent() -> None:
     runs = [run("joint", 1, level(1, 99, 99), mib=0), run("fedavg", 1, level(1, 60, 60))]
     found = drawn(runs)
