@@ -33,6 +33,7 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif
 
 _CUT_SEED = 20240  # of `cut_test`: not the run's seed, so that all runs share a test set
 _CACHE_FORMAT = 1  # raise it when decoding changes, so that images decoded before are not used any more
+_FINGERPRINTED = 64  # images of a set that are read to tell it from others
 _PROGRESS_FROM = 2000  # images; fewer are decoded before a progress bar is worth reading
 
 
@@ -56,6 +57,16 @@ class Dataset:
     test: ImageSet
     classes: tuple[str, ...]
     complete: bool = True
+
+    @property
+    def sha256(self) -> str:
+        """What tells data sets apart: the classes, all labels, and some images from all over both sets."""
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        for part in (self.train, self.test):
+            digest.update(part.labels.tobytes())
+            some = np.unique(np.linspace(0, len(part.labels) - 1, _FINGERPRINTED).astype(np.int64))
+            digest.update(part.images[some].tobytes())
+        return digest.hexdigest()
 
     def __post_init__(self) -> None:
         """Check shapes and types, and the classes.

@@ -214,6 +214,8 @@ class Experiment:
             "task_aware": list(self.client.task_aware),
             "evaluated_on": "test images" if self.data.split.evaluate_on == "test" else "images held out of training",
             "split_sha256": self.data.split_sha256,
+            # of a part of the data nobody could tell whether it is the same data
+            "data_sha256": self.data.dataset.sha256 if self.data.dataset.complete else None,
             "accuracy": {mask: summarise(values) for mask, values in acc.items()},
             "bytes_up": _traffic([entry["bytes_up"] for entry in history], clients),
             "bytes_down": _traffic([entry["bytes_down"] for entry in history], clients),

@@ -219,7 +219,8 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
         A comparison for each setting, backbone and set of test images.
 
     Raises:
-        ValueError: if two runs have the same configuration and seed but other numbers.
+        ValueError: if two runs have the same configuration and are of other images, or have the same seed and other
+            numbers.
     """
     comparisons = []
     for conditions in dict.fromkeys(run.conditions for run in runs):
@@ -265,11 +266,16 @@ def _repeated(runs: Sequence[Run]) -> list[tuple[Run, ...]]:
     groups: dict[tuple[str, str], dict[int, Run]] = {}
     for run in runs:
         seeds = groups.setdefault((run.method, _key(run.fields)), {})
+        for before in seeds.values():
+            if len({of.summary["data_sha256"] for of in (run, before) if of.summary.get("data_sha256")}) > 1:
+                raise ValueError(
+                    f"{before.path} and {run.path} have the same configuration but are of other images, in folders of "
+                    "the same name; name one of them, or run one with another --setting"
+                )
         if (other := seeds.get(run.seed)) and other.summary["accuracy"] != run.summary["accuracy"]:
             raise ValueError(
                 f"{other.path} and {run.path} have the same configuration and seed {run.seed} but other numbers; "
-                "name one of them, or, if they are of other data or weights that lie in folders or files of the same "
-                "name, run one with another --setting"
+                "name one of them, or, if their weights are others of the same name, run one with another --setting"
             )
         seeds[run.seed] = run
     return [tuple(run for _, run in sorted(seeds.items())) for seeds in groups.values()]

@@ -310,3 +310,18 @@ def test_a_dataset_checks_its_arrays() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Dataset("x", good, bad, ("a", "b"))
+
+
+def test_the_fingerprint_tells_images_labels_and_classes_apart() -> None:
+    """Any number of images; the first and the last of each set are among those that are read."""
+
+    def made(labels: tuple[int, ...] = (0, 1) * 50, pixel: int = 0, classes: tuple[str, ...] = ("a", "b")) -> Dataset:
+        images = np.zeros((100, 3, 2, 2), dtype=np.uint8)
+        images[-1, 0, 0, 0] = pixel
+        train = ImageSet(images, np.array(labels, dtype=np.int64))
+        one_each = ImageSet(np.zeros((2, 3, 2, 2), dtype=np.uint8), np.array([0, 1], dtype=np.int64))
+        return Dataset("x", train, one_each, classes)
+
+    others = [made(labels=(0,) * 50 + (1,) * 50), made(pixel=1), made(classes=("a", "c"))]
+    assert made().sha256 == made().sha256
+    assert len({made().sha256, *(other.sha256 for other in others)}) == 4

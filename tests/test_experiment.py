@@ -108,6 +108,7 @@ def test_the_summary_holds_what_was_promised(finished: tuple[Experiment, dict[st
         for name in ("forgetting", "backward_transfer"):
             assert -100 <= metrics[name] <= 100
     assert summary["split_sha256"] == experiment.data.split.sha256
+    assert summary["data_sha256"] == experiment.data.dataset.sha256
     assert summary["skipped"] == []
     assert summary["task_aware"] == []
     assert summary["seconds"]["total"] >= sum(summary["seconds"][phase] for phase in ("fit", "aggregate", "evaluate"))
