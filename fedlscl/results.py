@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Run:
         """Setting, backbone and the images evaluated on: what runs that are compared must share."""
         return (str(self.summary["setting"]), str(self.summary["backbone"]), str(self.summary["evaluated_on"]))
 
-    @property
+    @cached_property
     def fields(self) -> dict[str, Any]:
         """Every field of its configuration that has an effect, by dotted name; of the path of data the last part.
 
@@ -140,14 +141,15 @@ class Comparison:
 
         Those that are not a method's own, see `PROTOCOL`, are under the empty name.
         """
-        having = [variant.runs[0].fields | {"": variant.method} for variant in self.variants if not variant.differs]
+        having = [variant for variant in self.variants if not variant.differs]
         found: dict[str, dict[str, Any]] = {"": {}}
         for variant in self.variants:
             for name in variant.differs:
                 shared = name.startswith(PROTOCOL)
-                for fields in having:
+                for usual in having:
+                    fields = usual.runs[0].fields
                     if name in fields and (shared or _class(fields) == _class(variant.runs[0].fields)):
-                        found.setdefault("" if shared else fields[""], {})[name] = fields[name]
+                        found.setdefault("" if shared else usual.method, {})[name] = fields[name]
         return {method: dict(sorted(values.items())) for method, values in found.items()}
 
     def varying(self, name: str, method: str = "fed_lscl") -> dict[Any, Variant]:

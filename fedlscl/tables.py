@@ -29,11 +29,13 @@ COMPONENTS = {
 }
 """Rows of Table 2: large-small collaboration, small-model continual fine-tuning, one-by-one distillation."""
 
+ABLATIONS = tuple(name for name, parts in COMPONENTS.items() if not all(parts))
+
 COMPARED = tuple(paper.TABLE1["CIFAR-100"])
 """Rows of Table 1, shown as missing where there is no run."""
 
 RELATIVES = (
-    *("fed_lscl_without_o2d", "fed_lscl_without_replay", "fed_lscl_collaboration_only", "small_fedavg"),
+    *ABLATIONS,
     *("fed_lscl_ewc", "fed_lscl_lwf", "fed_lscl_iterative", "fed_lscl_sums", "fed_lscl_auto"),
     *("pilora_own_rate", "fedvit_rows"),
 )
@@ -78,7 +80,7 @@ def tables(comparison: Comparison, masks: Sequence[str] = ("task",)) -> list[Tab
         raise ValueError(f"mask is '{unknown[0]}', must be one of {', '.join(MASKS)}")
     found = [table1(comparison, mask) for mask in masks]
     found.append(overview(comparison))
-    if {variant.method for variant in comparison.usual} & (set(COMPONENTS) - {"fed_lscl"}):
+    if {variant.method for variant in comparison.usual} & set(ABLATIONS):
         found.append(table2(comparison))
     shown = [id(variant) for variant in comparison.usual]
     for name, varied_field, what in (
@@ -106,7 +108,7 @@ def table1(comparison: Comparison, mask: str = "task") -> Table:
         A row for each method of the paper, missing or not, then for the others, and the bounds last. On the paper's
         data and under its mask the paper's numbers follow in columns of their own, see :func:`_beside`.
     """
-    variants = _ordered([variant for variant in comparison.usual if variant.method not in _ABLATIONS], COMPARED)
+    variants = _ordered([variant for variant in comparison.usual if variant.method not in ABLATIONS], COMPARED)
     reported, note = _beside(comparison, paper.TABLE1, variants) if mask == "task" else ({}, "")
     tasks, papers_tasks = _tasks(comparison), max(map(len, reported.values()), default=0)
 
@@ -301,7 +303,6 @@ def _sensitivity(
     )
 
 
-_ABLATIONS = tuple(name for name in COMPONENTS if name != "fed_lscl")
 Named = tuple[str, Variant | None]
 
 
@@ -311,10 +312,10 @@ def _ordered(variants: Sequence[Variant], required: Sequence[str]) -> list[Named
     for variant in variants:
         by_method.setdefault(variant.method, []).append(variant)
     others = sorted(set(by_method) - set(required), key=lambda name: (name in BOUNDS, name))
-    named: list[Named] = []
+    rows: list[Named] = []
     for method in (*required, *others):
-        named += [(variant.label, variant) for variant in by_method.get(method, [])] or [(method, None)]
-    return named
+        rows += [(variant.label, variant) for variant in by_method.get(method, [])] or [(method, None)]
+    return rows
 
 
 def _method(name: str, variant: Variant | None) -> str:
