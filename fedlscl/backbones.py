@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, S input size in pixels, d ViT width, e feature width.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class FrozenViT(nn.Module):
 
     mean: Tensor
     std: Tensor
+    weights_sha256: str | None  # of the file of weights, where there is one
 
     def __init__(
         self,
@@ -69,6 +71,7 @@ class FrozenViT(nn.Module):
             raise ValueError(f"backbone.name: '{name}' is not a plain ViT; take a vit_* or deit_* model of timm")
         if weights is not None:
             _load_vit(vit, _find(weights))
+        self.weights_sha256 = weights_sha256(weights)
         self.name, self.image_size = name, image_size
         self.source = Path(weights).name if weights else "pretrained by timm" if pretrained else "untrained"
         self.vit: Any = vit
@@ -259,6 +262,18 @@ def _feature_width(model: nn.Module, name: str, image_size: int) -> int:
     if output.ndim != 2:
         raise ValueError(f"cnn.name: '{name}' gives an output of shape {tuple(output.shape)}, not one vector per image")
     return int(output.shape[1])
+
+
+def weights_sha256(weights: str | None) -> str | None:
+    """What tells files of weights apart that `FrozenViT` takes; None where it is given none.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if weights is None:
+        return None
+    with _find(weights).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _find(weights: str) -> Path:

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedlscl.backbones import FrozenViT, SmallModelSpec
+from fedlscl.backbones import FrozenViT, SmallModelSpec, weights_sha256
 from fedlscl.client import Client
 from fedlscl.commands import COMMANDS
 from fedlscl.data import FederatedDataModule
@@ -224,6 +224,16 @@ def configuration_sha256(words: Sequence[str]) -> str:
     """
     content = [version("fedlscl"), _parsed(["fit", *words]).configuration()]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def weights_of(words: Sequence[str]) -> str | None:
+    """`weights_sha256` of the file of weights that words name.
+
+    Raises:
+        FileNotFoundError: if it is not on this machine.
+        SystemExit: if the words describe no run; why is on the standard error.
+    """
+    return weights_sha256(_parsed(["fit", *words]).configuration()["backbone"]["weights"])
 
 
 def _parsed(words: list[str]) -> Parsed:

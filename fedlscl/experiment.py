@@ -41,6 +41,11 @@ from fedlscl.transport import InProcess, Transport
 
 PACKAGES = ("fedlscl", "torch", "lightning", "torchvision", "timm", "torchmetrics", "numpy", "wandb")
 PICTURE = "accuracy_over_rounds.png"
+FINGERPRINTS = {  # of what can be other than it was under a configuration that is the same
+    "split_sha256": "the images' classes, or how they are split,",
+    "data_sha256": "the images",
+    "weights_sha256": "the foundation model's weights",
+}
 
 
 @dataclass(frozen=True)
@@ -124,11 +129,14 @@ class Experiment:
                 "give another run_dir, or the same configuration to continue it"
             )
         path = self.run_dir / "split.json"
-        if path.exists() and (before := json.loads(path.read_text())["sha256"]) != self.data.split_sha256:
-            raise ValueError(
-                f"the data give another split ({self.data.split_sha256[:12]}) than this run began with "
-                f"({before[:12]}); put the same images in place or give another run_dir"
-            )
+        before = json.loads(path.read_text()) if path.exists() else {}
+        for name, what in FINGERPRINTS.items():
+            now, then = self._fingerprints[name], before.get(name)
+            if now and then and now != then:
+                raise ValueError(
+                    f"{what} are not those that the run in run_dir '{self.run_dir}' began with ({now[:12]} now, "
+                    f"{then[:12]} then); put the same in place, or give another run_dir"
+                )
 
     def federation(self) -> Federation:
         """Everything that takes part, as far as the run folder's checkpoint has come."""
@@ -150,10 +158,20 @@ class Experiment:
             metrics_bytes=progress.get("metrics_bytes"),
         )
 
+    @property
+    def _fingerprints(self) -> dict[str, str | None]:
+        """One for each of `FINGERPRINTS`, None where there is none to take."""
+        return {
+            "split_sha256": self.data.split_sha256,
+            # of a part of the data nobody could tell whether it is the same data
+            "data_sha256": self.data.dataset.sha256 if self.data.dataset.complete else None,
+            "weights_sha256": self.vit.weights_sha256,
+        }
+
     def _save_beginning(self) -> None:
         """Write what names the run: its configuration and its split."""
         split = {
-            "sha256": self.data.split_sha256,
+            **self._fingerprints,
             "data": self.data.dataset.name,
             "classes": list(self.data.class_names),
             "image_size": self.data.dataset.train.images.shape[-1],
@@ -213,9 +231,7 @@ class Experiment:
             "cnn": self.cnn.name,
             "task_aware": list(self.client.task_aware),
             "evaluated_on": "test images" if self.data.split.evaluate_on == "test" else "images held out of training",
-            "split_sha256": self.data.split_sha256,
-            # of a part of the data nobody could tell whether it is the same data
-            "data_sha256": self.data.dataset.sha256 if self.data.dataset.complete else None,
+            **self._fingerprints,
             "accuracy": {mask: summarise(values) for mask, values in acc.items()},
             "bytes_up": _traffic([entry["bytes_up"] for entry in history], clients),
             "bytes_down": _traffic([entry["bytes_down"] for entry in history], clients),

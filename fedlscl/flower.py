@@ -33,7 +33,7 @@ from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
 from fedlscl.checkpoint import Store
-from fedlscl.cli import configuration_sha256, describe, run_dir_of
+from fedlscl.cli import configuration_sha256, describe, run_dir_of, weights_of
 from fedlscl.data import FederatedDataModule
 from fedlscl.evaluation import MASKS
 from fedlscl.experiment import Experiment
@@ -274,6 +274,7 @@ class FlowerTransport:
             ("split", data.split_sha256),
             ("list of classes", _names_sha256(data)),
             ("configuration", self.configuration),
+            ("file of weights", self.site.vit.weights_sha256 or "none"),
         ):
             if who.get(name) != own:
                 return f"client {client} has another {name} ({str(who.get(name))[:12]}) than this run ({own[:12]})"
@@ -288,13 +289,21 @@ class FlowerTransport:
 
 @client_app.query("who")
 def who(message: Message, context: Context) -> Message:
-    """Say which client this is, of which classes and split its data are, and what the run's words mean here."""
+    """Say which client this is, of which classes and split its data are, and what the run's words mean here.
+
+    Its own words may name the weights by another path.
+    """
     index, folder = _client(context), str(context.node_config.get("data", ""))
     data = LocalShare(Path(folder)) if folder else _own(context)[1].data
     data.setup()
+    words, own_words = str(context.run_config["words"]), str(context.node_config.get("words", ""))
     with _as_error():
-        configuration = configuration_sha256(shlex.split(str(context.run_config["words"])))
-    own = {"split": data.split_sha256, "list of classes": _names_sha256(data), "configuration": configuration}
+        own = {
+            "split": data.split_sha256,
+            "list of classes": _names_sha256(data),
+            "configuration": configuration_sha256(shlex.split(words)),
+            "file of weights": weights_of(shlex.split(f"{words} {own_words}")) or "none",
+        }
     return _reply(message, who=ConfigRecord({"client": index, **own}))
 
 

@@ -36,7 +36,7 @@ def predict(run_dir: Path, images: Sequence[str], client: int = 0) -> list[Predi
 
     Raises:
         FileNotFoundError: if there is no finished run in `run_dir`, or no such image.
-        ValueError: if there is no such client, or a file is not an image.
+        ValueError: if there is no such client, a file is not an image, or the weights are not the run's.
     """
     if not (run_dir / "summary.json").is_file():
         raise FileNotFoundError(f"run_dir '{run_dir}' holds no finished run; give the folder that `fedlscl fit` named")
@@ -47,6 +47,12 @@ def predict(run_dir: Path, images: Sequence[str], client: int = 0) -> list[Predi
     if not split.clients[client].tasks:
         raise ValueError(f"client {client} of the run in '{run_dir}' is elsewhere, and its model with it")
     body = _load(run_dir, client, len(stored["classes"]))
+    now, then = body.vit.weights_sha256, stored.get("weights_sha256")
+    if now and then and now != then:
+        raise ValueError(
+            f"the foundation model's weights are not those of the run in '{run_dir}' ({now[:12]} now, {then[:12]} "
+            "then); put that file back in place"
+        )
     learned = sorted(label for task in split.clients[client].tasks for label in task.classes)
     logits = []
     size = body.evaluation_batch_size

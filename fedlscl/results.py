@@ -269,15 +269,16 @@ def _repeated(runs: Sequence[Run]) -> list[tuple[Run, ...]]:
     for run in runs:
         seeds = groups.setdefault((run.method, _key(run.fields)), {})
         for before in seeds.values():
-            if len({of.summary["data_sha256"] for of in (run, before) if of.summary.get("data_sha256")}) > 1:
-                raise ValueError(
-                    f"{before.path} and {run.path} have the same configuration but are of other images, in folders of "
-                    "the same name; name one of them, or run one with another --setting"
-                )
+            for fingerprint, what in (("data_sha256", "images"), ("weights_sha256", "weights")):
+                if len({of.summary[fingerprint] for of in (run, before) if of.summary.get(fingerprint)}) > 1:
+                    raise ValueError(
+                        f"{before.path} and {run.path} have the same configuration but are of other {what} of the same "
+                        "name; name one of them, or run one with another --setting"
+                    )
         if (other := seeds.get(run.seed)) and other.summary["accuracy"] != run.summary["accuracy"]:
             raise ValueError(
                 f"{other.path} and {run.path} have the same configuration and seed {run.seed} but other numbers; "
-                "name one of them, or, if their weights are others of the same name, run one with another --setting"
+                "name one of them"
             )
         seeds[run.seed] = run
     return [tuple(run for _, run in sorted(seeds.items())) for seeds in groups.values()]

@@ -70,6 +70,6 @@ def write_run(folder: Path, *args: Any, **options: Any) -> Path:
     """A run folder, with other files in it as a run leaves them."""
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text(json.dumps(make_summary(*args, **options)))
-    (folder / "split.json").write_text('{"sha256": "0", "split": {}}')
+    (folder / "split.json").write_text('{"split": {}}')
     (folder / "metrics.csv").write_text("task,round,metric,value\n")
     return folder

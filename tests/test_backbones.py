@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,7 @@ def test_a_file_of_the_same_size_is_taken_as_it_is(tmp_path: Path, stored: dict[
     path = write(tmp_path, stored)
     frozen = FrozenViT(NAME, weights=path, image_size=32, model_args=TINY)
     assert "vit.safetensors" in frozen.source
+    assert frozen.weights_sha256 == hashlib.sha256(Path(path).read_bytes()).hexdigest()
     loaded = frozen.vit.state_dict()
     assert set(loaded) == set(stored) - {"head.weight", "head.bias"}
     for name, tensor in loaded.items():

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import CNN, Patterns, lasting, lasting_rows, make_client, make_trainer, rows
+from helpers import CNN, VIT, Patterns, lasting, lasting_rows, make_client, make_trainer, rows
 from rich.console import Console
+from safetensors.torch import save_file
 
 from fedlscl.backbones import FrozenViT, SmallModelSpec
 from fedlscl.client import Client
-from fedlscl.data import FederatedDataModule
+from fedlscl.data import Dataset, FederatedDataModule
 from fedlscl.experiment import Experiment, Tracking, accuracy_arrays, differences
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL
 from fedlscl.schedule import Schedule
@@ -109,6 +110,7 @@ def test_the_summary_holds_what_was_promised(finished: tuple[Experiment, dict[st
             assert -100 <= metrics[name] <= 100
     assert summary["split_sha256"] == experiment.data.split.sha256
     assert summary["data_sha256"] == experiment.data.dataset.sha256
+    assert summary["weights_sha256"] is None  # the ViT here is of no file
     assert summary["skipped"] == []
     assert summary["task_aware"] == []
     assert summary["seconds"]["total"] >= sum(summary["seconds"][phase] for phase in ("fit", "aggregate", "evaluate"))
@@ -181,7 +183,7 @@ def test_what_the_clients_log(finished: tuple[Experiment, dict[str, Any]]) -> No
 def test_the_split_is_kept(finished: tuple[Experiment, dict[str, Any]]) -> None:
     experiment, _ = finished
     kept = json.loads((experiment.run_dir / "split.json").read_text())
-    assert kept["sha256"] == experiment.data.split.sha256
+    assert kept["split_sha256"] == experiment.data.split.sha256
     assert kept["classes"] == list(experiment.data.class_names)
     assert json.loads(experiment.data.split.to_json()) == kept["split"]
 
@@ -265,18 +267,53 @@ def test_differences_name_every_field() -> None:
     assert differences(old, old) == []
 
 
-def test_other_images_are_refused(
-    make: Make, tmp_path: Path, cache: Path, data: FederatedDataModule, monkeypatch: pytest.MonkeyPatch
+class Brighter(Patterns):
+    """Other pixels under the same labels."""
+
+    def load(self, cache_dir: Path) -> Dataset:
+        data = super().load(cache_dir)
+        return replace(data, train=replace(data.train, images=data.train.images // 2 + 100))
+
+
+def weights(path: Path, vit: FrozenViT, add: float) -> FrozenViT:
+    """The same ViT from a file, its position embedding shifted."""
+    state = {name: tensor.clone().contiguous() for name, tensor in vit.vit.state_dict().items()}
+    state["pos_embed"] += add
+    save_file(state, path)
+    return FrozenViT(**VIT, weights=str(path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"source": Patterns(train=11)}, "the images' classes, or how they are split, are not those"),
+        ({"source": Brighter()}, "the images are not those"),
+        ({"add": 0.1}, "the foundation model's weights are not those"),
+    ],
+    ids=["labels", "pixels", "weights"],
+)
+def test_a_run_does_not_go_on_with_other_data_or_weights_of_the_same_name(
+    changes: dict[str, Any],
+    complaint: str,
+    make: Make,
+    tmp_path: Path,
+    cache: Path,
+    data: FederatedDataModule,
+    vit: FrozenViT,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def described(source: Patterns, add: float = 0.0) -> Experiment:
+        described = FederatedDataModule(source, data.split_spec, seed=0, cache_dir=str(cache))
+        described.setup()
+        return make(data=described, vit=weights(tmp_path / "vit.safetensors", vit, add))
+
     with monkeypatch.context() as patch:
         patch.setattr(FedLSCL, "on_train_end", lambda self: (_ for _ in ()).throw(SystemExit))
         with pytest.raises(SystemExit):
-            make().run(console())
-    changed = FederatedDataModule(Patterns(train=11), data.split_spec, seed=0, cache_dir=str(cache))
-    changed.setup()
-    with pytest.raises(ValueError, match="give another split"):
-        make(data=changed).run(console())
-    assert make().run(console())["skipped"] == []
+            described(Patterns()).run(console())
+    with pytest.raises(ValueError, match=f"{complaint} that the run in run_dir"):
+        described(**{"source": Patterns(), **changes}).run(console())
+    assert described(Patterns()).run(console())["skipped"] == []
 
 
 def test_one_process_to_a_folder(make: Make) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from helpers import SETTING, Recorder, lasting, lasting_rows, outcome, same
-from safetensors.torch import load, save
+from safetensors.torch import load, save, save_file
 from test_cli import METHOD
 from test_contract import BUDGET, METHODS
 
@@ -28,6 +28,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlscl import flower
+from fedlscl.backbones import FrozenViT
 from fedlscl.cli import configuration_sha256, describe, main
 from fedlscl.federation import Federation, RoundResult
 from fedlscl.flower import COMPUTE, END, FIT, WHO, FlowerTransport, client_app, server_app
@@ -36,7 +37,7 @@ from fedlscl.shares import deal
 
 pytestmark = pytest.mark.usefixtures("command_line")
 
-DIGESTS = ("split", "list of classes", "configuration")
+DIGESTS = ("split", "list of classes", "configuration", "file of weights")
 """What a node says besides numbers, each a hash."""
 
 Fault = Callable[[Message, Message | None], Message | None]
@@ -503,6 +504,21 @@ def test_other_names_of_the_classes_are_refused(place: Place, caplog: pytest.Log
         (result,) = run(place.on_flower(timeout=1.0), stop=1)
     assert set(result.skipped) == {1}
     assert "client 1 has another list of classes (" in caplog.text
+
+
+def test_other_weights_are_refused_and_the_same_ones_may_lie_elsewhere(
+    tmp_path: Path, method: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    state = {name: tensor.contiguous() for name, tensor in FrozenViT(**SETTING["backbone"]).vit.state_dict().items()}
+    for name, changed in (("own", 0.0), ("same", 0.0), ("other", 0.1)):
+        save_file({**state, "pos_embed": state["pos_embed"] + changed}, tmp_path / f"{name}.safetensors")
+    place = Place(tmp_path, [*method, "--backbone.weights", str(tmp_path / "own.safetensors")])
+    for node, name in ((100, "same"), (101, "other")):
+        place.wire.nodes[node]["words"] = shlex.join(["--backbone.weights", str(tmp_path / f"{name}.safetensors")])
+    with caplog.at_level(logging.WARNING, logger="fedlscl"):
+        (result,) = run(place.on_flower(timeout=1.0), stop=1)
+    assert set(result.skipped) == {1}
+    assert "client 1 has another file of weights (" in caplog.text
 
 
 def test_a_node_cannot_be_a_client_whose_data_it_does_not_have(place: Place) -> None:

@@ -11,8 +11,10 @@ import pytest
 import yaml
 from helpers import SETTING, Patterns
 from PIL import Image
+from safetensors.torch import save_file
 from test_cli import METHOD
 
+from fedlscl.backbones import FrozenViT
 from fedlscl.cli import main
 from fedlscl.predict import predict
 from fedlscl.splits import Split
@@ -20,10 +22,17 @@ from fedlscl.splits import Split
 pytestmark = pytest.mark.usefixtures("command_line")
 
 
+def write_weights(folder: Path, shift: float) -> None:
+    state = {name: tensor.contiguous() for name, tensor in FrozenViT(**SETTING["backbone"]).vit.state_dict().items()}
+    save_file({**state, "pos_embed": state["pos_embed"] + shift}, folder / "vit.safetensors")
+
+
 @pytest.fixture
 def run_dir(tmp_path: Path, cache: Path) -> Path:
     """A finished run of two tasks."""
+    write_weights(tmp_path, 0.0)
     content = {**SETTING, **METHOD, "data": {**SETTING["data"], "cache_dir": str(cache)}, "federation": {"rounds": 1}}
+    content["backbone"] = {**SETTING["backbone"], "weights": str(tmp_path / "vit.safetensors")}
     (tmp_path / "setting.yaml").write_text(yaml.safe_dump(content))
     main(["fit", "--config", str(tmp_path / "setting.yaml"), "--run_dir", str(tmp_path / "run")])
     return tmp_path / "run"
@@ -55,6 +64,14 @@ def test_files_are_classified_as_in_the_evaluation(
     printed = capsys.readouterr().out
     assert found[0].label in printed
     assert f"{found[1].probability:.3f}" in printed
+
+
+def test_other_weights_in_the_place_of_the_runs_are_refused(run_dir: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    assert len(predict(run_dir, [str(tmp_path / "image.png")])) == 1
+    write_weights(tmp_path, 0.1)
+    with pytest.raises(ValueError, match="weights are not those of the run"):
+        predict(run_dir, [str(tmp_path / "image.png")])
 
 
 def mistakes(run_dir: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:

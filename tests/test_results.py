@@ -232,11 +232,12 @@ def test_the_same_run_twice_is_one_and_with_other_numbers_an_error() -> None:
         compare([make_run(), make_run(value=51.0)])
 
 
-def test_other_images_in_a_folder_of_the_same_name_are_no_other_seed() -> None:
-    runs = [make_run(seed=1, data_sha256="a" * 64), make_run(seed=2, data_sha256="a" * 64), make_run(seed=3)]
-    assert len(compare([*runs, make_run(seed=4, data_sha256=None)])[0].variants) == 1
-    with pytest.raises(ValueError, match="same configuration but are of other images"):
-        compare([*runs, make_run(seed=4, data_sha256="b" * 64)])
+@pytest.mark.parametrize(("fingerprint", "what"), [("data_sha256", "images"), ("weights_sha256", "weights")])
+def test_what_was_run_on_other_data_or_weights_of_the_same_name_is_no_other_seed(fingerprint: str, what: str) -> None:
+    runs = [make_run(seed=1, **{fingerprint: "a" * 64}), make_run(seed=2, **{fingerprint: "a" * 64}), make_run(seed=3)]
+    assert len(compare([*runs, make_run(seed=4, **{fingerprint: None})])[0].variants) == 1
+    with pytest.raises(ValueError, match=f"same configuration but are of other {what}"):
+        compare([*runs, make_run(seed=4, **{fingerprint: "b" * 64})])
 
 
 def test_accuracy_over_the_tasks_is_the_mean_of_what_was_learned() -> None:
