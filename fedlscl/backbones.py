@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -214,7 +214,7 @@ class SmallModel(nn.Module):
         self.unit_length = unit_length
         self.image_size = spec.image_size
         self.backbone = _create("cnn", name, spec.pretrained, spec.args_of(name))
-        width = _feature_width(self.backbone, name, spec.image_size)
+        width, self.tiny = _trial(self.backbone, name, spec.image_size)
         self.project = nn.Identity() if width == spec.features else nn.Linear(width, spec.features)
         statistics = resolve_model_data_config(self.backbone)
         self.register_buffer("mean", torch.tensor(statistics["mean"]).view(3, 1, 1), persistent=False)
@@ -225,7 +225,10 @@ class SmallModel(nn.Module):
         x = (resize(images, self.image_size) - self.mean) / self.std
         if x.is_cuda:  # on a CPU it was measured to be slower
             x = x.contiguous(memory_format=torch.channels_last)
-        features: Tensor = self.project(self.backbone(x)).float()
+        # oneDNN's bf16 gradient of a convolution whose stride is beyond its image holds memory that nobody has written
+        in_float32 = self.tiny and x.device.type == "cpu"
+        with torch.autocast("cpu", enabled=False) if in_float32 else nullcontext():
+            features: Tensor = self.project(self.backbone(x)).float()
         return F.normalize(features, dim=1) if self.unit_length else features
 
 
@@ -251,17 +254,28 @@ def _create(group: str, name: str, pretrained: bool, model_args: Mapping[str, An
     return model
 
 
-def _feature_width(model: nn.Module, name: str, image_size: int) -> int:
+def _trial(model: nn.Module, name: str, image_size: int) -> tuple[int, bool]:
+    """The width of the features, and whether the stride of any convolution is beyond the image that it sees."""
+    beyond = False
+
+    def look(conv: nn.Conv2d, inputs: tuple[Tensor]) -> None:
+        nonlocal beyond
+        beyond |= any(size < stride for size, stride in zip(inputs[0].shape[-2:], conv.stride, strict=True))
+
     # timm's num_features is not the output width of models with a head of their own (MobileNetV3), so look
+    hooks = [module.register_forward_pre_hook(look) for module in model.modules() if isinstance(module, nn.Conv2d)]
     try:
         model.eval()
         with torch.no_grad():
             output = model(torch.zeros(1, 3, image_size, image_size))
     except RuntimeError as error:
         raise ValueError(f"cnn.image_size: '{name}' cannot take images of {image_size} px ({error})") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
     if output.ndim != 2:
         raise ValueError(f"cnn.name: '{name}' gives an output of shape {tuple(output.shape)}, not one vector per image")
-    return int(output.shape[1])
+    return int(output.shape[1]), beyond
 
 
 def weights_sha256(weights: str | None) -> str | None:

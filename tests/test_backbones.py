@@ -453,3 +453,19 @@ def test_images_of_the_right_size_keep_their_pixels() -> None:
     images = pictures(2, 16, 16)
     assert torch.equal(resize(images, 16), images.float() / 255)
     assert images.dtype == torch.uint8
+
+
+@pytest.mark.parametrize(("size", "low"), [(16, False), (32, True)])
+def test_a_cnn_that_strides_beyond_its_image_computes_in_float32_on_a_cpu(size: int, low: bool) -> None:
+    """The gradient of such a convolution in bf16 would hold whatever was in memory."""
+    spec = SmallModelSpec("resnet18", 8, size, model_args={"channels": [4, 4, 8, 8]})
+    model = SmallModel(spec, "resnet18")
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            features = model(pictures(3, 8, 8))
+        model.zero_grad()
+        features[:, 0].sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    equal = all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert equal is not low
