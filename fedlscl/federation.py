@@ -28,6 +28,7 @@ from fedlscl.transport import Fitted, Transport
 from fedlscl.transport import Listener as ClientListener
 
 log = logging.getLogger(__name__)
+MOST_SAID = 500  # characters on record of why a client is left out, of which a client may determine some
 
 
 class Listener(ClientListener, Protocol):
@@ -121,6 +122,11 @@ class Federation:
                     self.transport.answer(round, index, message, index in accepted)
             with result.timed("evaluate"):
                 found = self.transport.evaluations(round)
+            if not found and round.ends_task:
+                raise RuntimeError(
+                    f"no client has ended round {round.number}, the last of its task, so that nobody knows how good "
+                    "the models are; start the run again to repeat the round"
+                )
             for index in range(self.clients):
                 for mask, by_client in result.accuracy.items():
                     by_client.append(found[index][mask] if index in found else [math.nan] * round.task)
@@ -137,7 +143,7 @@ class Federation:
                 problem = f"{type(error).__name__}: {error}"
                 log.warning("client %d is left out of round %d: %s", fitted.client, result.round, problem)
         if problem is not None:
-            result.skipped[fitted.client] = problem
+            result.skipped[fitted.client] = problem[:MOST_SAID]
 
     def _take(self, client: int, message: bytes, result: RoundResult, uploads: Received) -> None:
         result.bytes_up[client] = len(message)
@@ -145,6 +151,9 @@ class Federation:
         upload = Upload.from_bytes(message, schema)
         if (upload.client, upload.round) != (client, result.round):
             raise MessageError(f"upload claims to be of client {upload.client}, round {upload.round}")
+        if upload.samples < 1:
+            raise MessageError("upload claims that no sample is behind it")
+        self.server.check(upload)
         uploads.add(client, self.store.put_aside(f"upload-{client}", message), schema)
 
     def _aggregate(self, uploads: Received, round: Round, listener: Listener) -> Answers:

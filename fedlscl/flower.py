@@ -66,9 +66,9 @@ def serve(grid: Grid, context: Context) -> None:
     end.
     """
     config = context.run_config
-    timeout = float(config["timeout"])
-    if not timeout > 0:
-        raise ValueError(f"timeout is {timeout}, must be a positive number of seconds")
+    timeout = config["timeout"]
+    if isinstance(timeout, str) or not timeout > 0:
+        raise ValueError(f"timeout is {timeout!r}, must be a positive number of seconds")
     experiment = _experiment(str(config["words"]), str(config["data"]))
     configuration = configuration_sha256(shlex.split(str(config["words"])))
     transport = partial(FlowerTransport, grid=grid, configuration=configuration, timeout=timeout)
@@ -102,7 +102,8 @@ class FlowerTransport:
                 f"{store.folder} holds a run in one process; go on with `fedlscl fit`, or give another run_dir"
             )
         self._clients: dict[int, int] = {}  # by node
-        self._asked: dict[str, int] = {}  # nodes, by the message that asks them whose they are
+        self._homes: dict[int, int] = {}  # by client the node that it was met at last
+        self._asked: dict[str, tuple[int, float]] = {}  # by the message that asks whose it is a node, and until when
         self._refused: set[int] = set()  # nodes
         self._absent: set[int] = set()  # clients without a node at the end of the last exchange
         ledger = store.read(LEDGER) or {
@@ -179,31 +180,33 @@ class FlowerTransport:
     ) -> Iterator[tuple[int, RecordDict | str]]:
         """Send each client its message as soon as it is there; yield its reply, or why there is none."""
         waiting, sent, deadline = list(clients), dict[str, int](), time.monotonic() + self.timeout
-        self._asked.clear()
+        self._asked = {message_id: asked for message_id, asked in self._asked.items() if asked[1] > time.monotonic()}
         self._refused.clear()  # what was wrong with a node may have been put right
         answered = kind == COMPUTE  # the run is over, and whoever is there will do
         pause = POLL_SECONDS
-        while (waiting or sent) and time.monotonic() < deadline:
+        while waiting or sent:
+            late = time.monotonic() >= deadline  # a reply that took long to fetch must not cost others theirs
             nodes = self._nodes()
             for client in [client for client in waiting if client in nodes]:
                 if message_id := self._push(self._content(client, round, more), nodes[client], kind):
                     waiting.remove(client)
                     sent[message_id] = client
             for message_id, reply in self._pull(sent):
-                client, pause = sent.pop(message_id), POLL_SECONDS
+                client = sent.pop(message_id)
                 if _is_away(reply):
                     waiting.append(client)  # until the time-out it may come back
                     continue
-                answered = True
+                answered, pause = True, POLL_SECONDS
                 yield client, _problem(reply) if isinstance(reply, Error) else reply
-            if answered and not sent and self._absent.issuperset(waiting):
+            if late or (answered and not sent and self._absent.issuperset(waiting)):
                 break  # who was not there before either holds nobody up
             if waiting or sent:
                 time.sleep(pause)
                 pause = min(1.5 * pause, SLOWEST_POLL_SECONDS)
         self._absent = self._absent.difference(clients).union(waiting)
         for client in waiting:
-            yield client, f"TimeoutError: no node of this client within {self.timeout:g} s"
+            within = f"within {self.timeout:g} s" if late else "since an earlier message"
+            yield client, f"TimeoutError: no node of this client {within}"
         for client in sent.values():
             yield client, f"TimeoutError: no reply within {self.timeout:g} s"
 
@@ -214,8 +217,8 @@ class FlowerTransport:
     def _pull(self, message_ids: Iterable[str]) -> Iterator[tuple[str, RecordDict | Error]]:
         """The replies that are there, each under the message that it was asked for with.
 
-        One by one: what a node has sent is unpacked here, and must harm nobody else if that fails; what it says about
-        which message it replies to is not believed.
+        One by one: what a node has sent is unpacked here, and must harm nobody else if that fails. Flower also hands
+        over what nodes send unasked; only who got a message knows its id.
         """
         for message_id in list(message_ids):
             try:
@@ -224,7 +227,7 @@ class FlowerTransport:
                 log.warning("a reply cannot be read", exc_info=error)
                 yield message_id, Error(0, f"{type(error).__name__}: {error}")
                 continue
-            for reply in replies:
+            for reply in [reply for reply in replies if reply.metadata.reply_to_message_id == message_id][:1]:
                 yield message_id, reply.error if reply.has_error() else reply.content
 
     def _content(self, client: int, round: Round, more: Mapping[str, bool]) -> RecordDict:
@@ -251,24 +254,28 @@ class FlowerTransport:
         """The node of each client that is there; a node that is new is asked whose it is."""
         online = set(self.grid.get_node_ids())
         self._refused &= online
-        for node in sorted(online - set(self._clients) - self._refused - set(self._asked.values())):
+        # who comes back may have other data
+        self._clients = {node: client for node, client in self._clients.items() if node in online}
+        self._asked = {message_id: asked for message_id, asked in self._asked.items() if asked[0] in online}
+        for node in sorted(online - set(self._clients) - self._refused - {node for node, _ in self._asked.values()}):
             if message_id := self._push(RecordDict(), node, WHO):
-                self._asked[message_id] = node
+                self._asked[message_id] = node, time.monotonic() + self.timeout
         for message_id, reply in self._pull(self._asked):
-            node = self._asked.pop(message_id)
+            node, _ = self._asked.pop(message_id)
             if _is_away(reply):
                 continue
-            problem = _problem(reply) if isinstance(reply, Error) else self._meet(node, reply, online)
+            problem = _problem(reply) if isinstance(reply, Error) else self._meet(node, reply)
             if problem:
                 self._refused.add(node)
                 log.warning("node %d is refused: %s", node, problem)
-        return {client: node for node, client in self._clients.items() if node in online}
+        return {client: node for node, client in self._clients.items()}
 
-    def _meet(self, node: int, content: RecordDict, online: set[int]) -> str | None:
+    def _meet(self, node: int, content: RecordDict) -> str | None:
         who = content.config_records.get("who", ConfigRecord())
         client = who.get("client")
         if type(client) is not int or not 0 <= client < self.site.clients:
-            return f"it says that it is client {client!r}, of which there are {self.site.clients}, numbered from 0"
+            said = client if type(client) is int else str(client)[:40]
+            return f"it says that it is client {said!r}, of which there are {self.site.clients}, numbered from 0"
         data = self.site.data
         for name, own in (
             ("split", data.split_sha256),
@@ -278,9 +285,12 @@ class FlowerTransport:
         ):
             if who.get(name) != own:
                 return f"client {client} has another {name} ({str(who.get(name))[:12]}) than this run ({own[:12]})"
-        if others := [other for other, its in self._clients.items() if its == client and other in online]:
+        if others := [other for other, its in self._clients.items() if its == client]:
             return f"it says that it is client {client}, which is at node {others[0]}"
-        self._clients = {other: its for other, its in self._clients.items() if its != client} | {node: client}
+        self._clients[node] = client
+        if self._homes.setdefault(client, node) != node:
+            log.warning("client %d was at node %d and is at node %d now", client, self._homes[client], node)
+            self._homes[client] = node
         return None
 
 
@@ -430,6 +440,8 @@ def _as_error() -> Iterator[None]:
     try:
         with redirect_stderr(said):
             yield
+    except ValueError as error:  # of shlex
+        raise ValueError(f"words of the run or the node: {error}") from error
     except SystemExit as end:
         reason = " ".join(said.getvalue().split())[-500:] or end
         raise ValueError(f"words of the run or the node: {reason}") from end
@@ -440,6 +452,7 @@ ENDS = ("task", "round", "accepted")
 _COLUMNS = ("client", *ENDS, "answered")
 _STYPE = "safetensors"
 NODE_UNAVAILABLE = 5  # of Flower's error codes, which its public modules do not name
+MOST_SAID = 500  # characters
 METRIC, MOST_METRICS = re.compile(r"[\w/.-]{1,64}"), 64
 
 
@@ -457,8 +470,8 @@ def _array(message: bytes) -> Array:
 
 
 def _problem(error: Error) -> str:
-    """What a node or Flower says went wrong."""
-    return error.reason or f"Flower's error {error.code}"
+    """What a node or Flower says went wrong; a node may say it at any length."""
+    return (error.reason or f"Flower's error {error.code}")[:MOST_SAID]
 
 
 def _is_away(reply: RecordDict | Error) -> bool:

@@ -28,6 +28,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+LARGEST = 1e15  # of a tensor's values: what is computed of them must not overflow float32
 _HEADER_LIMIT = 2**20  # bytes; names, shapes and offsets of the largest CNN take a tenth of it
 
 
@@ -111,7 +112,7 @@ class Message:
 
         Raises:
             MessageError: too large, truncated, not safetensors, a missing or unknown tensor, a wrong shape or dtype,
-                or a value that is not finite.
+                or a value that is not finite or beyond `LARGEST`.
         """
         limit = _HEADER_LIMIT + sum(spec.max_bytes for spec in schema.values())
         if len(data) > limit:
@@ -134,8 +135,10 @@ class Message:
         except SafetensorError as error:
             raise MessageError(f"{cls.kind} is damaged: {error}") from error
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise MessageError(f"{cls.kind}: tensor '{name}' holds NaN or infinite values")
+            if tensor.is_floating_point() and not bool((tensor.isfinite() & (tensor.abs() <= LARGEST)).all()):
+                raise MessageError(
+                    f"{cls.kind}: tensor '{name}' holds NaN or infinite values, or some beyond {LARGEST:g}"
+                )
         return cls(**_read_numbers(metadata, cls._numbers, cls.kind), tensors=tensors)
 
 

@@ -79,6 +79,13 @@ class Server(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} asks for public images and takes none")
 
+    def check(self, upload: Upload) -> None:  # noqa: B027 - for most servers the schema says all
+        """Look, as it arrives, at an upload that fits its schema.
+
+        Raises:
+            MessageError: if its tensors do not fit one another; the client is then left out of the round.
+        """
+
     def state(self) -> dict[str, Tensor]:
         """Everything of this server that must survive a round, as named tensors on the CPU; nothing by default."""
         return {}

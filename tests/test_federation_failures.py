@@ -153,6 +153,10 @@ MALFORMED: dict[str, tuple[Callable[[Upload], Upload | bytes], str]] = {
         lambda u: Upload(u.client, u.task, 7, u.samples, u.tensors),
         "claims to be of client 1, round 7",
     ),
+    "without samples": (
+        lambda u: Upload(u.client, u.task, u.round, 0, u.tensors),
+        "claims that no sample is behind it",
+    ),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from fedlscl.client import Batch, Images
 from fedlscl.continual import NoReplay, Output, Replay
 from fedlscl.data import FederatedDataModule
 from fedlscl.federation import Federation
-from fedlscl.messages import Download, Message, Upload
+from fedlscl.messages import Download, Message, MessageError, Upload
 from fedlscl.methods.fedavg import FedAvgClient
 from fedlscl.methods.fedweit import (
     FedWeITClient,
@@ -389,6 +390,18 @@ def test_who_sent_no_a_is_in_nobodys_knowledge_base(vit: FrozenViT) -> None:
         return Upload(index, 1, 1, 1, {"w": torch.full((1, 1), float(index)), "w.kept": every, **more})
 
     part = {"adaptive.places": torch.tensor([3], dtype=torch.int32), "adaptive.values": torch.tensor([2.0])}
+    server.check(upload(2, **part))
+    for wrong, complaint in (
+        ({"w.kept": ~every}, "'w' has not as many channels as 'w.kept' says"),
+        ({"adaptive.places": part["adaptive.places"]}, "without the other"),
+        ({"adaptive.values": part["adaptive.values"]}, "without the other"),
+        ({**part, "adaptive.values": torch.ones(2)}, "must be a number from 0 to"),
+        ({**part, "adaptive.places": part["adaptive.places"] - 4}, "must be a number from 0 to"),
+        ({**part, "adaptive.places": part["adaptive.places"] - 3 + sum(body.sizes)}, "must be a number from 0 to"),
+    ):
+        sent = upload(2)
+        with pytest.raises(MessageError, match=complaint):
+            server.check(replace(sent, tensors={**sent.tensors, **wrong}))
     answers = server.aggregate({0: upload(0), 2: upload(2, **part)}, 4, Round(1, 1, True, 0), lambda: None)  # type: ignore[arg-type,return-value]
     assert set(answers) == {0, 1, 2, 3}
     assert all(answers[index]["w"].item() == 1 for index in range(4))

@@ -534,6 +534,8 @@ def test_a_node_cannot_be_a_client_whose_data_it_does_not_have(place: Place) -> 
     ("config", "complaint"),
     [
         ({"timeout": 0.0}, "timeout is 0.0, must be a positive number of seconds"),
+        ({"timeout": "soon"}, "timeout is 'soon', must be a positive number of seconds"),
+        ({"words": "--config 'open"}, "words of the run or the node: No closing quotation"),
         ({"words": "--config nowhere.yaml"}, "words of the run or the node: .*nowhere.yaml"),
         ({"words": "--federation.rounds nope"}, "words of the run or the node: .*rounds"),
         ({"data": "nowhere"}, "nowhere holds no share of a federation's data"),
@@ -627,16 +629,59 @@ def test_a_reply_that_cannot_be_unpacked_harms_its_sender_alone(place: Place) ->
     assert [result.skipped for result in results] == [{}, {1: "RuntimeError: unexpected object type"}, {}]
 
 
-def test_a_reply_belongs_to_the_message_it_was_asked_for_with(place: Place) -> None:
-    """Whatever the sender writes there."""
-
-    def claim(message: Message, reply: Message | None) -> Message | None:
-        if reply is not None and in_round(message, 2, {FIT}):
-            reply.metadata.__dict__["_reply_to_message_id"] = "another"
-        return reply
-
-    place.wire.fault = claim
+def test_what_a_node_sends_unasked_is_nobodys_reply(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower hands it over whichever reply is asked for, and before it."""
+    pull = place.wire.pull_messages
+    forged = Message(RecordDict(), reply_to=Message(RecordDict(), 101, FIT))
+    monkeypatch.setattr(place.wire, "pull_messages", lambda ids: [forged, *pull(ids), forged])
     assert outcome(run(place.on_flower())) == outcome(run(place.in_process()))
+
+
+def test_a_second_reply_to_a_message_is_ignored(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    pull = place.wire.pull_messages
+    monkeypatch.setattr(place.wire, "pull_messages", lambda ids: [*(replies := list(pull(ids))), *replies])
+    assert outcome(run(place.on_flower())) == outcome(run(place.in_process()))
+
+
+def test_of_what_a_node_says_a_line_is_kept(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    place.wire.nodes[200] = {"client": 0}
+    place.wire._answer = talkative(place.wire._answer)  # type: ignore[method-assign]
+    with caplog.at_level(logging.WARNING, logger="fedlscl"):
+        results = run(place.on_flower(), stop=2)
+    assert results[1].skipped[1].startswith("xxxx")
+    assert len(results[1].skipped[1]) == 500
+    assert "node 200 is refused: it says that it is client 'xxxx" in caplog.text
+    assert max(len(record.getMessage()) for record in caplog.records) < 1000
+
+
+def talkative(answer: Callable[[Message], Message]) -> Callable[[Message], Message]:
+    """Node 200 says at length whose it is, client 1 at length why it fails."""
+
+    def say(message: Message) -> Message:
+        if message.metadata.dst_node_id == 200:
+            return Message(RecordDict({"who": ConfigRecord({"client": "x" * 10**6})}), reply_to=message)
+        if in_round(message, 2, {FIT}):
+            return Message(Error(2, "x" * 10**6), reply_to=message)
+        return answer(message)
+
+    return say
+
+
+def test_a_task_whose_end_nobody_confirms_ends_the_run_with_the_reason(place: Place) -> None:
+    """The next start repeats the round."""
+    expected = outcome(run(place.in_process()))
+    ends = ("seen", "lost")
+
+    def lose(message: Message, reply: Message | None) -> Message | None:
+        numbers = message.content.config_records.get("round")
+        lost = message.metadata.message_type == END and numbers is not None and numbers["round"] == 2
+        return None if lost and ends[-1] == "lost" else reply
+
+    place.wire.fault = lose
+    with pytest.raises(RuntimeError, match="no client has ended round 2, the last of its task"):
+        run(place.on_flower(timeout=0.5))
+    place.wire.fault = lambda message, reply: reply
+    assert outcome(run(place.on_flower())) == expected[1:]
 
 
 def test_a_message_that_flower_does_not_take_is_sent_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -676,6 +721,56 @@ def test_who_stays_away_holds_nobody_up(place: Place, monkeypatch: pytest.Monkey
     federation.store.commit({"round": 2})
     place.wire.offline = set()
     assert next(rounds).skipped == {}
+
+
+def test_who_says_slowly_whose_it_is_takes_part_in_the_next_round(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait for nobody who was not there before."""
+    place.wire.offline = {102}
+    federation = place.on_flower(timeout=0.5)
+    rounds = federation.run(Recorder())
+    assert set(next(rounds).skipped) == {2}
+    federation.store.commit({"round": 1})
+    place.wire.offline, federation.transport.timeout = set(), 60.0  # type: ignore[attr-defined]
+    pull, polls = place.wire.pull_messages, iter(range(1000))
+    slow = len(place.wire.sent)  # the number of its next message to node 102, which is the first that is new
+
+    def later(ids: Iterable[str]) -> Iterable[Message]:
+        return [] if f"message-{slow}" in ids and next(polls) < 2 else pull(ids)
+
+    monkeypatch.setattr(place.wire, "pull_messages", later)
+    assert next(rounds).skipped == {2: "TimeoutError: no node of this client since an earlier message"}
+    federation.store.commit({"round": 2})
+    assert next(rounds).skipped == {}
+
+
+def test_who_comes_back_is_asked_again_what_it_has(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    federation = place.on_flower(timeout=0.5)
+    rounds = federation.run(Recorder())
+    assert next(rounds).skipped == {}
+    federation.store.commit({"round": 1})
+    place.wire.offline = {101}
+    assert set(next(rounds).skipped) == {1}
+    federation.store.commit({"round": 2})
+    path = place.folder / "shares" / "client-1" / "share.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "classes": content["classes"][::-1]}))
+    place.wire.offline = set()
+    with caplog.at_level(logging.WARNING, logger="fedlscl"):
+        assert set(next(rounds).skipped) == {1}
+    assert "node 101 is refused: client 1 has another list of classes" in caplog.text
+
+
+def test_a_client_that_moves_to_another_node_is_on_record(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    federation = place.on_flower()
+    rounds = federation.run(Recorder())
+    next(rounds)
+    federation.store.commit({"round": 1})
+    place.wire.nodes[200] = place.wire.nodes.pop(101)
+    with caplog.at_level(logging.WARNING, logger="fedlscl"):
+        assert next(rounds).skipped == {}
+    assert "client 1 was at node 101 and is at node 200 now" in caplog.text
 
 
 def test_a_node_that_has_become_another_client_is_not_taken_for_the_first(place: Place) -> None:

@@ -24,7 +24,7 @@ NUMBERS = ("client", "task", "round", "samples")
 
 def tensors(rows: int = 2) -> dict[str, Tensor]:
     return {
-        "weight": torch.tensor([[1.5, -2.0, 3e-40], [0.0, -0.0, 1e38]]),
+        "weight": torch.tensor([[1.5, -2.0, 3e-40], [0.0, -0.0, 1e14]]),
         "features": torch.arange(rows * 3, dtype=torch.float32).view(rows, 3) - 1,
         "batches": torch.tensor(2**53 + 1),
     }
@@ -131,7 +131,7 @@ def test_a_message_costs_its_tensors_and_a_small_header() -> None:
 
 @given(
     st.tuples(*[st.integers(0, 10**18 - 1)] * 4),
-    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=3, max_size=12).filter(
+    st.lists(st.floats(-999999986991104.0, 999999986991104.0, width=32), min_size=3, max_size=12).filter(
         lambda values: len(values) % 3 == 0
     ),
 )
@@ -176,10 +176,10 @@ def test_the_sender_chooses_a_size_up_to_the_limit(rows: int) -> None:
     assert got.tensors["features"].shape == (rows, 3)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e16, -1e16])
 @pytest.mark.parametrize("name", ["weight", "features"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_values_that_are_not_finite_are_refused(name: str, value: float, dtype: torch.dtype) -> None:
+def test_values_that_are_not_finite_or_huge_are_refused(name: str, value: float, dtype: torch.dtype) -> None:
     changed = {key: torch.ones(2, 3, dtype=dtype) for key in ("weight", "features")}
     schema = {key: TensorSpec.like(tensor) for key, tensor in changed.items()}
     Upload.from_bytes(Upload(0, 0, 0, 0, changed).to_bytes(), schema)

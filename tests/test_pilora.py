@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,7 @@ from fedlscl.client import Batch, Images
 from fedlscl.continual import NoReplay, Output, Replay
 from fedlscl.data import FederatedDataModule
 from fedlscl.federation import Federation
-from fedlscl.messages import Download, Message, Upload
+from fedlscl.messages import Download, Message, MessageError, Upload
 from fedlscl.methods.fedavg import FedAvgClient
 from fedlscl.methods.pilora import PILoRAClient, PILoRAServer, distances, fused, overlap, weights
 from fedlscl.schedule import Round
@@ -266,6 +267,25 @@ def served(uploads: dict[int, Upload], clients: int, **changes: Any) -> tuple[PI
     answers = server.aggregate(uploads, clients, Round(1, 1, False, 0), lambda: None)  # type: ignore[arg-type,return-value]
     assert torch.equal(model.prototypes, before)  # type: ignore[arg-type]
     return server, answers, before
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"classes": torch.tensor([0, 4])}, "'classes' must be different numbers from 0 to 3"),
+        ({"classes": torch.tensor([0, -1])}, "'classes' must be different numbers from 0 to 3"),
+        ({"classes": torch.tensor([1, 1])}, "'classes' must be different numbers from 0 to 3"),
+        ({"means": torch.zeros(1, 2)}, "2 prototypes, 1 means and 2 classes do not fit together"),
+        ({"classes": torch.tensor([3])}, "2 prototypes, 2 means and 1 classes do not fit together"),
+    ],
+    ids=["beyond", "negative", "twice", "means", "few classes"],
+)
+def test_an_upload_that_contradicts_itself_is_refused(changes: dict[str, Tensor], complaint: str) -> None:
+    good = upload(0, 8, {0: (random(2), random(2)), 2: (random(2), random(2))})
+    server, _, _ = served({0: good}, 2)
+    server.check(good)
+    with pytest.raises(MessageError, match=complaint):
+        server.check(replace(good, tensors={**good.tensors, **changes}))
 
 
 def test_a_class_is_updated_by_those_who_train_it() -> None:

@@ -64,7 +64,7 @@ from fedlscl.buffer import below
 from fedlscl.client import Batch, Client, Images
 from fedlscl.continual import NoReplay, Output
 from fedlscl.evaluation import MASKS
-from fedlscl.messages import AtMost, Download, Schema, TensorSpec, Upload
+from fedlscl.messages import AtMost, Download, MessageError, Schema, TensorSpec, Upload
 from fedlscl.schedule import Round
 from fedlscl.server import Answers, OnDemand, Server
 
@@ -325,6 +325,25 @@ class FedWeITServer(Server):
             raise ValueError(
                 "server: FedWeITServer merges channels of W, but model does not say which it sends; "
                 "take fedlscl.methods.fedweit.FedWeITClient or fedlscl.server.FedAvg"
+            )
+        (entries,) = uploads["adaptive.places"].shape
+        assert isinstance(entries, AtMost)
+        self.entries = entries.limit
+
+    def check(self, upload: Upload) -> None:
+        """As many channels as are said to be kept, and of A as many values as places, which there are."""
+        sent = upload.tensors
+        for name in self.names:
+            if int(sent[f"{name}.kept"].sum()) != len(sent[name]):
+                raise MessageError(f"upload: '{name}' has not as many channels as '{name}.kept' says")
+        places, values = sent.get("adaptive.places"), sent.get("adaptive.values")
+        if (places is None) != (values is None):
+            raise MessageError("upload has 'adaptive.places' or 'adaptive.values' without the other")
+        if places is None or values is None:
+            return
+        if len(places) != len(values) or places.min() < 0 or places.max() >= self.entries:
+            raise MessageError(
+                f"upload: 'adaptive.places' must be a number from 0 to {self.entries - 1} for each of 'adaptive.values'"
             )
 
     def aggregate(

@@ -75,7 +75,7 @@ from fedlscl.adapters import LoRA, LowRank
 from fedlscl.backbones import FrozenViT, SmallModelSpec
 from fedlscl.client import Batch, Client, Images
 from fedlscl.continual import NoReplay, Output
-from fedlscl.messages import AtMost, Download, Schema, TensorSpec, Upload
+from fedlscl.messages import AtMost, Download, MessageError, Schema, TensorSpec, Upload
 from fedlscl.schedule import Round
 from fedlscl.server import Answers, Server, average
 
@@ -278,6 +278,17 @@ class PILoRAServer(Server):
                 "take fedlscl.methods.pilora.PILoRAClient or fedlscl.server.FedAvg"
             )
         self.prototypes = model().get_parameter("prototypes").detach().clone()
+
+    def check(self, upload: Upload) -> None:
+        """Each class once, and of each that is held a prototype and a mean."""
+        sent = upload.tensors
+        classes, held = sent["classes"], len(sent["prototypes"])
+        if len(torch.unique(classes)) < len(classes) or classes.min() < 0 or classes.max() >= len(self.prototypes):
+            raise MessageError(f"upload: 'classes' must be different numbers from 0 to {len(self.prototypes) - 1}")
+        if len(sent["means"]) != held or held > len(classes):
+            raise MessageError(
+                f"upload: {held} prototypes, {len(sent['means'])} means and {len(classes)} classes do not fit together"
+            )
 
     def state(self) -> dict[str, Tensor]:
         """The prototypes (K, d) of all classes, as answered last."""
