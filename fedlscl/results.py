@@ -34,6 +34,7 @@ WITHOUT_EFFECT = (
     "threads",
     "data.cache_dir",
     "data.device_mib",
+    "data.source.expected_classes",
     "backbone.weights",
     "backbone.cache_mib",
     "setting",

@@ -72,7 +72,10 @@ def test_runs_of_other_conditions_are_not_compared() -> None:
 
 
 def test_seeds_threads_and_places_make_no_other_variant() -> None:
-    runs = [make_run(seed=seed, config={"threads": seed, "data.device_mib": seed}) for seed in reversed(SEEDS)]
+    runs = [
+        make_run(seed=seed, config={"threads": seed, "data.device_mib": seed, "data.source.expected_classes": seed})
+        for seed in reversed(SEEDS)
+    ]
     (comparison,) = compare(runs)
     (variant,) = comparison.variants
     assert [run.seed for run in variant.runs] == list(SEEDS)
