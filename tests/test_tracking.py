@@ -214,19 +214,24 @@ def test_an_offline_run_holds_everything_and_is_resumed_under_its_id(home: Path,
         assert tracker.run_id == run_id
     assert [row[3] for row in rows(offline)[1:]] == ["0.5", "3.0", "0.25"]
 
-    files = (offline / "wandb").glob(f"offline-run-*/run-{run_id}.wandb")
-    records = [record for file in files for record in wandb_records(file)]
-    history = [
-        {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-        for record in records
-        if record.WhichOneof("record_type") == "history"
-    ]
-    logged = [{key: value for key, value in row.items() if key[0] != "_"} for row in history]
-    for row in (
+    wanted = (
         {"client/0/loss": 0.5, "task": 1, "round": 1},
         {"task/forgetting": 3.0, "task": 2, "round": 4},
         {"client/0/loss": 0.25, "task": 2, "round": 5},
-    ):
+    )
+    for _ in range(300):  # W&B's own process may still be writing
+        files = (offline / "wandb").glob(f"offline-run-*/run-{run_id}.wandb")
+        records = [record for file in files for record in wandb_records(file)]
+        history = [
+            {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            for record in records
+            if record.WhichOneof("record_type") == "history"
+        ]
+        logged = [{key: value for key, value in row.items() if key[0] != "_"} for row in history]
+        if all(row in logged for row in wanted):
+            break
+        time.sleep(0.1)
+    for row in wanted:
         assert row in logged
     globs = [record.metric for record in records if record.metric.glob_name]
     assert {metric.glob_name: metric.step_metric for metric in globs} == STEP_METRICS
