@@ -23,7 +23,20 @@ from fedlscl.messages import Download, Message, Upload
 from fedlscl.schedule import Schedule
 
 METHODS = sorted((Path(__file__).parent.parent / "experiments" / "methods").glob("*.yaml"))
-BUDGET = {"epochs": "2", "batch_size": "8", "buffer_size": "3"}
+BUDGET = {"epochs": 2, "batch_size": 8, "buffer_size": 3}
+SERVER_BUDGET: dict[str, dict[str, int]] = {  # of the servers that train
+    "glfc": {"iterations": 3, "monitors": 2},
+    "target": {"synthesis_rounds": 3, "steps": 3, "batch_size": 8},
+    "mfcl": {"steps": 6, "batch_size": 8},
+}
+
+
+def budget(method: Path) -> list[str]:
+    """Words for as little work as shows what is tested."""
+    return [
+        *(f"--model.init_args.{name}={value}" for name, value in BUDGET.items()),
+        *(f"--server.init_args.{name}={value}" for name, value in SERVER_BUDGET.get(method.stem, {}).items()),
+    ]
 
 
 class Sent(NamedTuple):
@@ -73,7 +86,7 @@ def experiment_of(method: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -
     with monkeypatch.context() as patch:
         patch.setattr(Experiment, "run", lambda self, console: built.append(self))
         words = ["fit", "--config", str(folder / "setting.yaml"), "--config", str(method)]
-        main([*words, *(f"--model.init_args.{name}={value}" for name, value in BUDGET.items())])
+        main([*words, *budget(method)])
     return built[0]
 
 

@@ -18,7 +18,7 @@ import yaml
 from helpers import SETTING, Recorder, lasting, lasting_rows, outcome, same
 from safetensors.torch import load, save, save_file
 from test_cli import METHOD
-from test_contract import BUDGET, METHODS
+from test_contract import METHODS, budget
 
 pytest.importorskip("flwr")
 
@@ -168,8 +168,7 @@ def place(tmp_path: Path, method: list[str]) -> Place:
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
 def test_every_method_ends_with_the_numbers_that_it_has_in_one_process(path: Path, tmp_path: Path) -> None:
     """Every node has its own images alone; bytes, accuracies and the server's metrics are equal to the last bit."""
-    budget = [f"--model.init_args.{name}={value}" for name, value in BUDGET.items()]
-    place = Place(tmp_path, ["--config", str(path), *budget])
+    place = Place(tmp_path, ["--config", str(path), *budget(path)])
     if path.stem == "joint":
         with pytest.raises(ValueError, match="needs the images of all clients in one place"):
             place.on_flower()
@@ -268,8 +267,7 @@ NO_REPLY = "TimeoutError: no reply within 1 s"
 def test_clients_without_exchange_are_sent_back_as_well(tmp_path: Path) -> None:
     """No upload tells the server that a client has trained; here the end of round 1 is not heard by one."""
     local = next(path for path in METHODS if path.stem == "local")
-    budget = [f"--model.init_args.{name}={value}" for name, value in BUDGET.items()]
-    place = Place(tmp_path, ["--config", str(local), *budget], rounds=2)
+    place = Place(tmp_path, ["--config", str(local), *budget(local)], rounds=2)
     expected = run(place.in_process())
     place.wire.fault = lambda message, reply: None if reply and in_round(message, 1, {END}) else reply
     found = run(place.on_flower(timeout=1.0), stop=1) + run(place.on_flower())
