@@ -130,12 +130,12 @@ class Experiment:
             )
         path = self.run_dir / "split.json"
         before = json.loads(path.read_text()) if path.exists() else {}
-        for name, what in FINGERPRINTS.items():
-            now, then = self._fingerprints[name], before.get(name)
+        for name, now in self._fingerprints.items():
+            then = before.get(name)
             if now and then and now != then:
                 raise ValueError(
-                    f"{what} are not those that the run in run_dir '{self.run_dir}' began with ({now[:12]} now, "
-                    f"{then[:12]} then); put the same in place, or give another run_dir"
+                    f"{FINGERPRINTS[name]} are not those that the run in run_dir '{self.run_dir}' began with "
+                    f"({now[:12]} now, {then[:12]} then); put the same in place, or give another run_dir"
                 )
 
     def federation(self) -> Federation:

@@ -37,6 +37,7 @@ from fedlscl.cli import configuration_sha256, describe, run_dir_of, weights_of
 from fedlscl.data import FederatedDataModule
 from fedlscl.evaluation import MASKS
 from fedlscl.experiment import Experiment
+from fedlscl.federation import MOST_SAID
 from fedlscl.messages import Download
 from fedlscl.node import End, Known, Node
 from fedlscl.schedule import Round
@@ -452,7 +453,6 @@ ENDS = ("task", "round", "accepted")
 _COLUMNS = ("client", *ENDS, "answered")
 _STYPE = "safetensors"
 NODE_UNAVAILABLE = 5  # of Flower's error codes, which its public modules do not name
-MOST_SAID = 500  # characters
 METRIC, MOST_METRICS = re.compile(r"[\w/.-]{1,64}"), 64
 
 
