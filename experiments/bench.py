@@ -44,17 +44,18 @@ from lightning.pytorch.loggers import Logger
 from torch.profiler import profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedlscl import distillation, seeds
-from fedlscl.adapters import LowRank
+from fedlscl import seeds
 from fedlscl.cli import describe, main
 from fedlscl.client import Client
-from fedlscl.data import Dataset, ImageSet, Source
+from fedlscl.data.source import Dataset, ImageSet, Source
 from fedlscl.evaluation import MASKS
-from fedlscl.experiment import Experiment
+from fedlscl.federation.trainer import RoundTrainer
 from fedlscl.messages import Received, TensorSpec, Upload
+from fedlscl.methods import o2d as distillation
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL, IterativeO2D
+from fedlscl.models.adapters import LowRank
+from fedlscl.run.experiment import Experiment
 from fedlscl.schedule import Round
-from fedlscl.trainer import RoundTrainer
 
 HERE = Path(__file__).parent
 Row = dict[str, Any]
@@ -271,9 +272,9 @@ def plain_round(client: Client) -> None:
     client.train()
     for batch in client.train_dataloader():
         generated = client.generate(batch.images.pixels)
-        tokens = client.vit.prefix(client.vit.prepare(batch.images.pixels), client.block)
+        tokens = client.vit.lower(client.vit.prepare(batch.images.pixels), client.block)
         lora = LowRank(client.block, client.generator.split(generated["weights"]), scale=client.scale)
-        logits = client.head(client.vit.suffix(tokens, client.block, [lora]))
+        logits = client.head(client.vit.upper(tokens, client.block, [lora]))
         loss = F.cross_entropy(logits.masked_fill(~client.seen_mask, -torch.inf), batch.images.labels)
         if batch.phase == "replay":
             for name, weight in (("features", 0.1), ("weights", 0.01)):

@@ -5,8 +5,8 @@ learns to tell letters, symbols and signs of many scripts apart, rendered from t
 matplotlib and distorted until they look like small handwriting. Neither code points of Unicode's number
 categories nor look-alikes of digits are drawn.
 
-    python experiments/pretrain_glyphs.py --out fedlscl/weights/vit_glyph_patch8_32.fp16.safetensors
-    python experiments/pretrain_glyphs.py --evaluate fedlscl/weights/vit_glyph_patch8_32.fp16.safetensors
+    python experiments/pretrain_glyphs.py --out fedlscl/models/weights/vit_glyph_patch8_32.fp16.safetensors
+    python experiments/pretrain_glyphs.py --evaluate fedlscl/models/weights/vit_glyph_patch8_32.fp16.safetensors
 """
 
 from __future__ import annotations

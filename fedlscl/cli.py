@@ -28,16 +28,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedlscl.backbones import FrozenViT, SmallModelSpec, weights_sha256
 from fedlscl.client import Client
 from fedlscl.commands import COMMANDS
-from fedlscl.data import FederatedDataModule
-from fedlscl.experiment import Experiment, ImpossibleRun, Tracking
+from fedlscl.data.module import FederatedDataModule
+from fedlscl.deployment.shares import deal
+from fedlscl.federation.trainer import RoundTrainer
+from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.vit import FrozenViT, weights_sha256
+from fedlscl.run.experiment import Experiment, ImpossibleRun, Tracking
+from fedlscl.run.sweep import LOG, narrowed, plan, read_sweep, run_all
 from fedlscl.schedule import Schedule
 from fedlscl.server import Server
-from fedlscl.shares import deal
-from fedlscl.sweep import LOG, narrowed, plan, read_sweep, run_all
-from fedlscl.trainer import RoundTrainer
 
 OVERVIEW = """\
 usage: fedlscl fit --config SETTING [--config METHOD] [--run_dir DIR] [--any.field VALUE]

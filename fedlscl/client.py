@@ -7,44 +7,27 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import ClassVar, Literal, Self
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedlscl import seeds
-from fedlscl.backbones import FrozenViT, SmallModelSpec
-from fedlscl.buffer import SELECTIONS, Memory, below, select
-from fedlscl.continual import Continual, Output, Step
-from fedlscl.data import CPU, FederatedDataModule
+from fedlscl.batches import Batch, ImageBatches, Images, Output, TrainingBatches, split_evenly
+from fedlscl.continual import Continual, Step
+from fedlscl.data.module import FederatedDataModule
+from fedlscl.data.source import Part
+from fedlscl.data.splits import Split
 from fedlscl.evaluation import MASKS, masked_correct
 from fedlscl.losses import masked_cross_entropy
+from fedlscl.memory import SELECTIONS, Memory, below, select
 from fedlscl.messages import Download, Schema, TensorSpec, Upload
-from fedlscl.precomputed import Lookup, Part
-from fedlscl.resident import send
+from fedlscl.models.cache import Lookup
+from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
-from fedlscl.splits import Split
-
-
-class Images(NamedTuple):
-    """Some images of the data set, on the client's device, with their places in it."""
-
-    indices: NDArray[np.int64]  # (B,); an array, which stays on the CPU when the tensors go to a device
-    pixels: Tensor  # (B, 3, H, W) uint8
-    labels: Tensor  # (B,)
-
-
-class Batch(NamedTuple):
-    """One training step's samples."""
-
-    phase: str
-    images: Images
-    snapshot: dict[str, Tensor]  # (B, ...) each, arbitrary where not observed
-    observed: Tensor  # (B,) 1.0 for samples with a row in the snapshot
 
 
 class Client(LightningModule, ABC):
@@ -237,12 +220,15 @@ class Client(LightningModule, ABC):
         plan: list[tuple[str, Tensor]] = []
         for phase, samples in self.passes(rng):
             order = samples[torch.randperm(len(samples), generator=rng)]
-            plan.extend((phase, part) for part in _batches(order, self.batch_size))
+            plan.extend((phase, part) for part in split_evenly(order, self.batch_size))
         return plan
 
     def train_dataloader(self) -> TrainingBatches:
         """The batches of this round, pass after pass."""
-        return TrainingBatches(self)
+        memory, observes = self.memory, self.continual.observes
+        return TrainingBatches(
+            self.data, self.plan, memory.buffer, self.current, memory.snapshot, observes, self.device
+        )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam over all that is trained, fresh in each round."""
@@ -442,56 +428,3 @@ class Client(LightningModule, ABC):
 
     def _labels(self, indices: Tensor) -> Tensor:
         return torch.as_tensor(self.data.dataset.train.labels[indices.numpy()])
-
-
-class TrainingBatches:
-    """The batches of one client's round, in the order of its plan."""
-
-    def __init__(self, client: Client) -> None:
-        self.client = client
-
-    def __len__(self) -> int:
-        return len(self.client.plan)
-
-    def __iter__(self) -> Iterator[Batch]:
-        client, memory, device = self.client, self.client.memory, self.client.device
-        samples, observes = torch.cat([memory.buffer, client.current]), client.continual.observes
-        sizes = [len(positions) for _, positions in client.plan]
-        rows = torch.cat([positions for _, positions in client.plan])
-        rows = rows if observes == "buffer" else rows - len(memory.buffer)
-        there = (rows >= 0) & (rows < len(next(iter(memory.snapshot.values()), ())))
-        # sent once for all steps, and looked up where these run
-        snapshot = {name: outputs.to(device) for name, outputs in memory.snapshot.items()}
-        looked_up = (torch.split(send(t, device), sizes) for t in (torch.where(there, rows, 0), there.float()))
-        for (phase, positions), row, observed in zip(client.plan, *looked_up, strict=True):
-            images = _images(client.data, "train", samples[positions], device)
-            if snapshot and (phase == "replay") == (observes == "buffer"):
-                yield Batch(phase, images, {name: outputs[row] for name, outputs in snapshot.items()}, observed)
-            else:
-                yield Batch(phase, images, {}, torch.zeros_like(observed))
-
-
-class ImageBatches:
-    """Images and labels of some samples in their order, on a device."""
-
-    def __init__(
-        self, data: FederatedDataModule, part: Part, indices: Tensor, batch_size: int, device: torch.device = CPU
-    ) -> None:
-        self.data, self.part, self.device = data, part, device
-        self.batches = torch.split(indices, batch_size)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Images]:
-        for indices in self.batches:
-            yield _images(self.data, self.part, indices, self.device)
-
-
-def _images(data: FederatedDataModule, part: Part, indices: Tensor, device: torch.device) -> Images:
-    return Images(indices.numpy(), *data.batch(part, indices, device))
-
-
-def _batches(order: Tensor, largest: int) -> tuple[Tensor, ...]:
-    """Parts of nearly equal size, none of a single image if there are more: batch normalisation refuses that."""
-    return order.tensor_split(max(1, min(-(-len(order) // largest), len(order) // 2)))

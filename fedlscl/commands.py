@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.table import Table as Printed
 from rich.text import Text
 
-from fedlscl.checkpoint import write_atomically
-from fedlscl.figures import pictures, save
-from fedlscl.formats import FORMATS, to_markdown
-from fedlscl.predict import predict
-from fedlscl.report import write_report
-from fedlscl.results import Comparison, compare, read_runs
-from fedlscl.tables import tables
+from fedlscl.analysis.figures import pictures, save
+from fedlscl.analysis.formats import FORMATS, to_markdown
+from fedlscl.analysis.report import write_report
+from fedlscl.analysis.results import Comparison, compare, read_runs
+from fedlscl.analysis.tables import tables
+from fedlscl.files import write_atomically
+from fedlscl.run.predict import predict
 
 RUNS = "run folders, folders of them, or their summary.json"
 

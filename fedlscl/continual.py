@@ -13,15 +13,8 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fedlscl.batches import Output
 from fedlscl.losses import continual_penalty, masked_cross_entropy
-
-
-class Output(NamedTuple):
-    """What a client computes for a batch of images."""
-
-    logits: Tensor  # (B, K)
-    representation: Tensor  # (B, d), what the head sees
-    generated: Mapping[str, Tensor] = {}  # by name what Eq. 4 keeps in place: features (B, e), weights (B, P)
 
 
 class Step(NamedTuple):

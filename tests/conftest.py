@@ -12,11 +12,11 @@ import pytest
 import torch
 from helpers import enter_client, make_data, make_federation, make_vit
 
-from fedlscl.backbones import FrozenViT
-from fedlscl.data import FederatedDataModule
-from fedlscl.federation import Federation
+from fedlscl.data.module import FederatedDataModule
+from fedlscl.federation.algorithm import Federation
 from fedlscl.messages import Message
 from fedlscl.methods.fed_lscl import FedLSCL
+from fedlscl.models.vit import FrozenViT
 
 
 def pytest_configure(config: pytest.Config) -> None:

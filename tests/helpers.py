@@ -13,21 +13,23 @@ import torch
 from torch import Tensor
 
 from fedlscl import seeds
-from fedlscl.backbones import FrozenViT, SmallModelSpec
-from fedlscl.checkpoint import Store, client_name
+from fedlscl.batches import Output
 from fedlscl.client import Client
-from fedlscl.continual import Output, Replay
-from fedlscl.data import FederatedDataModule
-from fedlscl.datasets import Dataset, ImageSet, Source
-from fedlscl.federation import Federation, RoundResult
+from fedlscl.continual import Replay
+from fedlscl.data.module import FederatedDataModule
+from fedlscl.data.source import Dataset, ImageSet, Source
+from fedlscl.data.splits import SplitSpec
+from fedlscl.federation.algorithm import Federation, RoundResult
+from fedlscl.federation.site import Site
+from fedlscl.federation.store import Store, client_name
+from fedlscl.federation.trainer import RoundTrainer
+from fedlscl.federation.transport import InProcess
 from fedlscl.messages import Message
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL
+from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round, Schedule
 from fedlscl.server import Isolated, Server
-from fedlscl.site import Site
-from fedlscl.splits import SplitSpec
-from fedlscl.trainer import RoundTrainer
-from fedlscl.transport import InProcess
 
 SPLIT: dict[str, Any] = {
     "clients": 3,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedlscl.adapters import LoRA, LowRank, ParameterGenerator, Prefixes
-from fedlscl.backbones import FrozenViT
+from fedlscl.models.adapters import LoRA, LowRank, ParameterGenerator, Prefixes
+from fedlscl.models.vit import FrozenViT
 
 WIDTH, RANK, DEPTH = 12, 3, 4
 
@@ -178,23 +178,21 @@ def test_at_the_start_the_adapted_vit_is_the_frozen_one_to_the_last_bit(frozen: 
     generator = ParameterGenerator(8, WIDTH, RANK)
     images = torch.randint(256, (5, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     lora = generator.split(generator(torch.randn(5, 8, generator=torch.Generator().manual_seed(2))))
-    tokens = frozen.prefix(frozen.prepare(images), block_index)
+    tokens = frozen.lower(frozen.prepare(images), block_index)
     for scale in (1.0, 16.0):
-        assert torch.equal(
-            frozen.suffix(tokens, block_index, [LowRank(block_index, lora, scale=scale)]), frozen(images)
-        )
+        assert torch.equal(frozen.upper(tokens, block_index, [LowRank(block_index, lora, scale=scale)]), frozen(images))
 
 
 @pytest.mark.parametrize("block_index", range(DEPTH))
 def test_only_the_adapted_block_changes(frozen: FrozenViT, block_index: int) -> None:
-    tokens = frozen.prefix(torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(5)), block_index)
+    tokens = frozen.lower(torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(5)), block_index)
     lora = LoRA(*(tensor.float() for tensor in pairs(3)))
-    adapted = frozen.suffix(tokens, block_index, [LowRank(block_index, lora, scale=0.5)])
+    adapted = frozen.upper(tokens, block_index, [LowRank(block_index, lora, scale=0.5)])
     blocks = frozen.vit.blocks
     expected = sample_by_sample(blocks[block_index], tokens, lora, 0.5)
     expected = frozen.vit.norm(blocks[block_index + 1 :](expected))[:, 0]
     torch.testing.assert_close(adapted, expected, rtol=1e-4, atol=1e-4)
-    plain = frozen.suffix(tokens, block_index)
+    plain = frozen.upper(tokens, block_index)
     assert not torch.allclose(adapted, plain, atol=1e-3)
     torch.testing.assert_close(plain, frozen.vit.norm(blocks[block_index:](tokens))[:, 0])
 
@@ -217,7 +215,7 @@ def test_a_fixed_pair_is_a_change_of_the_weight(block: nn.Module, layer: str) ->
 
 
 def test_several_layers_of_several_blocks_are_adapted_at_once(frozen: FrozenViT) -> None:
-    tokens = frozen.prefix(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5)), 1)
+    tokens = frozen.lower(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5)), 1)
     injections, changed = [], {}
     for number, (index, layer) in enumerate([(1, "mlp.fc1"), (3, "attn.proj"), (3, "mlp.fc1")]):
         weight = frozen.vit.blocks[index].get_submodule(layer).weight
@@ -228,16 +226,16 @@ def test_several_layers_of_several_blocks_are_adapted_at_once(frozen: FrozenViT)
     for index in range(1, DEPTH):
         own = {n.removeprefix(f"{index}."): w for n, w in changed.items() if n.startswith(f"{index}.")}
         expected = functional_call(frozen.vit.blocks[index], own, (expected,))
-    adapted = frozen.suffix(tokens, 1, injections)
+    adapted = frozen.upper(tokens, 1, injections)
     torch.testing.assert_close(adapted, frozen.vit.norm(expected)[:, 0], rtol=1e-4, atol=1e-4)
     assert not any(len(module._forward_hooks) for module in frozen.modules())
 
 
 def test_what_no_token_passes_is_refused(frozen: FrozenViT) -> None:
-    tokens = frozen.prefix(torch.zeros(1, 3, 16, 16), 2)
+    tokens = frozen.lower(torch.zeros(1, 3, 16, 16), 2)
     for index in (1, DEPTH):
         with pytest.raises(ValueError, match=f"block {index}, but these tokens pass blocks 2 to 3"):
-            frozen.suffix(tokens, 2, [LowRank(index, LoRA(torch.zeros(1, WIDTH), torch.zeros(3 * WIDTH, 1)))])
+            frozen.upper(tokens, 2, [LowRank(index, LoRA(torch.zeros(1, WIDTH), torch.zeros(3 * WIDTH, 1)))])
 
 
 # ---------------------------------------------------------------- prefixes of keys and values
@@ -286,10 +284,10 @@ def test_the_gradients_of_a_prefix_are_those_of_finite_differences(block: nn.Mod
 @pytest.mark.parametrize("index", range(DEPTH))
 def test_a_prefix_of_no_length_changes_no_bit(frozen: FrozenViT, index: int) -> None:
     images = torch.randint(256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    tokens = frozen.prefix(frozen.prepare(images), 0)
+    tokens = frozen.lower(frozen.prepare(images), 0)
     empty = Prefixes(index, torch.zeros(2, 2, 0, 3, WIDTH // 3))
-    assert torch.equal(frozen.suffix(tokens, 0, [empty]), frozen(images))
-    assert torch.equal(frozen.suffix(tokens, 0), frozen(images))
+    assert torch.equal(frozen.upper(tokens, 0, [empty]), frozen(images))
+    assert torch.equal(frozen.upper(tokens, 0), frozen(images))
 
 
 def test_a_prefix_and_a_pair_may_share_a_block(block: nn.Module) -> None:
@@ -323,7 +321,7 @@ def test_a_prefix_leaves_no_trace(block: nn.Module) -> None:
 
 def test_prompts_stand_behind_the_class_token_at_its_position(frozen: FrozenViT) -> None:
     images = torch.randint(256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    tokens, prompts = frozen.prefix(frozen.prepare(images), 0), normal(2, 3, WIDTH).float()
+    tokens, prompts = frozen.lower(frozen.prepare(images), 0), normal(2, 3, WIDTH).float()
     longer = frozen.prompted(tokens, prompts)
     assert longer.shape == (2, 5 + 3, WIDTH)
     assert torch.equal(longer[:, :1], tokens[:, :1])
@@ -331,8 +329,8 @@ def test_prompts_stand_behind_the_class_token_at_its_position(frozen: FrozenViT)
     assert torch.equal(longer[:, 4:], tokens[:, 1:])
     encoded = frozen.encode(longer, 0)
     torch.testing.assert_close(encoded, frozen.vit.norm(frozen.vit.blocks(longer)))
-    assert torch.equal(frozen.suffix(longer, 0), encoded[:, 0])
-    assert torch.equal(frozen.suffix(frozen.prompted(tokens, prompts[:, :0]), 0), frozen(images))
+    assert torch.equal(frozen.upper(longer, 0), encoded[:, 0])
+    assert torch.equal(frozen.upper(frozen.prompted(tokens, prompts[:, :0]), 0), frozen(images))
 
 
 @pytest.mark.parametrize(
@@ -343,7 +341,7 @@ def test_prompts_go_into_other_plain_vits(name: str, first: int) -> None:
     args = {"patch_size": 8, "embed_dim": WIDTH, "depth": 2, "num_heads": 3}
     vit = FrozenViT(name, image_size=16, model_args=args)
     assert vit.num_prefix_tokens == first
-    tokens, prompts = vit.prefix(torch.randn(2, 3, 16, 16), 0), torch.randn(2, 3, WIDTH)
+    tokens, prompts = vit.lower(torch.randn(2, 3, 16, 16), 0), torch.randn(2, 3, WIDTH)
     longer = vit.prompted(tokens, prompts)
     own = 0 if first == 0 or vit.vit.no_embed_class else vit.vit.pos_embed[0, 0]
     torch.testing.assert_close(longer[:, first : first + 3], vit.vit.norm_pre(prompts + own))
@@ -355,21 +353,21 @@ def test_the_gradients_of_prompts_are_those_of_finite_differences(frozen: Frozen
         "vit_tiny_patch16_224", image_size=16, model_args={"patch_size": 8, "embed_dim": 6, "depth": 2, "num_heads": 3}
     )
     vit.double()
-    tokens = vit.prefix(torch.randn(2, 3, 16, 16, dtype=torch.float64), 0)
+    tokens = vit.lower(torch.randn(2, 3, 16, 16, dtype=torch.float64), 0)
     prompts = torch.randn(2, 2, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda p: vit.encode(vit.prompted(tokens, p), 0), (prompts,))
 
 
 def test_injections_work_under_autocast(frozen: FrozenViT) -> None:
-    tokens = frozen.prefix(torch.randn(2, 3, 16, 16), 0)
+    tokens = frozen.lower(torch.randn(2, 3, 16, 16), 0)
     prefix = torch.randn(2, 2, 4, 3, WIDTH // 3, requires_grad=True)
     a, b = torch.randn(2, WIDTH, requires_grad=True), torch.randn(3 * WIDTH, 2, requires_grad=True)
     prompts = torch.randn(2, 3, WIDTH, requires_grad=True)
     injections = [Prefixes(1, prefix), LowRank(1, LoRA(a, b), scale=0.1)]
     with torch.no_grad():
-        exact = frozen.suffix(frozen.prompted(tokens, prompts), 0, injections)
+        exact = frozen.upper(frozen.prompted(tokens, prompts), 0, injections)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = frozen.suffix(frozen.prompted(tokens, prompts), 0, injections)
+        mixed = frozen.upper(frozen.prompted(tokens, prompts), 0, injections)
         (mixed * torch.arange(WIDTH)).sum().backward()
     torch.testing.assert_close(mixed.float(), exact, rtol=0.1, atol=0.1)
     assert all(leaf.grad is not None and bool(leaf.grad.any()) for leaf in (prefix, a, b, prompts))

@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from fedlscl.adapters import LoRA, LowRank
-from fedlscl.backbones import SHIPPED, FrozenViT, SmallModel, SmallModelSpec, resize
+from fedlscl.models.adapters import LoRA, LowRank
+from fedlscl.models.cnn import SmallModel, SmallModelSpec
+from fedlscl.models.create import resize
+from fedlscl.models.vit import SHIPPED, FrozenViT
 
 TINY = {"patch_size": 8, "embed_dim": 12, "depth": 3, "num_heads": 3}
 NAME = "vit_tiny_patch16_224"
@@ -61,7 +63,7 @@ def test_the_forward_pass_is_timms_own(name: str, args: dict[str, Any]) -> None:
     assert torch.equal(frozen(images), expected)
     assert frozen.depth == 3
     for block in range(frozen.depth):
-        assert torch.equal(frozen.suffix(frozen.prefix(prepared, block), block), expected)
+        assert torch.equal(frozen.upper(frozen.lower(prepared, block), block), expected)
 
 
 @pytest.mark.parametrize("name", [NAME, "deit3_small_patch16_224"])
@@ -96,8 +98,8 @@ def test_what_a_test_asked_for_under_autocast_can_be_trained_through() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         with torch.inference_mode():
             frozen(pictures(2, 16, 16))
-        tokens = frozen.prefix(frozen.prepare(pictures(2, 16, 16)), 1).requires_grad_()
-        (frozen.suffix(tokens, 1) * torch.arange(12)).sum().backward()
+        tokens = frozen.lower(frozen.prepare(pictures(2, 16, 16)), 1).requires_grad_()
+        (frozen.upper(tokens, 1) * torch.arange(12)).sum().backward()
     assert tokens.grad is not None
 
 
@@ -108,7 +110,7 @@ def test_the_tokens_are_those_that_enter_the_block() -> None:
     prepared = frozen.prepare(pictures(2, 16, 16))
     frozen.vit(prepared)
     handle.remove()
-    tokens = frozen.prefix(prepared, 2)
+    tokens = frozen.lower(prepared, 2)
     assert tokens.shape == (2, 4 + 1, 12)
     assert torch.equal(tokens, entering[0])
 
@@ -143,11 +145,11 @@ def test_it_never_trains() -> None:
 def test_gradients_reach_the_pair_and_nothing_else() -> None:
     frozen = tiny_vit()
     prepared = frozen.prepare(pictures(2, 16, 16)).requires_grad_()
-    tokens = frozen.prefix(prepared, 1)
+    tokens = frozen.lower(prepared, 1)
     assert not tokens.requires_grad
     a, b = torch.randn(2, 2, 12, requires_grad=True), torch.randn(2, 36, 2, requires_grad=True)
     # not the plain sum, whose gradient the closing layer normalisation makes zero
-    (frozen.suffix(tokens, 1, [LowRank(1, LoRA(a, b))]) * torch.arange(12)).sum().backward()
+    (frozen.upper(tokens, 1, [LowRank(1, LoRA(a, b))]) * torch.arange(12)).sum().backward()
     assert a.grad is not None
     assert torch.count_nonzero(a.grad) > 0
     assert b.grad is not None

@@ -26,18 +26,19 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
-from fedlscl.backbones import FrozenViT
-from fedlscl.client import Batch, Client, Images
-from fedlscl.continual import Continual, NoReplay, Output, Step
-from fedlscl.data import FederatedDataModule
+from fedlscl.batches import Batch, Images, Output
+from fedlscl.client import Client
+from fedlscl.continual import Continual, NoReplay, Step
+from fedlscl.data.module import FederatedDataModule
 from fedlscl.evaluation import MASKS
-from fedlscl.federation import Federation
+from fedlscl.federation.algorithm import Federation
+from fedlscl.federation.trainer import fit_once
 from fedlscl.losses import masked_cross_entropy
 from fedlscl.messages import Download, Message, MessageError, Schema, TensorSpec, Upload
 from fedlscl.methods.fedavg import FedAvgClient
+from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round, Schedule
 from fedlscl.server import Answers, FedAvg
-from fedlscl.trainer import fit_once
 
 Make = Callable[..., Federation]
 

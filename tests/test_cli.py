@@ -19,9 +19,9 @@ from helpers import SETTING
 from fedlscl.cli import default_run_dir, main
 from fedlscl.client import Client
 from fedlscl.continual import NoReplay, Replay
-from fedlscl.experiment import Experiment
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL
 from fedlscl.methods.small_model import SmallModelClient
+from fedlscl.run.experiment import Experiment
 from fedlscl.server import FedAvg
 
 ROOT = Path(__file__).parent.parent
@@ -335,7 +335,7 @@ def test_another_configuration_for_the_same_folder(
     setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "fedlscl.experiment.Federation.run", lambda self, listener: (_ for _ in ()).throw(KeyboardInterrupt)
+        "fedlscl.run.experiment.Federation.run", lambda self, listener: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     words = ["fit", "--config", setting, "--run_dir", str(tmp_path / "run")]
     with pytest.raises(KeyboardInterrupt):

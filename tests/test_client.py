@@ -26,15 +26,16 @@ from helpers import (
 from torch import Tensor
 
 from fedlscl import seeds
-from fedlscl.backbones import FrozenViT
-from fedlscl.client import Batch, Client, Images
-from fedlscl.continual import Output, Replay
-from fedlscl.data import FederatedDataModule
-from fedlscl.federation import Federation
+from fedlscl.batches import Batch, Images, Output
+from fedlscl.client import Client
+from fedlscl.continual import Replay
+from fedlscl.data.module import FederatedDataModule
+from fedlscl.federation.algorithm import Federation
 from fedlscl.messages import Download
 from fedlscl.methods.fed_lscl import FedLSCL
 from fedlscl.methods.frozen_vit import FrozenViTClient
 from fedlscl.methods.small_model import SmallModelClient
+from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
 
 

@@ -21,14 +21,14 @@ from helpers import (
 )
 from torch import Tensor
 
-from fedlscl.backbones import FrozenViT
 from fedlscl.client import Client
 from fedlscl.continual import NoReplay, Replay
-from fedlscl.data import FederatedDataModule
-from fedlscl.federation import Federation
+from fedlscl.data.module import FederatedDataModule
+from fedlscl.federation.algorithm import Federation
 from fedlscl.messages import Download
 from fedlscl.methods.fed_lscl import FedLSCL
 from fedlscl.methods.frozen_vit import FrozenViTClient
+from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
 
 

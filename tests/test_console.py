@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from fedlscl.console import FederationProgress, human_bytes, summary_table
 from fedlscl.evaluation import summarise
+from fedlscl.run.console import FederationProgress, human_bytes, summary_table
 
 NAN = float("nan")
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlscl.continual import Continual, NoReplay, Output, Replay, Step
+from fedlscl.batches import Output
+from fedlscl.continual import Continual, NoReplay, Replay, Step
 from fedlscl.losses import masked_cross_entropy
 
 

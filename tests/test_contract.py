@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fedlscl.cli import main
 from fedlscl.client import Client
-from fedlscl.experiment import Experiment
-from fedlscl.federation import Federation, RoundResult
+from fedlscl.federation.algorithm import Federation, RoundResult
 from fedlscl.messages import Download, Message, Upload
+from fedlscl.run.experiment import Experiment
 from fedlscl.schedule import Schedule
 
 METHODS = sorted((Path(__file__).parent.parent / "experiments" / "methods").glob("*.yaml"))

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from pictures import pixels, write_folder
 from sklearn.datasets import load_digits
 
-from fedlscl import data
-from fedlscl.data import CIFAR100, Digits, FederatedDataModule, ImageFolder, ImageNetR
-from fedlscl.splits import SplitSpec
+from fedlscl.data.folders import ImageFolder, ImageNetR
+from fedlscl.data.module import FederatedDataModule
+from fedlscl.data.packed import CIFAR100, Digits
+from fedlscl.data.splits import SplitSpec
 
 SPEC = SplitSpec(clients=2, tasks=2, classes_per_task=2, private_classes=3, public_classes=1)
 
@@ -213,7 +214,7 @@ def _parser() -> jsonargparse.ArgumentParser:
 def test_yaml_builds_the_module(tmp_path: Path) -> None:
     text = f"""
     data:
-      source: {{class_path: fedlscl.data.Digits}}
+      source: {{class_path: fedlscl.data.packed.Digits}}
       split: {{clients: 2, tasks: 2, classes_per_task: 2, private_classes: 3, public_classes: 1}}
       seed: 7
       cache_dir: {tmp_path}
@@ -231,9 +232,9 @@ def test_yaml_builds_the_module(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("{class_path: fedlscl.data.CIFAR100, init_args: {root: here, download: false}}", CIFAR100),
-        ("{class_path: fedlscl.data.ImageNetR, init_args: {root: here, size: 224}}", ImageNetR),
-        ("{class_path: fedlscl.data.ImageFolder, init_args: {root: here, size: 64}}", ImageFolder),
+        ("{class_path: fedlscl.data.packed.CIFAR100, init_args: {root: here, download: false}}", CIFAR100),
+        ("{class_path: fedlscl.data.folders.ImageNetR, init_args: {root: here, size: 224}}", ImageNetR),
+        ("{class_path: fedlscl.data.folders.ImageFolder, init_args: {root: here, size: 64}}", ImageFolder),
         ("Digits", Digits),
     ],
 )
@@ -252,11 +253,6 @@ def test_wrong_yaml_is_refused_by_name() -> None:
         ("{local_test: x}", "local_test"),
         ("{tasks: many}", "tasks"),
     ):
-        text = f"data: {{source: {{class_path: fedlscl.data.Digits}}, split: {split}}}"
+        text = f"data: {{source: {{class_path: fedlscl.data.packed.Digits}}, split: {split}}}"
         with pytest.raises(jsonargparse.ArgumentError, match=message):
             _parser().parse_string(text)
-
-
-def test_the_names_that_configurations_use_stay() -> None:
-    assert {"Digits", "CIFAR100", "ImageNetR", "ImageFolder", "decode_image"} <= set(data.__all__)
-    assert all(hasattr(data, name) for name in data.__all__)

@@ -25,7 +25,7 @@ method: fed_lscl
 seed_everything: 3
 threads: 1
 data:
-  source: {class_path: fedlscl.data.Digits}
+  source: {class_path: fedlscl.data.packed.Digits}
   split: {clients: 2, tasks: 1, classes_per_task: 3, private_classes: 1, public_classes: 2, min_public_images: 4,
           train_per_class: 30, test_per_class: 10}
 backbone: {name: vit_tiny_patch16_224, image_size: 16,

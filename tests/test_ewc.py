@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fedlscl.batches import Output
 from fedlscl.client import Client
-from fedlscl.continual import Continual, NoReplay, Output, Step
-from fedlscl.federation import Federation
+from fedlscl.continual import Continual, NoReplay, Step
+from fedlscl.federation.algorithm import Federation
 from fedlscl.losses import masked_cross_entropy
 from fedlscl.messages import Download
 from fedlscl.methods.ewc import EWC, fisher, penalty

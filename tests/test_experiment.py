@@ -20,11 +20,13 @@ from helpers import CNN, VIT, Patterns, lasting, lasting_rows, make_client, make
 from rich.console import Console
 from safetensors.torch import save_file
 
-from fedlscl.backbones import FrozenViT, SmallModelSpec
 from fedlscl.client import Client
-from fedlscl.data import Dataset, FederatedDataModule
-from fedlscl.experiment import Experiment, Tracking, accuracy_arrays, differences
+from fedlscl.data.module import FederatedDataModule
+from fedlscl.data.source import Dataset
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL
+from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.vit import FrozenViT
+from fedlscl.run.experiment import Experiment, Tracking, accuracy_arrays, differences
 from fedlscl.schedule import Schedule
 
 MASKS = ("task", "seen", "none")
@@ -342,7 +344,7 @@ def test_a_mistake_does_not_spoil_the_run_folder(
     with pytest.raises(ValueError, match=complaint):
         make(config={"value": "wrong"}, **wrong).run(console())
     monkeypatch.setattr(
-        "fedlscl.experiment.Federation.run", lambda self, listener: (_ for _ in ()).throw(StopAsyncIteration)
+        "fedlscl.run.experiment.Federation.run", lambda self, listener: (_ for _ in ()).throw(StopAsyncIteration)
     )
     with pytest.raises(StopAsyncIteration):
         make(config={"value": "right"}, **right).run(console())

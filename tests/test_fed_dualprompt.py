@@ -15,16 +15,17 @@ from helpers import CNN, VIT, copy_of, enter_client, fit, make_client, output_of
 from torch import Tensor
 
 from fedlscl import seeds
-from fedlscl.backbones import FrozenViT, SmallModelSpec
 from fedlscl.continual import NoReplay
-from fedlscl.data import FederatedDataModule
-from fedlscl.federation import Federation
+from fedlscl.data.module import FederatedDataModule
+from fedlscl.federation.algorithm import Federation
+from fedlscl.federation.trainer import RoundTrainer
 from fedlscl.messages import Download, Message
 from fedlscl.methods.fed_dualprompt import FedDualPromptClient, blocks_of, legacy_reshape
 from fedlscl.methods.fed_l2p import similarities
+from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
 from fedlscl.server import FedAvg, Isolated
-from fedlscl.trainer import RoundTrainer
 
 Make = Callable[..., Federation]
 SMALL = {"pool_size": 4, "length": 3, "general_length": 2}
@@ -79,7 +80,7 @@ def attention(module: Any, tokens: Tensor, keys: Tensor, values: Tensor) -> Tens
 def reference(body: Any, image: Tensor, slot: int | None = None) -> Tensor:
     """Logits (K,) of one image under the default blocks of a ViT of four, written out."""
     vit: Any = body.vit.vit
-    tokens = body.vit.prefix(body.vit.prepare(image[None]), 0)[0]
+    tokens = body.vit.lower(body.vit.prepare(image[None]), 0)[0]
     if slot is None:
         query = vit.norm(vit.blocks(tokens[None]))[0, 0]
         cosines = [float(query @ key / query.norm() / key.norm()) for key in body.keys.detach()]
@@ -156,7 +157,7 @@ def test_blocks_below_the_first_adapted_one_are_computed_once(make: Make, deep: 
         for name in ("experts", "keys"):
             getattr(part, name).copy_(getattr(whole, name))
         part.head.load_state_dict(whole.head.state_dict())
-    torch.testing.assert_close(part.precompute(images)["tokens"], deep.prefix(deep.prepare(images), 2))
+    torch.testing.assert_close(part.precompute(images)["tokens"], deep.lower(deep.prepare(images), 2))
     torch.testing.assert_close(output_of(part, images).logits, output_of(whole, images).logits, rtol=1e-4, atol=1e-5)
 
 

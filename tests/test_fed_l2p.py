@@ -15,14 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedlscl.backbones import FrozenViT, SmallModelSpec
 from fedlscl.continual import NoReplay
-from fedlscl.federation import Federation
+from fedlscl.federation.algorithm import Federation
+from fedlscl.federation.trainer import RoundTrainer
 from fedlscl.messages import Message, Upload
 from fedlscl.methods.fed_l2p import FedL2PClient, chosen_similarity, prompts_of, similarities
+from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
 from fedlscl.server import FedAvg
-from fedlscl.trainer import RoundTrainer
 
 Make = Callable[..., Federation]
 SMALL = {"pool_size": 4, "length": 3, "top_k": 2}
@@ -91,7 +92,7 @@ def test_chosen_prompts_stand_one_behind_another() -> None:
 def reference(body: Any, image: Tensor) -> Tensor:
     """Logits (K,) of one image, written out."""
     vit: Any = body.vit.vit
-    tokens = body.vit.prefix(body.vit.prepare(image[None]), 0)[0]
+    tokens = body.vit.lower(body.vit.prepare(image[None]), 0)[0]
     query = vit.norm(vit.blocks(tokens[None]))[0, 0]
     cosines = [float(query @ key / query.norm() / key.norm()) for key in body.keys]
     best = sorted(range(len(cosines)), key=lambda m: -cosines[m])[: body.top_k]
@@ -257,7 +258,7 @@ def test_prompts_go_into_a_vit_without_class_token() -> None:
     images = some_images(2)
     found = output_of(body, images)
     prompts = prompts_of(body.prompts, body.choose(similarities(vit(images), body.keys)))
-    tokens = torch.cat([prompts, vit.prefix(vit.prepare(images), 0)], dim=1)
+    tokens = torch.cat([prompts, vit.lower(vit.prepare(images), 0)], dim=1)
     torch.testing.assert_close(found.representation, vit.encode(tokens, 0)[:, :6].mean(1))
     assert isinstance(body.head, nn.Linear)
 

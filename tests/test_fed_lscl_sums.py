@@ -10,7 +10,7 @@ import torch
 from helpers import Recorder, copy_of, enter_client, make_client, run
 from torch import Tensor
 
-from fedlscl.federation import Federation
+from fedlscl.federation.algorithm import Federation
 from fedlscl.messages import Message, Upload
 from fedlscl.methods.fed_lscl import ExactO2D
 from fedlscl.methods.fed_lscl_sums import STRENGTHS, FedLSCLSums

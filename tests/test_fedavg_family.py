@@ -10,14 +10,15 @@ import torch
 from helpers import copy_of, enter_client, fit, make_client, outcome, parameters, run, same
 from torch import Tensor, nn
 
-from fedlscl.backbones import FrozenViT, SmallModelSpec
 from fedlscl.client import Client
 from fedlscl.continual import NoReplay
-from fedlscl.federation import Federation
+from fedlscl.federation.algorithm import Federation
 from fedlscl.messages import Message, Upload
 from fedlscl.methods.fedavg import FedAvgClient
 from fedlscl.methods.fedprox import FedProxClient, proximal
 from fedlscl.methods.joint import JointClient
+from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
 from fedlscl.server import FedAvg, Isolated
 

@@ -25,16 +25,16 @@ from helpers import (
 )
 from torch import Tensor
 
-from fedlscl.backbones import FrozenViT
-from fedlscl.data import FederatedDataModule
-from fedlscl.federation import Federation
+from fedlscl.data.module import FederatedDataModule
+from fedlscl.federation.algorithm import Federation
+from fedlscl.federation.trainer import RoundTrainer
 from fedlscl.messages import Download, Message, Upload
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL, IterativeO2D
 from fedlscl.methods.frozen_vit import FrozenViTClient
 from fedlscl.methods.small_model import SmallModelClient
+from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Schedule
 from fedlscl.server import FedAvg, Isolated, Server
-from fedlscl.trainer import RoundTrainer
 
 Make = Callable[..., Federation]
 

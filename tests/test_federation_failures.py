@@ -20,11 +20,11 @@ from helpers import (
 )
 from torch import Tensor
 
-from fedlscl.federation import Federation, RoundResult
+from fedlscl.federation.algorithm import Federation, RoundResult
+from fedlscl.federation.trainer import RoundTrainer
 from fedlscl.messages import Message, Upload
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL
 from fedlscl.schedule import Schedule
-from fedlscl.trainer import RoundTrainer
 
 Make = Callable[..., Federation]
 

@@ -29,18 +29,19 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from fedlscl import seeds
-from fedlscl.adapters import Prefixes
-from fedlscl.backbones import FrozenViT, SmallModelSpec
-from fedlscl.client import Batch, Images
+from fedlscl.batches import Batch, Images
 from fedlscl.continual import NoReplay, Replay
-from fedlscl.data import FederatedDataModule
-from fedlscl.federation import Federation
+from fedlscl.data.module import FederatedDataModule
+from fedlscl.federation.algorithm import Federation
+from fedlscl.federation.trainer import RoundTrainer
 from fedlscl.messages import Download, Message, Upload
 from fedlscl.methods.fedavg import FedAvgClient
 from fedlscl.methods.fedmgp import FedMGPClient, FedMGPServer, consensus, distances, nearest
+from fedlscl.models.adapters import Prefixes
+from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
 from fedlscl.server import FedAvg
-from fedlscl.trainer import RoundTrainer
 
 Make = Callable[..., Federation]
 Wire = list[tuple[Message, bytes]]

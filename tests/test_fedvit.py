@@ -11,12 +11,13 @@ import torch
 from helpers import CNN, copy_of, enter_client, fit, make_client, make_data, output_of, run, same
 from torch import Tensor
 
-from fedlscl.backbones import FrozenViT, SmallModelSpec
 from fedlscl.continual import NoReplay
-from fedlscl.data import FederatedDataModule
-from fedlscl.federation import Federation
+from fedlscl.data.module import FederatedDataModule
+from fedlscl.federation.algorithm import Federation
 from fedlscl.messages import Download, Message, Upload
 from fedlscl.methods.frozen_vit import FrozenViTClient
+from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.vit import FrozenViT
 from fedlscl.server import FedAvg
 
 Make = Callable[..., Federation]

@@ -13,11 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedlscl.backbones import FrozenViT, SmallModelSpec
-from fedlscl.client import Batch, Images
-from fedlscl.continual import NoReplay, Output, Replay
-from fedlscl.data import FederatedDataModule
-from fedlscl.federation import Federation
+from fedlscl.batches import Batch, Images, Output
+from fedlscl.continual import NoReplay, Replay
+from fedlscl.data.module import FederatedDataModule
+from fedlscl.federation.algorithm import Federation
 from fedlscl.messages import Download, Message, MessageError, Upload
 from fedlscl.methods.fedavg import FedAvgClient
 from fedlscl.methods.fedweit import (
@@ -32,6 +31,8 @@ from fedlscl.methods.fedweit import (
     kept_channels,
     merge,
 )
+from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
 
 Make = Callable[..., Federation]

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from fedlscl.figures import MARKERS, Picture, pictures, save
-from fedlscl.results import Comparison, Run, compare
+from fedlscl.analysis.figures import MARKERS, Picture, pictures, save
+from fedlscl.analysis.results import Comparison, Run, compare
 
 MIB = 2**20
 Matrix = Sequence[Sequence[Sequence[float | None]]]

@@ -27,13 +27,13 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlscl import flower
-from fedlscl.backbones import FrozenViT
 from fedlscl.cli import configuration_sha256, describe, main
-from fedlscl.federation import Federation, RoundResult
-from fedlscl.flower import COMPUTE, END, FIT, WHO, FlowerTransport, client_app, server_app
+from fedlscl.deployment import flower
+from fedlscl.deployment.flower import COMPUTE, END, FIT, WHO, FlowerTransport, client_app, server_app
+from fedlscl.deployment.shares import deal
+from fedlscl.federation.algorithm import Federation, RoundResult
 from fedlscl.messages import Download, Upload
-from fedlscl.shares import deal
+from fedlscl.models.vit import FrozenViT
 
 pytestmark = pytest.mark.usefixtures("command_line")
 

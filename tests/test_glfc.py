@@ -16,19 +16,21 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedlscl import seeds
-from fedlscl.backbones import FrozenViT, SmallModelSpec, resize
-from fedlscl.buffer import below
 from fedlscl.client import Client
 from fedlscl.continual import NoReplay
-from fedlscl.data import FederatedDataModule
-from fedlscl.federation import Federation
+from fedlscl.data.module import FederatedDataModule
+from fedlscl.federation.algorithm import Federation
+from fedlscl.federation.trainer import fit_once
+from fedlscl.memory import below
 from fedlscl.messages import Download, Message, Upload
 from fedlscl.methods import glfc
 from fedlscl.methods.fedavg import FedAvgClient
 from fedlscl.methods.glfc import GLFCClient, GLFCServer
+from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.create import resize
+from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
 from fedlscl.server import FedAvg
-from fedlscl.trainer import fit_once
 
 Make = Callable[..., Federation]
 LENGTH = 8_136 + 769 * 8  # length of a gradient with the 8 classes of `Patterns`

@@ -17,7 +17,7 @@ method: fed_lscl
 seed_everything: 3
 threads: 1
 data:
-  source: {class_path: fedlscl.data.Digits}
+  source: {class_path: fedlscl.data.packed.Digits}
   split: {clients: 3, tasks: 2, classes_per_task: 2, private_classes: 1, public_classes: 3, min_public_images: 4,
           train_per_class: 30, test_per_class: 10}
 backbone: {name: vit_tiny_patch16_224, image_size: 16,

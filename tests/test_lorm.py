@@ -31,17 +31,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedlscl import seeds
-from fedlscl.backbones import FrozenViT, SmallModelSpec
 from fedlscl.continual import NoReplay, Replay
-from fedlscl.data import FederatedDataModule
-from fedlscl.federation import Federation
+from fedlscl.data.module import FederatedDataModule
+from fedlscl.federation.algorithm import Federation
+from fedlscl.federation.trainer import RoundTrainer
 from fedlscl.messages import Download, Message, Upload
 from fedlscl.methods import lorm
 from fedlscl.methods.fedavg import FedAvgClient
 from fedlscl.methods.lorm import LAYERS, LoRMClient, LoRMServer, merge, projected
+from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
 from fedlscl.server import FedAvg
-from fedlscl.trainer import RoundTrainer
 
 Make = Callable[..., Federation]
 Wire = list[tuple[Message, bytes]]

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedlscl.batches import Output
 from fedlscl.client import Client
-from fedlscl.continual import Continual, NoReplay, Output, Replay, Step
-from fedlscl.federation import Federation
+from fedlscl.continual import Continual, NoReplay, Replay, Step
+from fedlscl.federation.algorithm import Federation
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL
 from fedlscl.methods.fedavg import FedAvgClient
 from fedlscl.methods.lwf import GeneratedLwF, LwF, softened_cross_entropy

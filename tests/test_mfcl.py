@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from fedlscl import seeds
-from fedlscl.backbones import FrozenViT, SmallModelSpec
-from fedlscl.buffer import below
-from fedlscl.client import Batch, Images
+from fedlscl.batches import Batch, Images
 from fedlscl.continual import NoReplay
-from fedlscl.federation import Federation
-from fedlscl.inversion import Met, batch_statistics
+from fedlscl.federation.algorithm import Federation
+from fedlscl.federation.trainer import fit_once
+from fedlscl.memory import below
 from fedlscl.messages import Download, Message, Upload
+from fedlscl.methods.data_free import Met, batch_statistics
 from fedlscl.methods.fedavg import FedAvgClient
 from fedlscl.methods.mfcl import (
     MFCL,
@@ -38,8 +38,9 @@ from fedlscl.methods.mfcl import (
     normal_divergence,
     statistics_divergence,
 )
+from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
-from fedlscl.trainer import fit_once
 
 Make = Callable[..., Federation]
 Wire = list[tuple[Message, bytes]]

@@ -31,14 +31,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedlscl.backbones import FrozenViT, SmallModelSpec
-from fedlscl.client import Batch, Images
-from fedlscl.continual import NoReplay, Output, Replay
-from fedlscl.data import FederatedDataModule
-from fedlscl.federation import Federation
+from fedlscl.batches import Batch, Images, Output
+from fedlscl.continual import NoReplay, Replay
+from fedlscl.data.module import FederatedDataModule
+from fedlscl.federation.algorithm import Federation
 from fedlscl.messages import Download, Message, MessageError, Upload
 from fedlscl.methods.fedavg import FedAvgClient
 from fedlscl.methods.pilora import PILoRAClient, PILoRAServer, distances, fused, overlap, weights
+from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
 from fedlscl.server import FedAvg
 

@@ -12,8 +12,8 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fedlscl import plots
-from fedlscl.plots import accuracy_matrix, accuracy_over_rounds
+from fedlscl.run import plots
+from fedlscl.run.plots import accuracy_matrix, accuracy_over_rounds
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_cli import METHOD
 
-from fedlscl.backbones import FrozenViT
 from fedlscl.cli import main
-from fedlscl.predict import predict
-from fedlscl.splits import Split
+from fedlscl.data.splits import Split
+from fedlscl.models.vit import FrozenViT
+from fedlscl.run.predict import predict
 
 pytestmark = pytest.mark.usefixtures("command_line")
 

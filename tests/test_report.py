@@ -16,12 +16,13 @@ import pytest
 import yaml
 from matplotlib.figure import Figure
 
-from fedlscl import checkpoint, report
-from fedlscl.figures import Picture
-from fedlscl.protocol import differences
-from fedlscl.report import inline_svg, write_report
-from fedlscl.results import Comparison, Run, compare
-from fedlscl.tables import Cell, Table, tables
+from fedlscl import files
+from fedlscl.analysis import report
+from fedlscl.analysis.deviations import differences
+from fedlscl.analysis.figures import Picture
+from fedlscl.analysis.report import inline_svg, write_report
+from fedlscl.analysis.results import Comparison, Run, compare
+from fedlscl.analysis.tables import Cell, Table, tables
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
 CONFIG: dict[str, Any] = {
@@ -45,7 +46,7 @@ CONFIG: dict[str, Any] = {
         },
     },
     "data": {
-        "source": {"class_path": "fedlscl.data.CIFAR100"},
+        "source": {"class_path": "fedlscl.data.packed.CIFAR100"},
         "split": {
             "clients": 5,
             "tasks": 5,
@@ -374,12 +375,12 @@ def test_the_protocol_is_that_of_the_data_set() -> None:
         found, _ = differences(only(*runs).variants)
         return {difference.label: (difference.paper, difference.here) for difference in found}
 
-    imagenet = {"class_path": "fedlscl.data.ImageNetR", "init_args": {"root": "imagenet-r.tar"}}
+    imagenet = {"class_path": "fedlscl.data.folders.ImageNetR", "init_args": {"root": "imagenet-r.tar"}}
     assert fields(imagenet, 40, 0) == {}
     assert fields(imagenet, 15, 25) == {"private classes per client": ("40", "15"), "public classes": ("0", "25")}
-    folder = {"class_path": "fedlscl.data.ImageFolder", "init_args": {"root": "x", "name": "cifar100"}}
+    folder = {"class_path": "fedlscl.data.folders.ImageFolder", "init_args": {"root": "x", "name": "cifar100"}}
     assert fields(folder, 15, 25) == {}
-    digits = {"class_path": "fedlscl.data.Digits"}
+    digits = {"class_path": "fedlscl.data.packed.Digits"}
     assert fields(digits, 1, 5) == {
         "data set": ("CIFAR-100 or ImageNet-R", "Digits"),
         "private classes per client": ("15 or 40", "1"),
@@ -415,7 +416,7 @@ def test_the_page_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
     def broken(source: Path, target: Path) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint.os, "replace", broken)
+    monkeypatch.setattr(files.os, "replace", broken)
     with pytest.raises(OSError, match="disk full"):
         write_report([only(make_run(average=50))], path)
     assert path.read_bytes() == before

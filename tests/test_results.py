@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from made_runs import make_run, make_summary, write_run
 
-from fedlscl.results import Run, compare, flat, read_runs
+from fedlscl.analysis.results import Run, compare, read_runs
+from fedlscl.run.fields import flat
 
 SEEDS = (42, 1999, 2024)
 

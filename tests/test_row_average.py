@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedlscl.continual import NoReplay
-from fedlscl.federation import Federation
+from fedlscl.federation.algorithm import Federation
 from fedlscl.messages import Download, Message, Upload
 from fedlscl.methods.frozen_vit import FrozenViTClient
 from fedlscl.methods.row_average import COUNTS, CountingFrozenViTClient, RowAverage, row_means

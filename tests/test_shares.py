@@ -15,9 +15,9 @@ from helpers import SETTING, make_data
 from test_cli import METHOD
 
 from fedlscl.cli import main
-from fedlscl.data import FederatedDataModule
-from fedlscl.shares import LocalShare, deal
-from fedlscl.splits import Split, SplitSpec, TaskSplit
+from fedlscl.data.module import FederatedDataModule
+from fedlscl.data.splits import Split, SplitSpec, TaskSplit
+from fedlscl.deployment.shares import LocalShare, deal
 
 OTHER_SPLITS: list[dict[str, Any]] = [
     {},

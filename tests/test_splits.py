@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlscl.splits import Split, SplitSpec, make_split
+from fedlscl.data.splits import Split, SplitSpec, make_split
 
 PAPER_TRAIN = np.repeat(np.arange(100), 50)
 PAPER_TEST = np.repeat(np.arange(100), 4)

@@ -21,7 +21,7 @@ from test_cli import METHOD
 
 from fedlscl import cli
 from fedlscl.cli import SETTING_VARIABLE, main
-from fedlscl.sweep import LOG, PlannedRun, command_lines, narrowed, not_arrived, plan, read_sweep, run_all
+from fedlscl.run.sweep import LOG, PlannedRun, command_lines, narrowed, not_arrived, plan, read_sweep, run_all
 
 ROOT = Path(__file__).parent.parent
 SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
@@ -87,7 +87,7 @@ def test_the_sweeps_are_those_of_the_paper(repository: None) -> None:
 
 
 def cli_names() -> set[str]:
-    from fedlscl.paper import TABLE1
+    from fedlscl.analysis.paper import TABLE1
 
     return set(TABLE1["CIFAR-100"]) | {"fedweit", "local", "joint"}
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from made_runs import accuracy, make_run
 
-from fedlscl import paper
+from fedlscl.analysis import paper
+from fedlscl.analysis.formats import MISSING, Cell, Table, to_csv, to_latex, to_markdown
+from fedlscl.analysis.results import Comparison, Run, compare
+from fedlscl.analysis.tables import COMPARED, COMPONENTS, costs, overview, table1, table2, tables
 from fedlscl.evaluation import MASKS, summarise
-from fedlscl.formats import MISSING, Cell, Table, to_csv, to_latex, to_markdown
-from fedlscl.results import Comparison, Run, compare
-from fedlscl.tables import COMPARED, COMPONENTS, costs, overview, table1, table2, tables
 
 
 def comparison(*runs: Run) -> Comparison:
@@ -120,7 +120,7 @@ def test_a_table_says_what_its_rows_leave_out() -> None:
 
 
 PROTOCOL = {
-    "data.source.class_path": "fedlscl.data.CIFAR100",
+    "data.source.class_path": "fedlscl.data.packed.CIFAR100",
     "data.split.clients": 5,
     "data.split.tasks": 5,
     "federation.rounds": 5,
@@ -128,7 +128,7 @@ PROTOCOL = {
     "model.buffer_size": 20,
 }
 """What differs in runs made by hand from the paper's protocol."""
-IMAGENET = {"data.source.class_path": "fedlscl.data.ImageNetR"}
+IMAGENET = {"data.source.class_path": "fedlscl.data.folders.ImageNetR"}
 
 
 def in_its_setting(method: str = "fed_lscl", config: dict[str, Any] | None = None, **options: Any) -> Run:

@@ -13,18 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedlscl.backbones import FrozenViT, SmallModelSpec, resize
+from fedlscl.batches import Output
 from fedlscl.client import Client
-from fedlscl.continual import NoReplay, Output
-from fedlscl.federation import Federation
-from fedlscl.inversion import batch_statistics
+from fedlscl.continual import NoReplay
+from fedlscl.federation.algorithm import Federation
+from fedlscl.federation.trainer import fit_once
 from fedlscl.messages import Download, Message, Upload
 from fedlscl.methods import target
+from fedlscl.methods.data_free import batch_statistics
 from fedlscl.methods.fedavg import FedAvgClient
 from fedlscl.methods.target import TARGET, ImageGenerator, Inversion, TARGETClient
+from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.create import resize
+from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
 from fedlscl.server import FedAvg
-from fedlscl.trainer import fit_once
 
 Make = Callable[..., Federation]
 SMALL: dict[str, Any] = {"synthesis_rounds": 2, "steps": 2, "batch_size": 4}

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from wandb.proto import wandb_internal_pb2
 from wandb_server import WandbServer
 
-from fedlscl.tracking import STEP_METRICS, ClientLogger, Tracker
+from fedlscl.run.tracking import STEP_METRICS, ClientLogger, Tracker
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_auto_with_a_login_but_no_server_falls_back_with_a_warning(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (home / ".netrc").write_text(f"machine 127.0.0.1:9 login user password {'0' * 40}")
-    monkeypatch.setattr("fedlscl.tracking.INIT_TIMEOUT", 0.5)
+    monkeypatch.setattr("fedlscl.run.tracking.INIT_TIMEOUT", 0.5)
     with (
         pytest.warns(UserWarning, match="tracked offline"),
         Tracker(tmp_path / "run", config={}) as tracker,
@@ -265,7 +265,7 @@ def test_when_wandb_fails_the_record_goes_on(home: Path, tmp_path: Path, monkeyp
 
 
 def test_a_server_that_went_away_is_not_waited_for(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedlscl.tracking.FINISH_TIMEOUT", 1.0)
+    monkeypatch.setattr("fedlscl.run.tracking.FINISH_TIMEOUT", 1.0)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     with WandbServer() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)

@@ -55,13 +55,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlscl.adapters import Prefixes
-from fedlscl.backbones import FrozenViT, SmallModelSpec
-from fedlscl.continual import Output
+from fedlscl.batches import Output
+from fedlscl.data.splits import Split
 from fedlscl.messages import Download
 from fedlscl.methods.fed_l2p import PromptClient, similarities
+from fedlscl.models.adapters import Prefixes
+from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
-from fedlscl.splits import Split
 
 GENERAL_BLOCKS, EXPERT_BLOCKS = (0, 1), (2, 3, 4)  # as published
 
@@ -152,7 +153,7 @@ class FedDualPromptClient(PromptClient):
         experts = legacy_reshape(chosen) if self.legacy_reshape else chosen.transpose(1, 2)
         general = self.general.unsqueeze(1).expand(-1, len(slots), -1, -1, -1, -1)
         injections = [Prefixes(*pair) for pair in zip(self.blocks, [*general, *experts], strict=True)]
-        features = self.vit.suffix(frozen["tokens"], self.first, injections)
+        features = self.vit.upper(frozen["tokens"], self.first, injections)
         return Output(self.head(features), features)
 
 

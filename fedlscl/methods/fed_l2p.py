@@ -40,9 +40,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedlscl.backbones import FrozenViT, SmallModelSpec
-from fedlscl.client import Batch, Client
-from fedlscl.continual import Output
+from fedlscl.batches import Batch, Output
+from fedlscl.client import Client
+from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.vit import FrozenViT
 
 
 class PromptClient(Client):
@@ -71,8 +72,8 @@ class PromptClient(Client):
 
     def precompute(self, images: Tensor) -> dict[str, Tensor]:
         """The query (B, d), a feature of the unprompted ViT, and the tokens (B, T, d) that enter the first block."""
-        tokens = self.vit.prefix(self.vit.prepare(images), self.first)
-        return {"query": self.vit.suffix(tokens, self.first), "tokens": tokens}
+        tokens = self.vit.lower(self.vit.prepare(images), self.first)
+        return {"query": self.vit.upper(tokens, self.first), "tokens": tokens}
 
     def shared(self) -> dict[str, Tensor]:
         """The pool with its keys, and the head."""

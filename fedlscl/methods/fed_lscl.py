@@ -26,16 +26,18 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from fedlscl import distillation, seeds
-from fedlscl.adapters import LowRank, ParameterGenerator
-from fedlscl.backbones import FrozenViT, SmallModel, SmallModelSpec
+from fedlscl import seeds
+from fedlscl.batches import Output
 from fedlscl.client import Client
-from fedlscl.continual import Output
-from fedlscl.distillation import Generator, Student
+from fedlscl.federation.trainer import fit_once
 from fedlscl.messages import AtMost, Schema, TensorSpec, Upload
+from fedlscl.methods import o2d as distillation
+from fedlscl.methods.o2d import Generator, Student
+from fedlscl.models.adapters import LowRank, ParameterGenerator
+from fedlscl.models.cnn import SmallModel, SmallModelSpec
+from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
 from fedlscl.server import Answers, OnDemand, Server
-from fedlscl.trainer import fit_once
 
 
 class FedLSCL(Client):
@@ -72,13 +74,13 @@ class FedLSCL(Client):
 
     def precompute(self, images: Tensor) -> dict[str, Tensor]:
         """The tokens that enter the adapted block (B, T, d)."""
-        return {"tokens": self.vit.prefix(self.vit.prepare(images), self.block)}
+        return {"tokens": self.vit.lower(self.vit.prepare(images), self.block)}
 
     def forward(self, images: Tensor, frozen: Mapping[str, Tensor]) -> Output:
         """H(Theta adapted by phi(theta(x)))."""
         generated = self.generate(images)
         lora = LowRank(self.block, self.generator.split(generated["weights"]), scale=self.scale)
-        adapted = self.vit.suffix(frozen["tokens"], self.block, [lora])
+        adapted = self.vit.upper(frozen["tokens"], self.block, [lora])
         return Output(self.head(adapted), adapted, generated)
 
     def shared(self) -> dict[str, Tensor]:

@@ -25,11 +25,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedlscl.backbones import FrozenViT, SmallModelSpec
-from fedlscl.distillation import Student, Sums, matrix, second_moments
 from fedlscl.losses import masked_cross_entropy
 from fedlscl.messages import Download, Schema, TensorSpec
 from fedlscl.methods.fed_lscl import FedLSCL
+from fedlscl.methods.o2d import Student, Sums, matrix, second_moments
+from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.vit import FrozenViT
 
 STRENGTHS = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 

@@ -22,9 +22,10 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from fedlscl.backbones import FrozenViT, SmallModel, SmallModelSpec
+from fedlscl.batches import Output
 from fedlscl.client import Client
-from fedlscl.continual import Output
+from fedlscl.models.cnn import SmallModel, SmallModelSpec
+from fedlscl.models.vit import FrozenViT
 
 
 class FedAvgClient(Client):

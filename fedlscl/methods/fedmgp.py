@@ -75,18 +75,20 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedlscl import seeds
-from fedlscl.adapters import Prefixes
-from fedlscl.backbones import FrozenViT, SmallModelSpec
-from fedlscl.buffer import below
-from fedlscl.client import Batch, Client, Images
-from fedlscl.continual import NoReplay, Output
+from fedlscl.batches import Batch, Images, Output
+from fedlscl.client import Client
+from fedlscl.continual import NoReplay
+from fedlscl.federation.trainer import fit_once
 from fedlscl.losses import masked_cross_entropy
+from fedlscl.memory import below
 from fedlscl.messages import Schema, TensorSpec, Upload
 from fedlscl.methods.fed_l2p import similarities
 from fedlscl.methods.frozen_vit import make_head
+from fedlscl.models.adapters import Prefixes
+from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
 from fedlscl.server import Answers, Server, average
-from fedlscl.trainer import fit_once
 
 
 class FedMGPClient(Client):
@@ -157,8 +159,8 @@ class FedMGPClient(Client):
 
     def precompute(self, images: Tensor) -> dict[str, Tensor]:
         """q (B, d), the feature without any prompt, and the tokens (B, T, d) that enter the first block."""
-        tokens = self.vit.prefix(self.vit.prepare(images), 0)
-        return {"query": self.vit.suffix(tokens, 0), "tokens": tokens}
+        tokens = self.vit.lower(self.vit.prepare(images), 0)
+        return {"query": self.vit.upper(tokens, 0), "tokens": tokens}
 
     def entering(self, tokens: Tensor, prompt: Tensor) -> Tensor:
         """Tokens (B, T + L, d) that enter the first block with a prompt (1, L, d) among them."""
@@ -461,7 +463,7 @@ class Distillation(Fusion):
 
     def fixed(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens that enter the first block, and what the teachers say of a batch, see `consensus`."""
-        tokens = self.model.vit.prefix(self.model.vit.prepare(images), 0)
+        tokens = self.model.vit.lower(self.model.vit.prepare(images), 0)
         return tokens, *consensus(self._encoded(tokens, teacher.to(self.device)) for teacher in self.teachers)
 
     def objective(self, labels: Tensor, fixed: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -483,7 +485,7 @@ class HeadTraining(Fusion):
     def fixed(self, images: Tensor) -> Tensor:
         """Features (b, d)."""
         model = self.model
-        tokens = model.vit.prefix(model.vit.prepare(images), 0)
+        tokens = model.vit.lower(model.vit.prepare(images), 0)
         return model.pooled(model.vit.encode(model.entering(tokens, model.prompt), 0))
 
     def objective(self, labels: Tensor, fixed: Tensor) -> Tensor:

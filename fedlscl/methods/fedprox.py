@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlscl.client import Batch
-from fedlscl.continual import Output
+from fedlscl.batches import Batch, Output
 from fedlscl.methods.fedavg import FedAvgClient
 
 

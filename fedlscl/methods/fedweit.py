@@ -59,12 +59,14 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedlscl.backbones import FrozenViT, SmallModel, SmallModelSpec
-from fedlscl.buffer import below
-from fedlscl.client import Batch, Client, Images
-from fedlscl.continual import NoReplay, Output
+from fedlscl.batches import Batch, Images, Output
+from fedlscl.client import Client
+from fedlscl.continual import NoReplay
 from fedlscl.evaluation import MASKS
+from fedlscl.memory import below
 from fedlscl.messages import AtMost, Download, MessageError, Schema, TensorSpec, Upload
+from fedlscl.models.cnn import SmallModel, SmallModelSpec
+from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
 from fedlscl.server import Answers, OnDemand, Server
 

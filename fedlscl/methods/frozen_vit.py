@@ -31,9 +31,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from fedlscl.backbones import FrozenViT, SmallModelSpec
+from fedlscl.batches import Output
 from fedlscl.client import Client
-from fedlscl.continual import Output
+from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.vit import FrozenViT
 
 
 class FrozenViTClient(Client):

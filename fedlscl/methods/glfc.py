@@ -80,15 +80,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedlscl import seeds
-from fedlscl.backbones import resize
-from fedlscl.buffer import below, herding
-from fedlscl.client import Batch, Images
-from fedlscl.continual import Output
+from fedlscl.batches import Batch, Images, Output
+from fedlscl.federation.trainer import fit_once
+from fedlscl.memory import below, herding
 from fedlscl.messages import AtMost, Download, Schema, TensorSpec, Upload
 from fedlscl.methods.fedavg import FedAvgClient
+from fedlscl.models.create import resize
 from fedlscl.schedule import Round
 from fedlscl.server import Answers, FedAvg
-from fedlscl.trainer import fit_once
 
 SIDE = 32  # of the images that the encoding net takes, in pixels
 FEATURES = 12 * (SIDE // 4) ** 2  # that its last layer sees

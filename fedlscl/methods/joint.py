@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedlscl.data.splits import Split
 from fedlscl.methods.fedavg import FedAvgClient
-from fedlscl.splits import Split
 
 
 class JointClient(FedAvgClient):

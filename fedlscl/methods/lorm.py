@@ -78,12 +78,14 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from fedlscl import seeds
-from fedlscl.adapters import LoRA, LowRank
-from fedlscl.backbones import FrozenViT, SmallModelSpec
-from fedlscl.buffer import below
-from fedlscl.client import Client, Images
-from fedlscl.continual import NoReplay, Output
+from fedlscl.batches import Images, Output
+from fedlscl.client import Client
+from fedlscl.continual import NoReplay
+from fedlscl.memory import below
 from fedlscl.messages import Download, Schema, TensorSpec, Upload
+from fedlscl.models.adapters import LoRA, LowRank
+from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
 from fedlscl.server import Answers, Server
 
@@ -159,7 +161,7 @@ class LoRMClient(Client):
 
     def precompute(self, images: Tensor) -> dict[str, Tensor]:
         """The tokens (B, T, d) that enter the first block."""
-        return {"tokens": self.vit.prefix(self.vit.prepare(images), 0)}
+        return {"tokens": self.vit.lower(self.vit.prepare(images), 0)}
 
     def forward(self, images: Tensor, frozen: Mapping[str, Tensor]) -> Output:
         """In training with the current task's factors alone, else with what is deployed."""
@@ -167,7 +169,7 @@ class LoRMClient(Client):
             pairs = [LoRA(a, b) for a, b in zip(self.a, self.b, strict=True)]
         else:
             pairs = self._deployed(current=self.merges > 0)
-        features = self.vit.suffix(frozen["tokens"], 0, injections(pairs))
+        features = self.vit.upper(frozen["tokens"], 0, injections(pairs))
         return Output(self.head(features), features)
 
     def _deployed(self, current: bool) -> list[LoRA]:
@@ -202,7 +204,7 @@ class LoRMClient(Client):
         listening = {layer: [Listening(block, layer) for block in range(self.vit.depth)] for layer in LAYERS}
         everyone = [one for ones in listening.values() for one in ones]
         tokens = self.precomputed("train", images.indices, self.device)["tokens"]
-        features = self.vit.suffix(tokens, 0, [*adapted, *everyone]).float()
+        features = self.vit.upper(tokens, 0, [*adapted, *everyone]).float()
         with torch.autocast(features.device.type, enabled=False):
             head = features.mT @ features
         grams = {f"gram.{layer}": torch.stack([one.squares for one in ones]) for layer, ones in listening.items()}

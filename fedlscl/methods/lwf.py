@@ -36,7 +36,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedlscl.continual import Continual, Output, Step
+from fedlscl.batches import Output
+from fedlscl.continual import Continual, Step
 from fedlscl.losses import continual_penalty
 
 

@@ -72,17 +72,17 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from fedlscl.backbones import FrozenViT, SmallModel, SmallModelSpec
-from fedlscl.buffer import below
-from fedlscl.client import Batch
-from fedlscl.continual import Output
-from fedlscl.inversion import Met, batch_statistics
+from fedlscl.batches import Batch, Output
+from fedlscl.federation.trainer import fit_once
 from fedlscl.losses import masked_cross_entropy
+from fedlscl.memory import below
 from fedlscl.messages import Download, Schema, TensorSpec, Upload
+from fedlscl.methods.data_free import Met, batch_statistics
 from fedlscl.methods.fedavg import FedAvgClient
+from fedlscl.models.cnn import SmallModel, SmallModelSpec
+from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
 from fedlscl.server import Answers, FedAvg
-from fedlscl.trainer import fit_once
 
 LATENT = 1000  # numbers in z
 INNER_EPSILON = 0.8  # of the generator's inner batch normalisations

@@ -71,11 +71,13 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from fedlscl import seeds
-from fedlscl.adapters import LoRA, LowRank
-from fedlscl.backbones import FrozenViT, SmallModelSpec
-from fedlscl.client import Batch, Client, Images
-from fedlscl.continual import NoReplay, Output
+from fedlscl.batches import Batch, Images, Output
+from fedlscl.client import Client
+from fedlscl.continual import NoReplay
 from fedlscl.messages import AtMost, Download, MessageError, Schema, TensorSpec, Upload
+from fedlscl.models.adapters import LoRA, LowRank
+from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
 from fedlscl.server import Answers, Server, average
 
@@ -139,12 +141,12 @@ class PILoRAClient(Client):
 
     def precompute(self, images: Tensor) -> dict[str, Tensor]:
         """The tokens that enter the adapted block (B, T, d)."""
-        return {"tokens": self.vit.prefix(self.vit.prepare(images), self.block)}
+        return {"tokens": self.vit.lower(self.vit.prepare(images), self.block)}
 
     def forward(self, images: Tensor, frozen: Mapping[str, Tensor]) -> Output:
         """-delta under the pairs of all tasks."""
         pairs = torch.cat([self.earlier_a, self.a], 1), torch.cat([self.earlier_b, self.b], 2)
-        features = self.vit.suffix(frozen["tokens"], self.block, [LowRank(self.block, fused(*pairs))])
+        features = self.vit.upper(frozen["tokens"], self.block, [LowRank(self.block, fused(*pairs))])
         prototypes = torch.where(self.trained[:, None], self.prototypes, self.prototypes.detach())
         return Output(-distances(features, prototypes), features)
 

@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from fedlscl.backbones import FrozenViT, SmallModel, SmallModelSpec
+from fedlscl.batches import Output
 from fedlscl.client import Client
-from fedlscl.continual import Output
+from fedlscl.models.cnn import SmallModel, SmallModelSpec
+from fedlscl.models.vit import FrozenViT
 
 
 class SmallModelClient(Client):

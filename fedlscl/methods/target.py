@@ -64,14 +64,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
-from fedlscl.client import Batch
-from fedlscl.continual import Output
-from fedlscl.inversion import Met, batch_statistics
+from fedlscl.batches import Batch, Output
+from fedlscl.federation.trainer import fit_once
 from fedlscl.messages import AtMost, Download, Schema, TensorSpec, Upload
+from fedlscl.methods.data_free import Met, batch_statistics
 from fedlscl.methods.fedavg import FedAvgClient
 from fedlscl.schedule import Round
 from fedlscl.server import Answers, FedAvg
-from fedlscl.trainer import fit_once
 
 LARGEST_SET = 2**16  # synthetic images that a client accepts at once
 LATENT = 256  # numbers in z

@@ -1,0 +1,193 @@
+"""One HTML page on finished runs: tables, figures, settings, what differs from the paper, and every run.
+
+The page holds all it shows and asks for nothing from anywhere: no script, no font, no image from outside.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+
+import fedlscl
+from fedlscl.analysis.deviations import OPEN, POINTS, differences, in_words, plural, texts
+from fedlscl.analysis.figures import pictures
+from fedlscl.analysis.formats import Table
+from fedlscl.analysis.results import Comparison, Run
+from fedlscl.analysis.tables import MASK_NAMES, tables
+from fedlscl.evaluation import MASKS
+from fedlscl.files import write_atomically
+from fedlscl.run.console import human_bytes
+
+TEMPLATE = "report.html.jinja"
+NUMBER = re.compile(r"[-+]?\d|[-–—]?$")
+"""How the text of a cell begins that belongs to a column of numbers; it may be missing."""
+
+
+def write_report(comparisons: Sequence[Comparison], path: Path) -> None:
+    """Write one HTML page on all runs of some comparisons.
+
+    Args:
+        comparisons: what :func:`fedlscl.analysis.results.compare` returns.
+        path: the page to write; its folder must exist.
+
+    Raises:
+        ValueError: if there is no comparison.
+        FileNotFoundError: if the folder of `path` does not exist.
+    """
+    if not comparisons:
+        raise ValueError("comparisons is empty, must hold at least one comparison of finished runs")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"bytes": human_bytes, "breakable": _breakable}
+    names = Counter(comparison.setting for comparison in comparisons)
+    page = environment.get_template(TEMPLATE).render(
+        version=fedlscl.__version__,
+        settings=[
+            _setting(c, f"s{n}", c.setting if names[c.setting] == 1 else c.title) for n, c in enumerate(comparisons, 1)
+        ],
+        masks=MASK_NAMES,
+    )
+    write_atomically(path, page.encode())
+
+
+def inline_svg(figure: Figure, prefix: str, label: str, described_by: str) -> Markup:
+    """Draw a figure as an SVG element to stand inside an HTML page.
+
+    Args:
+        figure: the figure; it is not changed.
+        prefix: put before every id, so that several figures can share a page.
+        label: what it shows, for those who do not see it.
+        described_by: id of the element that describes it.
+
+    Returns:
+        The element without a size; its style property `--drawn` is the width that it was drawn for.
+    """
+    buffer = io.BytesIO()
+    # The salt makes the same figure the same text; letters as outlines look alike whatever fonts a reader has.
+    with matplotlib.rc_context({"svg.hashsalt": "fedlscl", "svg.fonttype": "path"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    root = ET.fromstring(buffer.getvalue())
+    for parent in list(root.iter()):
+        for child in list(parent):
+            # A style inside the drawing would hold for the whole page; the page's own has it for its drawings.
+            if _local(child.tag) in ("metadata", "style"):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = _local(element.tag)
+        element.attrib = {_local(name): _prefixed(_local(name), value, prefix) for name, value in element.items()}
+    width = float(root.attrib.pop("width").removesuffix("pt"))
+    del root.attrib["height"]
+    root.set("style", f"--drawn: {width:.0f}pt")
+    root.attrib |= {"role": "img", "aria-label": label, "aria-describedby": described_by}
+    return Markup(ET.tostring(root, encoding="unicode"))
+
+
+def _breakable(text: str) -> Markup:
+    """The text, which may be broken behind an underscore."""
+    return Markup(escape(text).replace("_", Markup("_<wbr>")))
+
+
+def _local(name: str) -> str:
+    return name.rpartition("}")[2]
+
+
+def _prefixed(name: str, value: str, prefix: str) -> str:
+    if name == "id":
+        return prefix + value
+    if name == "href" and value.startswith("#"):
+        return f"#{prefix}{value[1:]}"
+    return value.replace("url(#", f"url(#{prefix}")
+
+
+def _setting(comparison: Comparison, key: str, name: str) -> dict[str, Any]:
+    """What the template shows of one comparison; `key` begins every id, `name` is its heading."""
+    runs = [run for variant in comparison.variants for run in variant.runs]
+    methods = {variant.method for variant in comparison.variants}
+    versions: dict[str, list[str]] = {}
+    for run in runs:
+        for package, version in run.summary["versions"].items():
+            versions.setdefault(package, []).append(str(version))
+    figures = []
+    for n, picture in enumerate(pictures(comparison), 1):
+        figure_key = f"{key}-figure{n}"
+        title = picture.title.removesuffix(f", {comparison.title}")  # the section's heading says it
+        svg = inline_svg(picture.figure, f"{figure_key}-", title, f"{figure_key}-caption")
+        figures.append({"key": figure_key, "title": title, "caption": picture.caption, "svg": svg})
+    different, same = differences(comparison.variants)
+    return {
+        "key": key,
+        "name": name,
+        "facts": {
+            "Setting": comparison.setting,
+            "Backbone": comparison.backbone,
+            "Accuracies on": comparison.evaluated_on,
+            "Runs": f"{plural(len(runs), 'run')} of {plural(len(methods), 'method')}",
+            "Seeds": ", ".join(map(str, sorted({run.seed for run in runs}))),
+            "Machines": "; ".join(dict.fromkeys(str(run.summary["machine"]) for run in runs)),
+            "Versions": ", ".join(
+                f"{package} {' and '.join(dict.fromkeys(each))}" for package, each in versions.items()
+            ),
+        },
+        "points": texts(POINTS, comparison.variants),
+        "tables": [_table(table, f"{key}-table{n}") for n, table in enumerate(tables(comparison), 1)],
+        "figures": figures,
+        "differences": different,
+        "same": same,
+        "open": texts(OPEN, comparison.variants),
+        "runs": [
+            _run(run, variant.label, variant.task_aware) for variant in comparison.variants for run in variant.runs
+        ],
+    }
+
+
+def _table(table: Table, key: str) -> dict[str, Any]:
+    columns = zip(*table.rows, strict=True)
+    return {
+        "key": key,
+        "title": table.title,
+        "note": table.note,
+        "header": table.header,
+        "rows": table.rows,
+        "numeric": [n > 0 and all(NUMBER.match(cell.text) for cell in column) for n, column in enumerate(columns)]
+        or [False] * len(table.header),
+    }
+
+
+def _run(run: Run, label: str, task_aware: Sequence[str]) -> dict[str, Any]:
+    summary = run.summary
+    seconds = {name: float(value) for name, value in summary["seconds"].items()}
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
+    return {
+        "label": label,
+        "seed": run.seed,
+        "averages": {
+            mask: f"{summary['accuracy'][mask]['final_average']:.1f}{'*' if mask in task_aware else ''}"
+            for mask in MASKS
+        },
+        "facts": {
+            "Small model": in_words(summary["cnn"]),
+            "Seconds": f"{seconds['total']:.1f} ({parts})" if parts else f"{seconds['total']:.1f}",
+            "Peak memory": f"{summary['peak_memory_mib']:.0f} MiB",
+            "Machine": summary["machine"],
+            "Summary": str(run.path),
+        },
+        "bytes": {"up": summary["bytes_up"], "down": summary["bytes_down"]},
+        "skipped": summary["skipped"],
+        "config": yaml.safe_dump(dict(summary["config"]), sort_keys=False, allow_unicode=True),
+    }

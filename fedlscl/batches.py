@@ -1,0 +1,116 @@
+"""What a training step is given and what a model gives back, and the batches of a client's round.
+
+Shapes: B batch, K classes of the whole federation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedlscl.data.device import CPU, send
+from fedlscl.data.module import FederatedDataModule
+from fedlscl.data.source import Part
+
+
+class Output(NamedTuple):
+    """What a client computes for a batch of images."""
+
+    logits: Tensor  # (B, K)
+    representation: Tensor  # (B, d), what the head sees
+    generated: Mapping[str, Tensor] = {}  # by name what Eq. 4 keeps in place: features (B, e), weights (B, P)
+
+
+class Images(NamedTuple):
+    """Some images of the data set, on the client's device, with their places in it."""
+
+    indices: NDArray[np.int64]  # (B,); an array, which stays on the CPU when the tensors go to a device
+    pixels: Tensor  # (B, 3, H, W) uint8
+    labels: Tensor  # (B,)
+
+
+class Batch(NamedTuple):
+    """One training step's samples."""
+
+    phase: str
+    images: Images
+    snapshot: dict[str, Tensor]  # (B, ...) each, arbitrary where not observed
+    observed: Tensor  # (B,) 1.0 for samples with a row in the snapshot
+
+
+class TrainingBatches:
+    """The batches of one client's round, in the order of its plan.
+
+    Args:
+        data: where the images are.
+        plan: the phase of each step, and its samples as positions into the buffered and then the current ones.
+        buffered: (m,) indices of the buffered training images.
+        current: (n,) indices of those of the current task.
+        snapshot: outputs (k, ...) by name for the first k images of those that were observed.
+        observes: which those are, see `Continual`.
+        device: where the batches are wanted.
+    """
+
+    def __init__(
+        self,
+        data: FederatedDataModule,
+        plan: Sequence[tuple[str, Tensor]],
+        buffered: Tensor,
+        current: Tensor,
+        snapshot: Mapping[str, Tensor],
+        observes: str,
+        device: torch.device,
+    ) -> None:
+        self.data, self.plan, self.buffered, self.current = data, plan, buffered, current
+        self.snapshot, self.observes, self.device = snapshot, observes, device
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[Batch]:
+        samples, device = torch.cat([self.buffered, self.current]), self.device
+        sizes = [len(positions) for _, positions in self.plan]
+        rows = torch.cat([positions for _, positions in self.plan])
+        rows = rows if self.observes == "buffer" else rows - len(self.buffered)
+        there = (rows >= 0) & (rows < len(next(iter(self.snapshot.values()), ())))
+        # sent once for all steps, and looked up where these run
+        snapshot = {name: outputs.to(device) for name, outputs in self.snapshot.items()}
+        looked_up = (torch.split(send(t, device), sizes) for t in (torch.where(there, rows, 0), there.float()))
+        for (phase, positions), row, observed in zip(self.plan, *looked_up, strict=True):
+            images = gather(self.data, "train", samples[positions], device)
+            if snapshot and (phase == "replay") == (self.observes == "buffer"):
+                yield Batch(phase, images, {name: outputs[row] for name, outputs in snapshot.items()}, observed)
+            else:
+                yield Batch(phase, images, {}, torch.zeros_like(observed))
+
+
+class ImageBatches:
+    """Images and labels of some samples in their order, on a device."""
+
+    def __init__(
+        self, data: FederatedDataModule, part: Part, indices: Tensor, batch_size: int, device: torch.device = CPU
+    ) -> None:
+        self.data, self.part, self.device = data, part, device
+        self.batches = torch.split(indices, batch_size)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Images]:
+        for indices in self.batches:
+            yield gather(self.data, self.part, indices, self.device)
+
+
+def gather(data: FederatedDataModule, part: Part, indices: Tensor, device: torch.device) -> Images:
+    """Images of one part by their indices (B,), on a device."""
+    return Images(indices.numpy(), *data.batch(part, indices, device))
+
+
+def split_evenly(order: Tensor, largest: int) -> tuple[Tensor, ...]:
+    """Parts of nearly equal size, none of a single image if there are more: batch normalisation refuses that."""
+    return order.tensor_split(max(1, min(-(-len(order) // largest), len(order) // 2)))

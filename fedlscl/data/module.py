@@ -1,0 +1,147 @@
+"""The data of a federated run: one source of images, split over clients and tasks, served as batches."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedlscl import seeds
+from fedlscl.data.device import CPU, DeviceImages
+from fedlscl.data.source import Dataset, Part, Source
+from fedlscl.data.splits import Split, SplitSpec, make_split
+
+
+class FederatedDataModule(LightningDataModule):
+    """Images and their split over clients and tasks.
+
+    After `setup`: `dataset`, `split`, `num_classes` and `class_names`.
+    """
+
+    dataset: Dataset
+    split: Split
+
+    def __init__(
+        self,
+        source: Source,
+        split: SplitSpec,
+        seed: int | None = None,
+        cache_dir: str | None = None,
+        device_mib: float = 8192,
+    ) -> None:
+        """Name what to load; nothing is read yet.
+
+        Args:
+            source: where the images come from.
+            split: how they are dealt out.
+            seed: seed of the split; the command line links it to the run's seed.
+            cache_dir: folder for decoded and downloaded images; None = $FEDLSCL_CACHE or ~/.cache/fedlscl.
+            device_mib: memory of an accelerator for images, which then stay there; those beyond are sent batch by
+                batch. On a CPU none is needed.
+        """
+        super().__init__()
+        if not device_mib >= 0:
+            raise ValueError(f"data.device_mib is {device_mib}, must not be negative")
+        self.source = source
+        self.split_spec = split
+        self.seed = seed
+        self.cache_dir = cache_dir
+        self.device_mib = device_mib
+        self._resident: DeviceImages | None = None
+
+    def prepare_data(self) -> None:
+        """Download, unpack and decode what the cache does not hold yet."""
+        self._load()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the data set and split it; a second call changes nothing.
+
+        Raises:
+            ValueError: no seed, or the data set does not allow the split.
+        """
+        if hasattr(self, "split"):
+            return
+        if self.seed is None:
+            raise ValueError("data.seed is not set; give the seed of the split, a whole number from 0 on")
+        self.dataset = self._load()
+        self.split = make_split(self.dataset.train.labels, self.dataset.test.labels, self.split_spec, self.seed)
+
+    @property
+    def split_sha256(self) -> str:
+        """What tells splits apart, the same in every place that has a part of one."""
+        return self.split.sha256
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the data set, whether the split uses them or not."""
+        return len(self.dataset.classes)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes by class id."""
+        return self.dataset.classes
+
+    def batch(
+        self, part: Part, indices: NDArray[np.int64] | Tensor, device: torch.device = CPU
+    ) -> tuple[Tensor, Tensor]:
+        """Gather images of one part.
+
+        Args:
+            part: which of the two image sets.
+            indices: positions in it, shape (B,), in any order.
+            device: where they are wanted.
+
+        Returns:
+            Images (B, 3, H, W) in uint8 and class ids (B,) in int64, copied to the memory of `device`.
+
+        Raises:
+            ValueError: `part` is neither.
+            IndexError: an index is outside the set.
+        """
+        if part not in ("train", "test"):
+            raise ValueError(f"part is {part!r}; it must be 'train' or 'test'")
+        positions = np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
+        if device.type == "cpu":
+            return self._gather(part, positions)
+        if self._resident is None or self._resident.device != device:
+            sizes = {"train": len(self.dataset.train.labels), "test": len(self.dataset.test.labels)}
+            self._resident = DeviceImages(self._gather, sizes, self.device_mib, device)
+        return self._resident(part, positions)
+
+    def public(self, per_class: int) -> tuple[Tensor, Tensor]:
+        """Training images that a server may hold, of each class up to `per_class`, drawn from the run's seed.
+
+        Images that no client has come first. Where the split leaves too few, as when all images are dealt out, clients
+        have the others too. Images that are held out for evaluation are never among them.
+
+        Returns:
+            Images (n, 3, H, W) in uint8 and class ids (n,), ascending.
+        """
+        assert self.seed is not None  # or there would be no split
+        labels, parts = self.dataset.train.labels, [part for client in self.split.clients for part in client.tasks]
+        held, evaluated = np.zeros(len(labels), dtype=bool), np.zeros(len(labels), dtype=bool)
+        for part in parts:
+            held[part.train] = True
+            if self.split.evaluate_on == "train":
+                evaluated[part.test] = True
+        chosen = []
+        for label in range(self.num_classes):
+            members = np.flatnonzero((labels == label) & ~evaluated)
+            order = np.random.default_rng(seeds.derive(self.seed, "public", label)).permutation(members)
+            chosen.append(order[np.argsort(held[order], kind="stable")][:per_class])
+        return self.batch("train", np.concatenate(chosen))
+
+    def _gather(self, part: str, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        chosen = self.dataset.train if part == "train" else self.dataset.test
+        return torch.from_numpy(chosen.images[positions]), torch.from_numpy(chosen.labels[positions])
+
+    def _load(self) -> Dataset:
+        folder = self.cache_dir or os.environ.get("FEDLSCL_CACHE") or "~/.cache/fedlscl"
+        path = Path(folder).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        return self.source.load(path)

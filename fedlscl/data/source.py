@@ -1,0 +1,101 @@
+"""What a data set is, and where one comes from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Part = Literal["train", "test"]
+"""Which of the two image sets of a data set."""
+
+_CUT_SEED = 20240  # of `cut_test`: not the run's seed, so that all runs share a test set
+
+
+_FINGERPRINTED = 64  # images of a set that are read to tell it from others
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images (N, 3, H, W) in uint8, possibly memory-mapped, and their class ids (N,) in int64."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A training and a test set over the same classes; class id c is called ``classes[c]``.
+
+    `complete` says that every class has images in both sets; in a part of a data set not every class needs to.
+    """
+
+    name: str
+    train: ImageSet
+    test: ImageSet
+    classes: tuple[str, ...]
+    complete: bool = True
+
+    @property
+    def sha256(self) -> str:
+        """What tells data sets apart: the classes, all labels, and some images from all over both sets."""
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        for part in (self.train, self.test):
+            digest.update(part.labels.tobytes())
+            some = np.unique(np.linspace(0, len(part.labels) - 1, _FINGERPRINTED).astype(np.int64))
+            digest.update(part.images[some].tobytes())
+        return digest.hexdigest()
+
+    def __post_init__(self) -> None:
+        """Check shapes and types, and the classes.
+
+        Raises:
+            ValueError: names the data set, the part and what is wrong.
+        """
+        for part, images, labels in (
+            ("train", self.train.images, self.train.labels),
+            ("test", self.test.images, self.test.labels),
+        ):
+            where = f"{self.name}: {part}"
+            if images.ndim != 4 or images.shape[1] != 3 or images.dtype != np.uint8:
+                raise ValueError(f"{where} images are {images.shape} {images.dtype}, not (N, 3, H, W) uint8")
+            if labels.shape != images.shape[:1] or labels.dtype != np.int64:
+                raise ValueError(f"{where} labels are {labels.shape} {labels.dtype}, not one int64 per image")
+            found, named = set(labels.tolist()), set(range(len(self.classes)))
+            if not found <= named or (self.complete and found != named):
+                raise ValueError(
+                    f"{where} labels must be all of 0..{len(named) - 1}: {sorted(named - found)[:5]} have no "
+                    f"image, {sorted(found - named)[:5]} have no name"
+                )
+
+
+class Source(ABC):
+    """Where a data set comes from."""
+
+    @abstractmethod
+    def load(self, cache_dir: Path) -> Dataset:
+        """Return the data set, after building in `cache_dir` what is not there yet.
+
+        Args:
+            cache_dir: existing folder for files that may be deleted at any time.
+
+        Raises:
+            FileNotFoundError: something the source reads is missing.
+            ValueError: something it reads is not what it should be.
+        """
+
+
+def cut_test(count: int, fraction: float, label: int, where: str | Path) -> NDArray[np.int64]:
+    """Sorted positions of the test images among `count` images of a class without official split."""
+    if count < 2:
+        raise ValueError(f"{where} has {count} image; a training and a test image are needed")
+    rng = np.random.default_rng(np.random.SeedSequence(_CUT_SEED, spawn_key=(label,)))
+    tests = min(max(1, math.floor(fraction * count + 0.5)), count - 1)
+    return np.sort(rng.permutation(count)[:tests])

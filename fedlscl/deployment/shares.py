@@ -1,0 +1,170 @@
+"""A part of a federation's data in a folder of its own: all that one client, or the server, may see.
+
+A folder holds ``share.json`` and, as NumPy arrays, ``train-images``, ``train-labels``, ``test-images`` and
+``test-labels``: images (n, 3, H, W) in uint8, class ids (n,) in int64.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedlscl.data.module import FederatedDataModule
+from fedlscl.data.source import Dataset, ImageSet, Source
+from fedlscl.data.splits import ClientSplit, Split, TaskSplit
+from fedlscl.files import replacing, sync, write_atomically
+
+PARTS = ("train", "test")
+FIELDS = {"data", "classes", "sha256", "public_per_class", "split"}
+"""What `share.json` holds."""
+
+
+class LocalShare(FederatedDataModule):
+    """The data of one place, as `deal` writes them.
+
+    Args:
+        folder: one of the folders that `deal` makes.
+        device_mib: see `FederatedDataModule`.
+
+    Raises:
+        FileNotFoundError: if there is no share in `folder`.
+        ValueError: if `share.json` is not what `deal` writes.
+    """
+
+    def __init__(self, folder: Path, device_mib: float = 8192) -> None:
+        path = folder / "share.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} holds no share of a federation's data ({path.name}); see `fedlscl deal`")
+        try:
+            self._content = json.loads(path.read_text())
+            if missing := FIELDS - set(self._content):
+                raise ValueError(f"it lacks {sorted(missing)}")
+            share = Split.from_json(json.dumps(self._content["split"]))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+        super().__init__(_Arrays(folder), share.spec, share.seed, device_mib=device_mib)
+        self.folder, self.split = folder, share
+
+    def prepare_data(self) -> None:
+        """Everything is there."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the images, which are read when they are needed.
+
+        Raises:
+            ValueError: if they are not those that the tasks name; a share need not have been made by `deal`.
+        """
+        self.dataset = self.source.load(self.folder)
+        for client in self.split.present:
+            for number, task in enumerate(client.tasks):
+                for part, positions in (("train", task.train), (self.split.evaluate_on, task.test)):
+                    labels, where = getattr(self.dataset, part).labels, f"{self.folder}: task {number}"
+                    if positions.size and positions[-1] >= len(labels):
+                        raise ValueError(f"{where} has position {positions[-1]} in {part}-images of {len(labels)}")
+                    if others := set(labels[positions].tolist()) - set(task.classes):
+                        raise ValueError(f"{where} has classes {list(task.classes)}, but {part} images of {others}")
+
+    @property
+    def split_sha256(self) -> str:
+        """The hash of the split that this is a share of."""
+        return str(self._content["sha256"])
+
+    def public(self, per_class: int) -> tuple[Tensor, Tensor]:
+        """The public images, which are all that the server's share holds."""
+        if (there := self._content["public_per_class"]) != per_class:
+            raise ValueError(f"{self.folder} holds {there} public images of each class, server wants {per_class}")
+        return self.batch("train", np.arange(len(self.dataset.train.labels)))
+
+
+class _Arrays(Source):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def load(self, cache_dir: Path) -> Dataset:
+        content = json.loads((self.folder / "share.json").read_text())
+        train, test = (
+            ImageSet(
+                np.load(self.folder / f"{part}-images.npy", mmap_mode="r", allow_pickle=False),
+                np.load(self.folder / f"{part}-labels.npy", allow_pickle=False),
+            )
+            for part in PARTS
+        )
+        return Dataset(content["data"], train, test, tuple(content["classes"]), complete=False)
+
+
+def deal(data: FederatedDataModule, public_per_class: int, folder: Path) -> Iterator[Path]:
+    """Write every place's share, bit for bit the images that it has in a federation in one process.
+
+    Args:
+        data: the whole data set, set up.
+        public_per_class: how many labelled images of each class the server holds.
+        folder: gets ``client-0``, ``client-1`` and so on, and ``server``.
+
+    Yields:
+        The folder of each share, once it is complete.
+    """
+    for path in folder.glob("*/share.json"):
+        path.unlink()  # of shares dealt before, of which none must count while its images are replaced
+    size = data.dataset.train.images.shape[1:]
+    for index in range(len(data.split.clients)):
+        held: dict[str, list[NDArray[np.int64]]] = {part: [] for part in PARTS}
+        for task in data.split.clients[index].tasks:
+            held["train"].append(task.train)
+            held[data.split.evaluate_on].append(task.test)
+        # ascending, so that images are in the same order in a share as they are in the whole
+        own = {part: np.unique(np.concatenate([np.empty(0, np.int64), *indices])) for part, indices in held.items()}
+        tasks = tuple(
+            TaskSplit(
+                task.classes,
+                np.searchsorted(own["train"], task.train),
+                np.searchsorted(own[data.split.evaluate_on], task.test),
+            )
+            for task in data.split.clients[index].tasks
+        )
+        known = data.split.only([index]).clients
+        share = ClientSplit(known[index].private, known[index].public, tasks)
+        split = Split(data.split.spec, data.split.seed, (*known[:index], share, *known[index + 1 :]))
+        sets = {part: (getattr(data.dataset, part).images, getattr(data.dataset, part).labels) for part in PARTS}
+        yield _write(
+            data,
+            folder / f"client-{index}",
+            split,
+            {part: ImageSet(images[own[part]], labels[own[part]]) for part, (images, labels) in sets.items()},
+            0,
+        )
+    nothing = ImageSet(np.empty((0, *size), np.uint8), np.empty(0, np.int64))
+    public = nothing
+    if public_per_class:
+        images, labels = data.public(public_per_class)
+        public = ImageSet(images.numpy(), labels.numpy())
+    yield _write(data, folder / "server", data.split.only([]), {"train": public, "test": nothing}, public_per_class)
+
+
+def _write(
+    data: FederatedDataModule, folder: Path, split: Split, sets: dict[str, ImageSet], public_per_class: int
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, images in sets.items():
+        _save(folder / f"{part}-images.npy", images.images)
+        _save(folder / f"{part}-labels.npy", images.labels)
+    content = {
+        "data": data.dataset.name,
+        "classes": list(data.class_names),
+        "sha256": data.split_sha256,
+        "public_per_class": public_per_class,
+        "split": json.loads(split.to_json()),
+    }
+    write_atomically(folder / "share.json", json.dumps(content).encode())  # last: without it there is no share
+    return folder
+
+
+def _save(path: Path, array: NDArray[np.generic]) -> None:
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+        file.flush()
+        sync(temporary)

@@ -1,0 +1,117 @@
+"""The small model of every client: a CNN of timm.
+
+Shapes: B batch, S input size in pixels, e feature width.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data.config import resolve_model_data_config
+from torch import Tensor, nn
+
+from fedlscl.models.create import _create, resize
+
+
+@dataclass(frozen=True)
+class SmallModelSpec:
+    """The small CNN of every client.
+
+    Args:
+        name: a CNN of timm, or one name per client.
+        features: common feature width e; a CNN of another width gets a linear map to it.
+        image_size: side of the square input in pixels, independent of the ViT's.
+        pretrained: start from timm's weights.
+        model_args: further arguments of timm.create_model; where `name` is a list, those of each CNN under its name.
+    """
+
+    name: str | list[str] = "resnet18"
+    features: int = 512
+    image_size: int = 224
+    pretrained: bool = False
+    model_args: dict[str, Any] = field(default_factory=dict)
+
+    def name_of(self, client: int) -> str:
+        """The CNN of a client."""
+        return self.name if isinstance(self.name, str) else self.name[client]
+
+    def args_of(self, name: str) -> dict[str, Any]:
+        """The further arguments of the CNN of this name."""
+        return self.model_args if isinstance(self.name, str) else self.model_args.get(name, {})
+
+    def check(self, clients: int) -> None:
+        """Raise ValueError if there is not one name, or one per client, or `model_args` does not fit the names."""
+        if isinstance(self.name, str):
+            return
+        if len(self.name) != clients:
+            raise ValueError(
+                f"cnn.name lists {len(self.name)} models for {clients} clients; list one each, or give one name"
+            )
+        if wrong := {k: v for k, v in self.model_args.items() if k not in self.name or not isinstance(v, dict)}:
+            raise ValueError(
+                f"cnn.model_args is {wrong}; with a list of names it must hold the arguments of each under its name, "
+                f"such as {{{self.name[0]}: {{...}}}}"
+            )
+
+
+class SmallModel(nn.Module):
+    """theta: a CNN that maps an image to a feature vector.
+
+    Args:
+        spec: width of the features, size of the images, and how the CNN is made.
+        name: a CNN of timm.
+        unit_length: scale every feature vector to L2 norm 1 (Fed-LSCL, Eq. 2).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: SmallModelSpec, name: str, unit_length: bool = True) -> None:
+        super().__init__()
+        self.unit_length = unit_length
+        self.image_size = spec.image_size
+        self.backbone = _create("cnn", name, spec.pretrained, spec.args_of(name))
+        width, self.tiny = _trial(self.backbone, name, spec.image_size)
+        self.project = nn.Identity() if width == spec.features else nn.Linear(width, spec.features)
+        statistics = resolve_model_data_config(self.backbone)
+        self.register_buffer("mean", torch.tensor(statistics["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(statistics["std"]).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features E (B, e) in float32, from images (B, 3, H, W) in uint8 or as floats in 0..1."""
+        x = (resize(images, self.image_size) - self.mean) / self.std
+        if x.is_cuda:  # on a CPU it was measured to be slower
+            x = x.contiguous(memory_format=torch.channels_last)
+        # oneDNN's bf16 gradient of a convolution whose stride is beyond its image holds memory that nobody has written
+        in_float32 = self.tiny and x.device.type == "cpu"
+        with torch.autocast("cpu", enabled=False) if in_float32 else nullcontext():
+            features: Tensor = self.project(self.backbone(x)).float()
+        return F.normalize(features, dim=1) if self.unit_length else features
+
+
+def _trial(model: nn.Module, name: str, image_size: int) -> tuple[int, bool]:
+    """The width of the features, and whether the stride of any convolution is beyond the image that it sees."""
+    beyond = False
+
+    def look(conv: nn.Conv2d, inputs: tuple[Tensor]) -> None:
+        nonlocal beyond
+        beyond |= any(size < stride for size, stride in zip(inputs[0].shape[-2:], conv.stride, strict=True))
+
+    # timm's num_features is not the output width of models with a head of their own (MobileNetV3), so look
+    hooks = [module.register_forward_pre_hook(look) for module in model.modules() if isinstance(module, nn.Conv2d)]
+    try:
+        model.eval()
+        with torch.no_grad():
+            output = model(torch.zeros(1, 3, image_size, image_size))
+    except RuntimeError as error:
+        raise ValueError(f"cnn.image_size: '{name}' cannot take images of {image_size} px ({error})") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if output.ndim != 2:
+        raise ValueError(f"cnn.name: '{name}' gives an output of shape {tuple(output.shape)}, not one vector per image")
+    return int(output.shape[1]), beyond

@@ -1,0 +1,190 @@
+"""The frozen foundation model that every client holds: a plain ViT of timm.
+
+Shapes: B batch, T tokens, S input size in pixels, d ViT width.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.data.config import resolve_model_data_config
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from fedlscl import seeds
+from fedlscl.models.adapters import Injection
+from fedlscl.models.create import _create, resize
+
+SHIPPED = Path(__file__).parent / "weights"
+
+
+class FrozenViT(nn.Module):
+    """A timm plain ViT without its classifier: evaluation mode, no gradients for its parameters.
+
+    One object serves every client of a process; it is part of no checkpoint and no message.
+
+    Args:
+        name: any plain ViT of timm, optionally with a pretrained tag, such as vit_base_patch16_224.augreg_in21k.
+        pretrained: load timm's weights for this name, from its hub or cache.
+        weights: load this safetensors file instead: a path, or the name of a file shipped in fedlscl/models/weights.
+        image_size: side of the square input in pixels; the position embedding is resampled to it.
+        model_args: further arguments of timm.create_model, for instance embed_dim and depth of a model of your own.
+        mean: per-channel mean of the input pixels in 0..1; by default what timm states for this name.
+        std: per-channel deviation of the input pixels in 0..1; by default what timm states for this name.
+        cache_mib: memory for what the frozen blocks compute, once for each image; 0 computes it in every step.
+    """
+
+    mean: Tensor
+    std: Tensor
+    weights_sha256: str | None  # of the file of weights, where there is one
+
+    def __init__(
+        self,
+        name: str = "vit_base_patch16_224.augreg_in21k",
+        pretrained: bool = False,
+        weights: str | None = None,
+        image_size: int = 224,
+        model_args: dict[str, Any] | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        cache_mib: float = 4096,
+    ) -> None:
+        super().__init__()
+        if not cache_mib >= 0:
+            raise ValueError(f"backbone.cache_mib is {cache_mib}, must not be negative")
+        self.cache_mib = cache_mib
+        with seeds.seeded(0, "backbone"):  # untrained weights too are the same in every run, and when predicting
+            vit = _create(
+                "backbone", name, pretrained and weights is None, {"img_size": image_size, **(model_args or {})}
+            )
+        if not isinstance(vit, VisionTransformer) or not hasattr(vit.blocks[0], "attn"):
+            raise ValueError(f"backbone.name: '{name}' is not a plain ViT; take a vit_* or deit_* model of timm")
+        if weights is not None:
+            _load_vit(vit, _find(weights))
+        self.weights_sha256 = weights_sha256(weights)
+        self.name, self.image_size = name, image_size
+        self.source = Path(weights).name if weights else "pretrained by timm" if pretrained else "untrained"
+        self.vit: Any = vit
+        self.width, self.depth = int(vit.embed_dim), len(vit.blocks)
+        blocks: Any = vit.blocks
+        self.heads, self.num_prefix_tokens = int(blocks[0].attn.num_heads), int(vit.num_prefix_tokens)
+        for block in blocks:
+            # On a CPU the backward pass of torch's fused attention takes longer than all the rest of a block
+            block.attn.fused_attn = torch.cuda.is_available()
+        statistics = resolve_model_data_config(vit)
+        self.register_buffer("mean", torch.tensor(mean or statistics["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std or statistics["std"]).view(3, 1, 1), persistent=False)
+        self.requires_grad_(False).eval()
+        self._low: tuple[object, Any] = (None, None)
+
+    def _model(self) -> Any:
+        """The ViT, under autocast with its linear layers in autocast's dtype: it would convert them in every step."""
+        device = self.mean.device
+        if not torch.is_autocast_enabled(device.type):
+            return self.vit
+        wanted = (device, torch.get_autocast_dtype(device.type))
+        if self._low[0] != wanted:
+            with torch.inference_mode(False):  # training uses what a test may have asked for first
+                vit = copy.deepcopy(self.vit)
+                for module in vit.modules():
+                    if isinstance(module, nn.Linear):
+                        module.to(wanted[1])
+            self._low = (wanted, vit)  # a tuple keeps it out of the module tree
+        return self._low[1]
+
+    def train(self, mode: bool = True) -> FrozenViT:
+        """Stay in evaluation mode, whatever is asked."""
+        return super().train(False)
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) to normalised float (B, 3, S, S)."""
+        return (resize(images, self.image_size) - self.mean) / self.std
+
+    def lower(self, x: Tensor, block: int) -> Tensor:
+        """Tokens (B, T, d) that enter `block`, from prepared images; nothing trained has a part in them."""
+        vit = self._model()
+        with torch.no_grad():
+            tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))
+            entering: Tensor = vit.blocks[:block](tokens)
+        return entering
+
+    def prompted(self, tokens: Tensor, prompts: Tensor) -> Tensor:
+        """Tokens (B, T + L, d) that enter block 0, with prompts (B, L, d) right behind the class token.
+
+        They are at the class token's position, and stand in the places `num_prefix_tokens` to `num_prefix_tokens + L`.
+        """
+        vit, first = self._model(), self.num_prefix_tokens
+        if first and vit.pos_embed is not None and not vit.no_embed_class:
+            prompts = prompts + vit.pos_embed[:, :1]
+        return torch.cat([tokens[:, :first], vit.norm_pre(prompts).to(tokens.dtype), tokens[:, first:]], dim=1)
+
+    def encode(self, tokens: Tensor, block: int, injections: Sequence[Injection] = ()) -> Tensor:
+        """All tokens (B, T, d) as they leave the last block, normalised, from those that enter `block`.
+
+        Raises:
+            ValueError: an injection is for a block that these tokens do not pass.
+        """
+        vit = self._model()
+        with ExitStack() as stack:
+            for injection in injections:
+                if not block <= injection.block < self.depth:
+                    raise ValueError(
+                        f"something is to be injected into block {injection.block}, but these tokens pass blocks "
+                        f"{block} to {self.depth - 1}"
+                    )
+                stack.enter_context(injection.into(vit.blocks[injection.block]))
+            encoded: Tensor = vit.norm(vit.blocks[block:](tokens))
+        return encoded
+
+    def upper(self, tokens: Tensor, block: int, injections: Sequence[Injection] = ()) -> Tensor:
+        """Features (B, d) from the tokens that enter `block`."""
+        features: Tensor = self._model().forward_head(self.encode(tokens, block, injections), pre_logits=True)
+        return features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Frozen features (B, d) of uint8 images (B, 3, H, W)."""
+        return self.upper(self.lower(self.prepare(images), 0), 0)
+
+
+def weights_sha256(weights: str | None) -> str | None:
+    """What tells files of weights apart that `FrozenViT` takes; None where it is given none.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if weights is None:
+        return None
+    with _find(weights).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _find(weights: str) -> Path:
+    for path in (Path(weights), SHIPPED / weights):
+        if path.is_file():
+            return path
+    shipped = ", ".join(sorted(file.name for file in SHIPPED.glob("*.safetensors")))
+    raise FileNotFoundError(
+        f"backbone.weights: no file '{weights}', neither as a path nor among the shipped: {shipped}"
+    )
+
+
+def _load_vit(vit: VisionTransformer, path: Path) -> None:
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"backbone.weights: '{path}' is not a safetensors file ({error})") from error
+    try:
+        # timm's own filter resamples patch and position embeddings and knows the layouts of other ViT releases
+        filtered = checkpoint_filter_fn({name: value.float() for name, value in stored.items()}, vit)
+        state = {name: value for name, value in filtered.items() if not name.startswith("head.")}
+        vit.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"backbone.weights: '{path}' does not fit backbone.name and model_args: {error}") from error

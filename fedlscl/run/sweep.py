@@ -1,0 +1,265 @@
+"""A W&B sweep file without a server: the same grid and the same command lines as `wandb agent`, run on this machine.
+
+The grid is drawn by W&B's own `sweeps` package and the command lines are put together by W&B's own functions.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from fedlscl.run.fields import flat
+
+ARGS = "${args}"
+LOG = "output.log"
+POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a sweep.
+
+    Args:
+        words: the command line.
+        run_dir: the folder that it makes or continues.
+    """
+
+    words: tuple[str, ...]
+    run_dir: Path
+
+    @property
+    def finished(self) -> bool:
+        """Whether its numbers are there."""
+        return (self.run_dir / "summary.json").exists()
+
+    @property
+    def last_words(self) -> str:
+        """The last line that it wrote."""
+        lines = (self.run_dir / LOG).read_text(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "it wrote nothing")
+
+
+def read_sweep(path: Path) -> dict[str, Any]:
+    """Read a sweep file.
+
+    Args:
+        path: a sweep file in W&B's format, method `grid`, whose command runs `fedlscl fit`.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ValueError: if it is not in W&B's format, is no grid, or does not hand its parameters to `fedlscl fit`.
+        FileNotFoundError: if there is no such file.
+    """
+    sweeps = _sweeps()
+    try:
+        sweep = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(sweep, dict):
+        raise ValueError(f"{path} holds {type(sweep).__name__}, must be a sweep in W&B's format")
+    if violations := sweeps.config.schema_violations_from_proposed_config(sweep):
+        raise ValueError(f"{path} is not a sweep in W&B's format: {'; '.join(violations)}")
+    if sweep["method"] != "grid":
+        raise ValueError(f"{path}: method is '{sweep['method']}'; without W&B's server only 'grid' can be drawn")
+    if "early_terminate" in sweep:
+        raise ValueError(f"{path} has early_terminate, which needs W&B's server; here every run goes on to its end")
+    command = sweep.get("command") or []
+    if command[:2] != ["fedlscl", "fit"] or ARGS not in command:
+        raise ValueError(f"{path}: command is {command}, must begin with fedlscl, fit and hold {ARGS}")
+    return sweep
+
+
+def narrowed(sweep: Mapping[str, Any], only: Sequence[str]) -> dict[str, Any]:
+    """A part of a sweep.
+
+    Args:
+        sweep: what :func:`read_sweep` returns.
+        only: `parameter=value`, the value as in the file; of a parameter named here only the values named are drawn.
+
+    Returns:
+        The sweep with these values alone.
+
+    Raises:
+        ValueError: if the sweep has no such parameter or no such value of it.
+    """
+    chosen: dict[str, list[Any]] = {}
+    for text in only:
+        name, _, value = text.partition("=")
+        if name not in sweep["parameters"]:
+            raise ValueError(f"only is '{text}', must be PARAMETER=VALUE of one of {', '.join(sweep['parameters'])}")
+        entry = sweep["parameters"][name]
+        there = entry.get("values", [entry.get("value")])
+        wanted = yaml.safe_load(value)
+        if wanted not in there:
+            raise ValueError(f"only is '{text}', must name one of {', '.join(map(str, there))}")
+        chosen.setdefault(name, []).append(wanted)
+    parameters = {
+        name: {"values": chosen[name]} if name in chosen else entry for name, entry in sweep["parameters"].items()
+    }
+    return {**sweep, "parameters": parameters}
+
+
+def command_lines(sweep: Mapping[str, Any]) -> list[tuple[dict[str, Any], list[str]]]:
+    """What the runs of a sweep are told, in the order of the grid.
+
+    Args:
+        sweep: what :func:`read_sweep` or :func:`narrowed` returns.
+
+    Returns:
+        For each run its parameters and the command line that `wandb agent` would give it in this environment.
+    """
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    runs = _sweeps().next_runs(dict(sweep), [], n=sys.maxsize)
+    lines = []
+    for run in runs[:-1]:  # the last is None: there are no more
+        words: list[str] = []
+        for word in create_sweep_command(list(sweep["command"])):
+            words += create_sweep_command_args({"args": run.config})["args"] if word == ARGS else [str(word)]
+        lines.append(({name: entry["value"] for name, entry in run.config.items()}, words))
+    return lines
+
+
+def plan(
+    sweep: Mapping[str, Any],
+    further: Sequence[str],
+    configuration: Callable[[list[str]], dict[str, Any]],
+    run_dir: Callable[[dict[str, Any]], str],
+) -> list[PlannedRun]:
+    """Parse every command line, and make sure that each says what the sweep means.
+
+    Args:
+        sweep: what :func:`read_sweep` or :func:`narrowed` returns.
+        further: words put behind every command line.
+        configuration: gives the configuration of the words behind `fedlscl`.
+        run_dir: gives the run folder of a configuration.
+
+    Returns:
+        The runs, in the order of the grid.
+
+    Raises:
+        ValueError: if a value of the sweep does not arrive in the configuration, or two runs are the same.
+    """
+    planned: dict[Path, PlannedRun] = {}
+    for parameters, line in command_lines(sweep):
+        words = [*line, *further]
+        config = configuration(words[1:])
+        if lost := not_arrived(parameters, config):
+            raise ValueError(f"`{shlex.join(words)}` does not do what the sweep says: {'; '.join(lost)}")
+        folder = Path(run_dir(config))
+        if folder in planned:
+            raise ValueError(
+                f"`{shlex.join(words)}` and `{shlex.join(planned[folder].words)}` are the same run: "
+                "a parameter has no effect"
+            )
+        planned[folder] = PlannedRun(tuple(words), folder)
+    return list(planned.values())
+
+
+def not_arrived(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """Which values of a sweep are not in a configuration.
+
+    Args:
+        parameters: value by name, as the sweep draws them; `config` names a file whose fields count as well.
+        config: the configuration that the command line was parsed to.
+
+    Returns:
+        A text for each value that is missing or different.
+    """
+    wanted = {}
+    if "config" in parameters:
+        wanted = flat(yaml.safe_load(Path(parameters["config"]).read_text()))
+    wanted |= flat({name: value for name, value in parameters.items() if name != "config"})
+    there = flat(config)
+    return [
+        f"{name} is {there.get(name)!r}, not {value!r}"
+        for name, value in wanted.items()
+        if name not in there or not _same(value, there[name])
+    ]
+
+
+def run_all(runs: Sequence[PlannedRun], jobs: int, console: Console) -> list[PlannedRun]:
+    """Run what is not finished, several at a time, and go on when one fails.
+
+    Args:
+        runs: the runs.
+        jobs: how many at once; with more than one, each gets its share of the CPU's cores.
+        console: where to show how far it is.
+
+    Returns:
+        The runs that failed. What they wrote is in ``output.log`` of their folders.
+    """
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    if jobs > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    waiting = [run for run in runs if not run.finished]
+    failed: list[PlannedRun] = []
+    running: dict[subprocess.Popen[bytes], PlannedRun] = {}
+    columns = (TextColumn("runs"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(
+        *columns, TextColumn("<"), TimeRemainingColumn(), console=console, disable=not console.is_terminal, expand=True
+    ) as progress:
+        bar = progress.add_task("runs", total=len(runs), completed=len(runs) - len(waiting))
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    run = waiting.pop(0)
+                    running[_start(run, environment)] = run
+                time.sleep(POLL_SECONDS)
+                for process in [process for process in running if process.poll() is not None]:
+                    run = running.pop(process)
+                    progress.advance(bar)
+                    if process.returncode < 0:  # its own last line would not tell why, as when memory ran out
+                        with (run.run_dir / LOG).open("a") as log:
+                            log.write(f"\nended by signal {-process.returncode}\n")
+                    if process.returncode == 0:
+                        end = "finished"
+                    else:
+                        end = f"failed: {run.last_words}"
+                        failed.append(run)
+                    console.print(Text(f"{run.run_dir.name}  {end}"), soft_wrap=True)
+        finally:
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.wait()
+    return failed
+
+
+def _start(run: PlannedRun, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    with (run.run_dir / LOG).open("ab") as log:
+        return subprocess.Popen(
+            run.words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+        )
+
+
+def _same(wanted: Any, there: Any) -> bool:
+    if isinstance(wanted, str) and isinstance(there, int | float):  # YAML takes 1e-3 for a word
+        try:
+            return float(wanted) == there
+        except ValueError:
+            return False
+    return bool(wanted == there)
+
+
+def _sweeps() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is written for an older pydantic
+        import sweeps
+    return sweeps

@@ -1,0 +1,328 @@
+"""Images of files: decoding, folders, ImageNet-R and its archive, the cache of decoded images."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from pictures import pixels, write_folder
+from PIL import Image
+from torchvision.transforms import v2
+
+from fedlscl.data import folders
+from fedlscl.data.folders import ImageFolder, ImageNetR, decode_image
+from fedlscl.data.source import Dataset, ImageSet
+
+# ---------------------------------------------------------------- decode_image
+
+
+def test_an_image_of_the_right_size_keeps_its_pixels(tmp_path: Path) -> None:
+    Image.fromarray(pixels(0)).save(tmp_path / "a.png")
+    decoded = decode_image(tmp_path / "a.png", 8)
+    np.testing.assert_array_equal(decoded, pixels(0).transpose(2, 0, 1))
+    assert decoded.dtype == np.uint8
+    assert decoded.flags.c_contiguous
+
+
+@pytest.mark.parametrize("shape", [(40, 23), (23, 40), (31, 31), (16, 45), (45, 16), (5, 9), (17, 16)])
+def test_resizing_and_cutting_equal_torchvisions(tmp_path: Path, shape: tuple[int, int]) -> None:
+    image = Image.fromarray(pixels(1, *shape))
+    image.save(tmp_path / "a.png")
+    bicubic = v2.InterpolationMode.BICUBIC
+    reference = v2.Compose([v2.Resize(16, bicubic, antialias=True), v2.CenterCrop(16), v2.PILToTensor()])
+    np.testing.assert_array_equal(decode_image(tmp_path / "a.png", 16), reference(image).numpy())
+
+
+def test_grey_palette_and_transparent_images_become_rgb(tmp_path: Path) -> None:
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(grey).save(tmp_path / "clear.png", transparency=0)
+    Image.fromarray(grey.astype(np.uint16) * 256 + 77).save(tmp_path / "grey16.png")
+    Image.fromarray(grey).convert("LA").save(tmp_path / "alpha.png")
+    for name in ("grey", "clear", "grey16", "alpha"):
+        decoded = decode_image(tmp_path / f"{name}.png", 8)
+        np.testing.assert_array_equal(decoded, np.stack([grey] * 3), err_msg=name)
+
+    palette = Image.fromarray(pixels(0) // 128 * 255).convert("P", palette=Image.Palette.ADAPTIVE)
+    palette.save(tmp_path / "palette.png")
+    palette.save(tmp_path / "palette_clear.png", transparency=bytes(range(8)))
+    palette.save(tmp_path / "palette.gif")
+    for name in ("palette.png", "palette_clear.png", "palette.gif"):
+        decoded = decode_image(tmp_path / name, 8)
+        np.testing.assert_array_equal(decoded, (pixels(0) // 128 * 255).transpose(2, 0, 1), err_msg=name)
+
+
+def test_what_is_no_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    Image.fromarray(pixels(0, 64, 64)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
+    for name in ("text.png", "cut.png"):
+        with pytest.raises(ValueError, match=rf"{name} cannot be read as an image .* replace or delete it"):
+            decode_image(tmp_path / name, 8)
+    with pytest.raises(FileNotFoundError, match=r"no image .*absent\.png"):
+        decode_image(tmp_path / "absent.png", 8)
+    with pytest.raises(ValueError, match="size is 0"):
+        decode_image(tmp_path / "whole.png", 0)
+
+
+# ------------------------------------------------------------------ ImageFolder
+
+
+def test_a_folder_gives_its_images_in_sorted_order(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "pets")
+    (root / "train" / ".hidden").mkdir()
+    (root / "train" / "ant" / "notes.txt").write_text("ignored")
+    (root / "train" / "ant" / "._0.png").write_text("ignored")
+    loaded = ImageFolder(str(root), 8).load(tmp_path)
+    assert loaded.name == "pets"
+    assert loaded.classes == ("ant", "bee")
+    assert loaded.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert loaded.test.labels.tolist() == [0, 0, 1, 1]
+    together = np.concatenate([loaded.train.images, loaded.test.images])
+    np.testing.assert_array_equal(together, [pixels(k).transpose(2, 0, 1) for k in range(10)])
+    assert isinstance(loaded.train.images, np.memmap)
+    assert not loaded.train.images.flags.writeable
+    assert ImageFolder(str(root), 8, name="animals").load(tmp_path).name == "animals"
+
+
+class _Decoder:
+    """Counts how often images are decoded."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Take the place of decode_image."""
+        self.calls = 0
+        self.original = decode_image
+        monkeypatch.setattr(folders, "decode_image", self)
+
+    def __call__(self, path: Path, size: int) -> NDArray[np.uint8]:
+        self.calls += 1
+        return self.original(path, size)
+
+
+@pytest.fixture
+def decoder(monkeypatch: pytest.MonkeyPatch) -> _Decoder:
+    """Count the calls of decode_image from here on."""
+    return _Decoder(monkeypatch)
+
+
+def test_images_are_decoded_once_and_again_when_a_file_changes(tmp_path: Path, decoder: _Decoder) -> None:
+    source, cache = ImageFolder(str(write_folder(tmp_path / "pets")), 8), tmp_path / "cache"
+    cache.mkdir()
+    source.load(cache)
+    assert decoder.calls == 10
+    source.load(cache)
+    assert decoder.calls == 10
+
+    changed = tmp_path / "pets" / "train" / "ant" / "1.png"
+    stamp = changed.stat().st_mtime_ns
+    os.utime(changed, ns=(stamp, stamp + 1))  # as small a change as can be
+    Image.fromarray(pixels(99)).save(tmp_path / "new.png")
+    source.load(cache)
+    assert decoder.calls == 16  # only the training images
+
+    os.replace(tmp_path / "new.png", changed)
+    np.testing.assert_array_equal(source.load(cache).train.images[1], pixels(99).transpose(2, 0, 1))
+    changed.unlink()
+    assert len(source.load(cache).train.images) == 5
+    assert ImageFolder(str(tmp_path / "pets"), 4).load(cache).train.images.shape == (5, 3, 4, 4)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "other", "pickle", "shape"])
+def test_a_damaged_cache_is_built_again(tmp_path: Path, decoder: _Decoder, damage: str) -> None:
+    source, cache = ImageFolder(str(write_folder(tmp_path / "pets")), 8), tmp_path / "cache"
+    cache.mkdir()
+    good = source.load(cache).train.images.copy()
+    for file in cache.glob("*.npy"):
+        content = file.read_bytes()
+        file.unlink()  # not written over: that would change the mapped images of an earlier load
+        if damage in ("cut", "empty", "other"):
+            file.write_bytes({"cut": content[:-1], "empty": b"", "other": b"PK\x03\x04"}[damage])
+        elif damage == "pickle":
+            np.save(file, np.array([{}], dtype=object), allow_pickle=True)
+        else:
+            np.save(file, np.zeros((1, 3, 8, 8), np.uint8))
+    np.testing.assert_array_equal(source.load(cache).train.images, good)
+    assert decoder.calls == 20
+
+
+def test_an_unreadable_image_stops_the_build_and_leaves_nothing(tmp_path: Path) -> None:
+    root, cache = write_folder(tmp_path / "pets"), tmp_path / "cache"
+    cache.mkdir()
+    (root / "train" / "bee" / "1.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"train.bee.1\.png cannot be read as an image"):
+        ImageFolder(str(root), 8).load(cache)
+    assert list(cache.iterdir()) == []
+
+
+def test_many_images_are_decoded_in_order_under_a_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "_PROGRESS_FROM", 1)
+    root = write_folder(tmp_path / "pets", names=("a", "b", "c"), train=70, test=1)
+    images = ImageFolder(str(root), 8).load(tmp_path).train.images
+    listed = [f"{k}.png" for k in range(70)]
+    expected = [pixels(c * 70 + listed.index(name)) for c in range(3) for name in sorted(listed)]
+    np.testing.assert_array_equal(images, np.array(expected).transpose(0, 3, 1, 2))
+
+
+def test_folders_that_are_no_data_set_are_refused(tmp_path: Path) -> None:
+    def load(root: Path, expected: int | None = None) -> Dataset:
+        return ImageFolder(str(root), 8, expected_classes=expected).load(tmp_path)
+
+    with pytest.raises(FileNotFoundError, match=r"nowhere.train is not there"):
+        load(tmp_path / "nowhere")
+    root = write_folder(tmp_path / "pets")
+    with pytest.raises(ValueError, match=r"train holds 2 class folders, expected 3"):
+        load(root, expected=3)
+    (root / "test" / "wasp").mkdir()
+    with pytest.raises(ValueError, match=r"test.wasp holds no image \(.*png.*\); add some or delete"):
+        load(root)
+    Image.fromarray(pixels(0)).save(root / "test" / "wasp" / "0.png")
+    with pytest.raises(FileNotFoundError, match=r"train.wasp is not there, .* the same classes"):
+        load(root)
+    (root / "test" / "wasp").rename(root / "train" / "wasp")
+    with pytest.raises(FileNotFoundError, match=r"test.wasp is not there"):
+        load(root)
+    (tmp_path / "none" / "train").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"none.train holds 0 class folders, expected at least 1"):
+        load(tmp_path / "none")
+    with pytest.raises(ValueError, match="size is -1"):
+        ImageFolder(str(root), -1)
+
+
+# -------------------------------------------------------------------- ImageNetR
+
+
+def _write_imagenet_r(root: Path, count: int = 10) -> Path:
+    for c, wnid in enumerate(("n02", "n01")):
+        (root / wnid).mkdir(parents=True)
+        for k in range(count):
+            Image.fromarray(pixels(100 * c + k, 10, 8)).save(root / wnid / f"art_{k}.jpg")
+    (root / "README.txt").write_text("beside the classes, as published")
+    return root
+
+
+def test_imagenet_r_is_cut_once_for_all(tmp_path: Path) -> None:
+    root, cache = _write_imagenet_r(tmp_path / "imagenet-r"), tmp_path / "cache"
+    cache.mkdir()
+    source = ImageNetR(str(root), 8, expected_classes=2)
+    loaded = source.load(cache)
+    assert loaded.classes == ("n01", "n02")
+    assert np.bincount(loaded.train.labels).tolist() == [8, 8]
+    assert np.bincount(loaded.test.labels).tolist() == [2, 2]
+
+    (record,) = cache.glob("imagenet-r-test-*.json")
+    names = json.loads(record.read_text())
+    decoded = [decode_image(root / name, 8) for name in names]
+    np.testing.assert_array_equal(loaded.test.images, decoded)
+    left = {f"{w}/art_{k}.jpg" for w in ("n01", "n02") for k in range(10)} - set(names)
+    np.testing.assert_array_equal(loaded.train.images, [decode_image(root / n, 8) for n in sorted(left)])
+
+    # The record rules, whatever would be drawn today; without it the same is drawn again, also elsewhere.
+    record.write_text(json.dumps(["n01/art_3.jpg", "n02/art_5.jpg"]))
+    kept = source.load(cache).test
+    np.testing.assert_array_equal(kept.images[1], decode_image(root / "n02/art_5.jpg", 8))
+    record.unlink()
+    root.rename(tmp_path / "moved")
+    ImageNetR(str(tmp_path / "moved"), 8, expected_classes=2).load(cache)
+    assert json.loads(record.read_text()) == names
+
+    for damage in ("", "[]", "3", '["n01/art_0.jpg"]', json.dumps([*left, *names])):
+        record.write_text(damage)
+        with pytest.raises(ValueError, match=r"imagenet-r-test-.*json is damaged; delete it"):
+            ImageNetR(str(tmp_path / "moved"), 8, expected_classes=2).load(cache)
+
+
+def test_imagenet_r_from_its_archive(tmp_path: Path) -> None:
+    root, cache = _write_imagenet_r(tmp_path / "imagenet-r"), tmp_path / "cache"
+    cache.mkdir()
+    with tarfile.open(tmp_path / "imagenet-r.tar", "w") as tar:
+        tar.add(root, "imagenet-r")
+    from_folder = ImageNetR(str(root), 8, expected_classes=2).load(cache)
+    source = ImageNetR(str(tmp_path / "imagenet-r.tar"), 8, expected_classes=2)
+    for _ in range(2):
+        from_archive = source.load(cache)
+        np.testing.assert_array_equal(from_archive.test.images, from_folder.test.images)
+        np.testing.assert_array_equal(from_archive.train.images, from_folder.train.images)
+    assert not list(cache.glob(".unpack-*"))
+
+
+def test_bad_archives_are_refused(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    archive = tmp_path / "imagenet-r.tar"
+
+    def member(name: str) -> None:
+        with tarfile.open(archive, "w") as tar:
+            info = tarfile.TarInfo(name)
+            info.size = 2
+            tar.addfile(info, io.BytesIO(b"hi"))
+
+    source = ImageNetR(str(archive), 8)
+    member("imagenet-r/../../../evil.txt")
+    with pytest.raises(ValueError, match=r"imagenet-r\.tar cannot be unpacked .*outside"):
+        source.load(cache)
+    with tarfile.open(archive, "w") as tar:
+        link = tarfile.TarInfo("imagenet-r/n01")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc"
+        tar.addfile(link)
+    with pytest.raises(ValueError, match=r"imagenet-r\.tar cannot be unpacked .*link"):
+        source.load(cache)
+    member("other/file.txt")
+    with pytest.raises(ValueError, match="has no folder imagenet-r"):
+        source.load(cache)
+    archive.write_bytes(b"no archive")
+    with pytest.raises(ValueError, match="cannot be unpacked"):
+        source.load(cache)
+    assert list(cache.iterdir()) == []
+    assert not list(tmp_path.rglob("evil.txt"))
+
+
+def test_imagenet_r_needs_its_classes_and_two_images_of_each(tmp_path: Path) -> None:
+    root = _write_imagenet_r(tmp_path / "imagenet-r", count=1)
+    with pytest.raises(ValueError, match="holds 2 class folders, expected 200"):
+        ImageNetR(str(root), 8).load(tmp_path)
+    with pytest.raises(ValueError, match=r"n01 has 1 image; a training and a test image are needed"):
+        ImageNetR(str(root), 8, expected_classes=2).load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="absent is not there"):
+        ImageNetR(str(tmp_path / "absent"), 8).load(tmp_path)
+
+
+# ---------------------------------------------------------------------- Dataset
+
+
+def test_a_dataset_checks_its_arrays() -> None:
+    images, labels = np.zeros((4, 3, 2, 2), np.uint8), np.array([0, 1, 0, 1])
+    good = ImageSet(images, labels)
+    Dataset("x", good, good, ("a", "b"))
+    for bad, message in (
+        (ImageSet(images.astype(float), labels), r"x: test images are \(4, 3, 2, 2\) float64"),
+        (ImageSet(images[:, :1], labels), r"x: test images are \(4, 1, 2, 2\) uint8"),
+        (ImageSet(images, labels[:3]), r"x: test labels are \(3,\) int64"),
+        (ImageSet(images, labels.astype(np.int32)), r"x: test labels are \(4,\) int32"),
+        (ImageSet(images, labels * 0), r"x: test labels must be all of 0\.\.1: \[1\] have no image"),
+        (ImageSet(images, labels - 1), r"\[1\] have no image, \[-1\] have no name"),
+        (ImageSet(images, labels + 1), r"\[0\] have no image, \[2\] have no name"),
+        (ImageSet(images[:0], labels[:0]), r"\[0, 1\] have no image"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Dataset("x", good, bad, ("a", "b"))
+
+
+def test_the_fingerprint_tells_images_labels_and_classes_apart() -> None:
+    """Any number of images; the first and the last of each set are among those that are read."""
+
+    def made(labels: tuple[int, ...] = (0, 1) * 50, pixel: int = 0, classes: tuple[str, ...] = ("a", "b")) -> Dataset:
+        images = np.zeros((100, 3, 2, 2), dtype=np.uint8)
+        images[-1, 0, 0, 0] = pixel
+        train = ImageSet(images, np.array(labels, dtype=np.int64))
+        one_each = ImageSet(np.zeros((2, 3, 2, 2), dtype=np.uint8), np.array([0, 1], dtype=np.int64))
+        return Dataset("x", train, one_each, classes)
+
+    others = [made(labels=(0,) * 50 + (1,) * 50), made(pixel=1), made(classes=("a", "c"))]
+    assert made().sha256 == made().sha256
+    assert len({made().sha256, *(other.sha256 for other in others)}) == 4
