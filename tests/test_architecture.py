@@ -17,7 +17,7 @@ FILES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 SPINE = (
-    *("seeds", "files", "losses", "messages", "schedule", "evaluation", "memory"),
+    *("seeds", "files", "checks", "losses", "messages", "schedule", "evaluation", "memory"),
     *("batches", "continual", "client", "server"),
 )
 """What the author of a method must know, each module above those that it may import."""
