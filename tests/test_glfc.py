@@ -432,7 +432,7 @@ def test_a_message_has_the_bytes_of_the_formula(vit: FrozenViT, classes: int, si
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"memory_size": -1}, r"model\.memory_size is -1, must not be negative"),
+        ({"memory_size": -1}, r"model\.memory_size is -1, must be at least 0"),
         ({"threshold": math.nan}, r"model\.threshold is nan"),
         ({"perturbation_steps": -1}, r"model\.perturbation_steps is -1"),
         ({"perturbation_rate": -0.1}, r"model\.perturbation_rate is -0\.1"),

@@ -487,7 +487,7 @@ def test_the_same_seed_inverts_alike(make: Make) -> None:
         ("synthesis_rounds", 0, "must be at least 1"),
         ("batch_size", 1, "must be at least 2"),
         ("gen_size", 3, "must be at least 4"),
-        ("statistics", float("nan"), r"must be at least 0\.0"),
+        ("statistics", float("nan"), "must be at least 0"),
         ("student_temperature", 0, "must be positive"),
         ("meta", "adam", "must be maml or reptile"),
     ],
@@ -498,7 +498,7 @@ def test_a_bad_setting_of_the_server_is_named(name: str, value: Any, problem: st
 
 
 def test_a_bad_setting_of_the_client_is_named() -> None:
-    with pytest.raises(ValueError, match=r"model\.strength is -1, must not be negative"):
+    with pytest.raises(ValueError, match=r"model\.strength is -1, must be at least 0"):
         client(strength=-1)
     with pytest.raises(ValueError, match=r"model\.temperature is 0, must be positive"):
         client(temperature=0)

@@ -79,7 +79,7 @@ from lightning.pytorch import LightningModule, Trainer
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedlscl import seeds
+from fedlscl import checks, seeds
 from fedlscl.batches import Batch, Images, Output
 from fedlscl.federation.trainer import fit_once
 from fedlscl.memory import below, herding
@@ -116,14 +116,8 @@ class GLFCClient(FedAvgClient):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        for name, value in (
-            ("memory_size", memory_size),
-            ("threshold", threshold),
-            ("perturbation_steps", perturbation_steps),
-            ("perturbation_rate", perturbation_rate),
-        ):
-            if not value >= 0:
-                raise ValueError(f"model.{name} is {value}, must not be negative")
+        checks.at_least(0, "model", memory_size=memory_size, threshold=threshold)
+        checks.at_least(0, "model", perturbation_steps=perturbation_steps, perturbation_rate=perturbation_rate)
         if self.snapshot == "local":
             raise ValueError(
                 "model.snapshot is local, but GLFC shortens its lists of exemplars after that was taken; take deployed"
@@ -376,10 +370,8 @@ class GLFCServer(FedAvg):
 
     def __init__(self, iterations: int = 250, learning_rate: float = 0.1, monitors: int = 20) -> None:
         super().__init__("uniform")
-        if iterations < 1:
-            raise ValueError(f"server.iterations is {iterations}, must be at least 1")
-        if not learning_rate > 0:
-            raise ValueError(f"server.learning_rate is {learning_rate}, must be positive")
+        checks.at_least(1, "server", iterations=iterations)
+        checks.positive("server", learning_rate=learning_rate)
         if not 1 <= monitors <= iterations:
             raise ValueError(f"server.monitors is {monitors}, must be between 1 and the {iterations} iterations")
         self.iterations, self.learning_rate, self.monitors = iterations, learning_rate, monitors

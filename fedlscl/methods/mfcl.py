@@ -72,6 +72,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from fedlscl import checks
 from fedlscl.batches import Batch, Output
 from fedlscl.federation.trainer import fit_once
 from fedlscl.losses import masked_cross_entropy
@@ -113,13 +114,8 @@ class MFCLClient(FedAvgClient):
         self, head_weight: float = 1.0, distillation_weight: float = 0.1, samples: int = 128, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        for name, value, least in (
-            ("head_weight", head_weight, 0.0),
-            ("distillation_weight", distillation_weight, 0.0),
-            ("samples", samples, 2),  # batch normalisation cannot train on one image
-        ):
-            if not value >= least:
-                raise ValueError(f"model.{name} is {value}, must be at least {least}")
+        checks.at_least(0, "model", head_weight=head_weight, distillation_weight=distillation_weight)
+        checks.at_least(2, "model", samples=samples)  # batch normalisation cannot train on one image
         self.head_weight, self.distillation_weight, self.samples = head_weight, distillation_weight, samples
         self.past: Past | None = None
 
@@ -248,18 +244,11 @@ class MFCL(FedAvg):
         smoothness: float = 1e-3,
     ) -> None:
         super().__init__(weighting)
-        for name, value, least in (
-            ("steps", steps, 1),
-            ("batch_size", batch_size, 2),  # the generator's batch normalisation cannot train on one image
-            ("learning_rate", learning_rate, 0.0),
-            ("balance", balance, 0.0),
-            ("statistics", statistics, 0.0),
-            ("smoothness", smoothness, 0.0),
-        ):
-            if not value >= least:
-                raise ValueError(f"server.{name} is {value}, must be at least {least}")
-        if not temperature > 0:
-            raise ValueError(f"server.temperature is {temperature}, must be positive")
+        checks.at_least(1, "server", steps=steps)
+        checks.at_least(2, "server", batch_size=batch_size)  # the generator's normalisation cannot train on one image
+        checks.at_least(0, "server", learning_rate=learning_rate)
+        checks.at_least(0, "server", balance=balance, statistics=statistics, smoothness=smoothness)
+        checks.positive("server", temperature=temperature)
         self.steps, self.batch_size, self.learning_rate = steps, batch_size, learning_rate
         self.temperature = temperature
         self.weights = {"cross_entropy": 1.0, "balance": balance, "statistics": statistics, "smoothness": smoothness}

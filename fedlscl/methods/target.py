@@ -64,6 +64,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
+from fedlscl import checks
 from fedlscl.batches import Batch, Output
 from fedlscl.federation.trainer import fit_once
 from fedlscl.messages import AtMost, Download, Schema, TensorSpec, Upload
@@ -91,10 +92,8 @@ class TARGETClient(FedAvgClient):
 
     def __init__(self, strength: float = 25.0, temperature: float = 2.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not strength >= 0:
-            raise ValueError(f"model.strength is {strength}, must not be negative")
-        if not temperature > 0:
-            raise ValueError(f"model.temperature is {temperature}, must be positive")
+        checks.at_least(0, "model", strength=strength)
+        checks.positive("model", temperature=temperature)
         self.strength, self.temperature = strength, temperature
 
     def outgoing(self) -> dict[str, Tensor]:
@@ -206,24 +205,13 @@ class TARGET(FedAvg):
         student_rate: float = 0.2,
     ) -> None:
         super().__init__(weighting)
-        for name, value, least in (
-            ("synthesis_rounds", synthesis_rounds, 1),
-            ("steps", steps, 1),
-            ("batch_size", batch_size, 2),  # the generator's batch normalisation cannot train on one image
-            ("gen_size", gen_size, 4),
-            ("warm_up", warm_up, 0),
-            ("statistics", statistics, 0.0),
-            ("cross_entropy", cross_entropy, 0.0),
-            ("adversarial", adversarial, 0.0),
-            ("generator_rate", generator_rate, 0.0),
-            ("latent_rate", latent_rate, 0.0),
-            ("student_steps", student_steps, 0),
-            ("student_rate", student_rate, 0.0),
-        ):
-            if not value >= least:
-                raise ValueError(f"server.{name} is {value}, must be at least {least}")
-        if not student_temperature > 0:
-            raise ValueError(f"server.student_temperature is {student_temperature}, must be positive")
+        checks.at_least(1, "server", synthesis_rounds=synthesis_rounds, steps=steps)
+        checks.at_least(2, "server", batch_size=batch_size)  # the generator's normalisation cannot train on one image
+        checks.at_least(4, "server", gen_size=gen_size)
+        checks.at_least(0, "server", warm_up=warm_up, student_steps=student_steps, student_rate=student_rate)
+        checks.at_least(0, "server", statistics=statistics, cross_entropy=cross_entropy, adversarial=adversarial)
+        checks.at_least(0, "server", generator_rate=generator_rate, latent_rate=latent_rate)
+        checks.positive("server", student_temperature=student_temperature)
         if meta not in ("maml", "reptile"):
             raise ValueError(f"server.meta is {meta}, must be maml or reptile")
         self.synthesis_rounds, self.steps, self.batch_size = synthesis_rounds, steps, batch_size
