@@ -23,9 +23,12 @@ from fedlscl.federation.algorithm import Federation
 from fedlscl.federation.trainer import fit_once
 from fedlscl.memory import below
 from fedlscl.messages import Download, Message, Upload
-from fedlscl.methods import glfc
 from fedlscl.methods.fedavg import FedAvgClient
-from fedlscl.methods.glfc import GLFCClient, GLFCServer
+from fedlscl.methods.glfc.client import TEACHERS, GLFCClient, first_of_each
+from fedlscl.methods.glfc.gradients import encoded, encoding_net, labels_of
+from fedlscl.methods.glfc.losses import binary, entropy, gradient_compensation, relation_distillation, weights
+from fedlscl.methods.glfc.reconstruction import Reconstruction
+from fedlscl.methods.glfc.server import GLFCServer
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.create import resize
 from fedlscl.models.vit import FrozenViT
@@ -61,18 +64,18 @@ def mask(classes: list[int], count: int) -> Tensor:
 def test_each_group_has_the_weight_of_its_size(labels: list[int], seed: int, scale: float) -> None:
     logits = scale * torch.randn(len(labels), 4, generator=torch.Generator().manual_seed(seed))
     y, old = torch.tensor(labels), mask([0, 1], 4)
-    omega = glfc.weights(logits, y, old)
+    omega = weights(logits, y, old)
     assert float(omega.sum()) == pytest.approx(len(labels), rel=1e-4)
     for group in (old[y], ~old[y]):
         if group.any():
             assert float(omega[group].mean()) == pytest.approx(1, rel=1e-4)
-    assert glfc.weights(logits, y, mask([], 4)).tolist() == [1.0] * len(labels)
+    assert weights(logits, y, mask([], 4)).tolist() == [1.0] * len(labels)
 
 
 def test_the_weights_are_the_gradients_relative_to_their_group() -> None:
     # 1 - sigmoid: 0.25 and 0.75 in the old group, 0.5 alone in the new one
     logits = torch.tensor([[math.log(3), 0.0], [-math.log(3), 0.0], [9.0, 0.0]], requires_grad=True)
-    omega = glfc.weights(logits, torch.tensor([0, 0, 1]), mask([0], 2))
+    omega = weights(logits, torch.tensor([0, 0, 1]), mask([0], 2))
     torch.testing.assert_close(omega, torch.tensor([0.5, 1.5, 1.0]))
     assert not omega.requires_grad
 
@@ -82,7 +85,7 @@ def test_the_losses_are_those_of_the_formulas() -> None:
     logits = torch.randn(3, 5, generator=rng, requires_grad=True)
     labels, seen, old = torch.tensor([0, 3, 1]), [0, 1, 3], [0]
     soft = torch.rand(3, 5, generator=rng)
-    omega = glfc.weights(logits, labels, mask(old, 5))
+    omega = weights(logits, labels, mask(old, 5))
 
     def cross_entropy(row: int, column: int, target: float) -> float:
         p = 1 / (1 + math.exp(-float(logits[row, column].detach())))
@@ -94,8 +97,8 @@ def test_the_losses_are_those_of_the_formulas() -> None:
             target = float(column == label)
             compensated.append(float(omega[row]) * cross_entropy(row, column, target))
             related.append(cross_entropy(row, column, float(soft[row, column]) if column in old else target))
-    one = glfc.gradient_compensation(logits, labels, mask(seen, 5), mask(old, 5))
-    other = glfc.relation_distillation(logits, labels, mask(seen, 5), mask(old, 5), soft)
+    one = gradient_compensation(logits, labels, mask(seen, 5), mask(old, 5))
+    other = relation_distillation(logits, labels, mask(seen, 5), mask(old, 5), soft)
     assert float(one.detach()) == pytest.approx(sum(compensated) / 9, rel=1e-5)
     assert float(other.detach()) == pytest.approx(sum(related) / 9, rel=1e-5)
     for loss in (one, other):
@@ -106,7 +109,7 @@ def test_the_losses_are_those_of_the_formulas() -> None:
 
 def test_the_entropy_is_that_of_the_given_classes() -> None:
     logits = torch.tensor([[1.0, 1.0, 70.0, 1.0], [50.0, 0.0, 0.0, 0.0]])
-    found = glfc.entropy(logits, mask([0, 1, 3], 4))
+    found = entropy(logits, mask([0, 1, 3], 4))
     torch.testing.assert_close(found, torch.tensor([math.log(3), 0.0]), atol=1e-4, rtol=0)
 
 
@@ -115,7 +118,7 @@ def test_the_entropy_is_that_of_the_given_classes() -> None:
 
 def test_the_encoding_net_is_the_same_everywhere_and_as_large_as_published() -> None:
     before = torch.random.get_rng_state()
-    one, other = glfc.encoding_net(100), glfc.encoding_net(100)
+    one, other = encoding_net(100), encoding_net(100)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert same(one.state_dict(), other.state_dict())
     values = torch.cat([parameter.detach().flatten() for parameter in one.parameters()])
@@ -126,27 +129,26 @@ def test_the_encoding_net_is_the_same_everywhere_and_as_large_as_published() -> 
 
 @pytest.mark.parametrize("classes", [2, 11])
 def test_the_label_of_a_gradient_is_found(classes: int) -> None:
-    net, rng = glfc.encoding_net(classes), torch.Generator().manual_seed(1)
+    net, rng = encoding_net(classes), torch.Generator().manual_seed(1)
     labels = torch.arange(classes).repeat(3)
     images = torch.rand(len(labels), 3, 32, 32, generator=rng)
-    gradients = torch.stack([glfc.encoded(net, x[None], y[None]) for x, y in zip(images, labels, strict=True)])
-    assert glfc.labels_of(gradients, classes).tolist() == labels.tolist()
+    gradients = torch.stack([encoded(net, x[None], y[None]) for x, y in zip(images, labels, strict=True)])
+    assert labels_of(gradients, classes).tolist() == labels.tolist()
 
 
 def test_a_gradient_is_that_of_all_weights() -> None:
-    net, image, label = glfc.encoding_net(3), torch.rand(1, 3, 32, 32), torch.tensor([2])
-    found = glfc.encoded(net, image, label)
+    net, image, label = encoding_net(3), torch.rand(1, 3, 32, 32), torch.tensor([2])
+    found = encoded(net, image, label)
     F.cross_entropy(net(image), label).backward()
     wanted = torch.cat([parameter.grad.flatten() for parameter in net.parameters() if parameter.grad is not None])
     torch.testing.assert_close(found, wanted)
 
 
 def test_an_image_is_fitted_to_its_gradient() -> None:
-    net, rng = glfc.encoding_net(3), torch.Generator().manual_seed(0)
+    net, rng = encoding_net(3), torch.Generator().manual_seed(0)
     truth = torch.rand(2, 3, 32, 32, generator=rng)
-    gradients = torch.stack([glfc.encoded(net, truth[n : n + 1], torch.tensor([n + 1])) for n in range(2)])
-    settings = server(iterations=12, monitors=3)
-    module = glfc.Reconstruction(gradients, 3, settings, rng)
+    gradients = torch.stack([encoded(net, truth[n : n + 1], torch.tensor([n + 1])) for n in range(2)])
+    module = Reconstruction(gradients, 3, iterations=12, learning_rate=0.1, monitors=3, rng=rng)
     near = truth + 0.1 * torch.randn(truth.shape, generator=rng)  # from afar it takes hundreds of iterations
     with torch.no_grad():
         for image, start in zip(module.images, near, strict=True):
@@ -165,9 +167,9 @@ def test_an_image_is_fitted_to_its_gradient() -> None:
 
 
 def test_the_first_of_each_label() -> None:
-    assert glfc.first_of_each(torch.tensor([5, 3, 5, 5, 3, 7]), 2).tolist() == [0, 1, 2, 4, 5]
-    assert glfc.first_of_each(torch.tensor([5, 3]), 0).tolist() == []
-    assert glfc.first_of_each(torch.empty(0, dtype=torch.int64), 4).tolist() == []
+    assert first_of_each(torch.tensor([5, 3, 5, 5, 3, 7]), 2).tolist() == [0, 1, 2, 4, 5]
+    assert first_of_each(torch.tensor([5, 3]), 0).tolist() == []
+    assert first_of_each(torch.empty(0, dtype=torch.int64), 4).tolist() == []
 
 
 def lists(body: Any, indices: Tensor) -> dict[int, list[int]]:
@@ -224,17 +226,17 @@ def test_the_gradients_of_a_task_s_prototypes_travel_once(make: Make, wire: list
             classes = federation.site.data.split.clients[message.client].tasks[message.task - 1].classes
             gradients = message.tensors["gradients"]
             assert gradients.shape == (len(classes), LENGTH)
-            assert glfc.labels_of(gradients, 8).tolist() == sorted(classes)
+            assert labels_of(gradients, 8).tolist() == sorted(classes)
 
 
 def test_without_perturbation_the_gradients_are_those_of_the_prototypes(make: Make) -> None:
     body = enter_client(make(client=client(perturbation_steps=0), server=server()), 1)
     fit(body, 1, 1)
-    net = glfc.encoding_net(8)
+    net = encoding_net(8)
     wanted = []
     for label, chosen in sorted(lists(body, body.memory.candidates).items()):
         pixels, _ = body.data.batch("train", torch.tensor(chosen[:1]))
-        wanted.append(glfc.encoded(net, resize(resize(pixels, 16), 32), torch.tensor([label])))
+        wanted.append(encoded(net, resize(resize(pixels, 16), 32), torch.tensor([label])))
     torch.testing.assert_close(body.outgoing()["gradients"], torch.stack(wanted))
 
 
@@ -248,7 +250,7 @@ def test_the_perturbation_lowers_each_image_s_loss(make: Make) -> None:
     def losses(images: Tensor) -> Tensor:
         with torch.no_grad():
             logits = body(images, {}).logits
-        return glfc.binary(logits, F.one_hot(labels, 8).float(), body.seen_mask)
+        return binary(logits, F.one_hot(labels, 8).float(), body.seen_mask)
 
     moved = body.perturb(images, labels)
     assert bool((losses(moved) < losses(images)).all())
@@ -348,7 +350,7 @@ class Told(GLFCServer):
         self.scores = scores
 
     def _reconstruct(self, gradients: Tensor, rng: torch.Generator, trainer: Any) -> None:
-        self.labels = glfc.labels_of(gradients, self.classes)
+        self.labels = labels_of(gradients, self.classes)
 
     def _score(self, model: Any, trainer: Any) -> Tensor:
         return torch.tensor([self.scores.pop(0)])
@@ -366,7 +368,7 @@ def test_the_best_model_is_kept_and_starts_anew_with_new_gradients(make: Make) -
         answer = proxy.aggregate({0: Upload(0, 1, 1, 5, {**tensors, **extra})}, 2, empty, make_trainer)
         assert set(answer) == {0, 1}
         sent.append(tensors)
-        answers.append({which: below(answer[1], f"teacher.{which}.") for which in glfc.TEACHERS})
+        answers.append({which: below(answer[1], f"teacher.{which}.") for which in TEACHERS})
         assert same({name: answer[1][name] for name in tensors}, tensors)
         proxy.load(copy_of(proxy.state()))
     kept = {"latest": {1: 1, 3: 3, 4: 4}, "previous": {4: 3}}  # by round the model that is sent
@@ -383,9 +385,9 @@ def test_the_mean_is_uniform_and_scored_on_the_monitor_images(make: Make) -> Non
     start = copy_of(body.shared())
     start["head.weight"].zero_()
     start["head.bias"].copy_(torch.arange(8.0))  # it says class 7 whatever it sees
-    net, rng = glfc.encoding_net(8), seeds.generator(0, "test")
+    net, rng = encoding_net(8), seeds.generator(0, "test")
     gradients = torch.stack(
-        [glfc.encoded(net, torch.rand(1, 3, 32, 32, generator=rng), torch.tensor([label])) for label in (7, 1, 7)]
+        [encoded(net, torch.rand(1, 3, 32, 32, generator=rng), torch.tensor([label])) for label in (7, 1, 7)]
     )
     uploads = {
         0: Upload(0, 1, 1, 1, {**start, "gradients": gradients[:1]}),
@@ -424,7 +426,7 @@ def test_a_message_has_the_bytes_of_the_formula(vit: FrozenViT, classes: int, si
     assert sum(spec.max_bytes for name, spec in up.items() if name != "gradients") == model
     down = body.download_schema()
     assert sum(spec.max_bytes for spec in down.values() if not spec.optional) == model
-    for which in glfc.TEACHERS:
+    for which in TEACHERS:
         assert sum(s.max_bytes for n, s in down.items() if n.startswith(f"teacher.{which}.")) == model
     assert sum(tensor.nbytes for tensor in body.shared().values()) == model
 

@@ -25,19 +25,18 @@ from fedlscl.memory import below
 from fedlscl.messages import Download, Message, Upload
 from fedlscl.methods.data_free import Met, batch_statistics
 from fedlscl.methods.fedavg import FedAvgClient
-from fedlscl.methods.mfcl import (
-    MFCL,
+from fedlscl.methods.mfcl.client import MFCLClient, distillation, head_loss
+from fedlscl.methods.mfcl.generator import (
+    GeneratorSettings,
     GeneratorTraining,
     ImageGenerator,
-    MFCLClient,
     as_pixels,
     blurring,
-    distillation,
-    head_loss,
     imbalance,
     normal_divergence,
     statistics_divergence,
 )
+from fedlscl.methods.mfcl.server import MFCLServer
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
@@ -51,8 +50,8 @@ def client(kind: type[FedAvgClient] = MFCLClient, **changes: Any) -> Any:
     return make_client(kind, **{"continual": NoReplay(), "train_mask": "task", "buffer_size": 0, **own, **changes})
 
 
-def server(**changes: Any) -> MFCL:
-    return MFCL(**{"steps": 2, "batch_size": 4, **changes})
+def server(**changes: Any) -> MFCLServer:
+    return MFCLServer(**{"steps": 2, "batch_size": 4, **changes})
 
 
 def assembled(vit: FrozenViT, classes: int = 5, **cnn: Any) -> MFCLClient:
@@ -204,7 +203,7 @@ def training(vit: FrozenViT) -> GeneratorTraining:
         body.train()
         for _ in range(20):  # running statistics other than those it is born with
             body(2 * torch.rand(16, 3, 16, 16), {})
-        return GeneratorTraining(body, learned, server(steps=25, batch_size=16))
+        return GeneratorTraining(body, learned, GeneratorSettings(steps=25, batch_size=16))
 
 
 def test_the_loss_has_its_four_terms(training: GeneratorTraining) -> None:
@@ -470,7 +469,7 @@ def test_a_servers_setting_out_of_range_is_named(change: dict[str, Any], message
 
 
 def test_the_server_refuses_clients_that_take_no_generator(make: Make) -> None:
-    with pytest.raises(ValueError, match="MFCL hands out a generator"):
+    with pytest.raises(ValueError, match="MFCLServer hands out a generator"):
         make(client=client(FedAvgClient), server=server())
     with pytest.raises(ValueError, match=r"cnn\.image_size is 18, .* a multiple of 4"):
         make(client=client(), server=server(), cnn={**CNN, "image_size": 18})

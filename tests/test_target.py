@@ -19,10 +19,14 @@ from fedlscl.continual import NoReplay
 from fedlscl.federation.algorithm import Federation
 from fedlscl.federation.trainer import fit_once
 from fedlscl.messages import Download, Message, Upload
-from fedlscl.methods import target
 from fedlscl.methods.data_free import batch_statistics
 from fedlscl.methods.fedavg import FedAvgClient
-from fedlscl.methods.target import TARGET, ImageGenerator, Inversion, TARGETClient
+from fedlscl.methods.target import client as target_client
+from fedlscl.methods.target import server as target_server
+from fedlscl.methods.target import synthesis
+from fedlscl.methods.target.client import TARGETClient
+from fedlscl.methods.target.server import TARGETServer
+from fedlscl.methods.target.synthesis import ImageGenerator, Inversion, InversionSettings
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.create import resize
 from fedlscl.models.vit import FrozenViT
@@ -38,8 +42,8 @@ def client(kind: type[Client] = TARGETClient, **changes: Any) -> Client:
     return make_client(kind, **{"continual": NoReplay(), "train_mask": "task", **changes})
 
 
-def server(**changes: Any) -> TARGET:
-    return TARGET(**{**SMALL, **changes})
+def server(**changes: Any) -> TARGETServer:
+    return TARGETServer(**{**SMALL, **changes})
 
 
 # ---- what clients minimise
@@ -53,18 +57,18 @@ def test_the_distillation_is_the_formula() -> None:
         wanted = [math.exp(float(z) / 2) for z in teacher[b]]
         mine = [math.exp(float(logits[b, c]) / 2) for c in columns]
         total -= sum(w / sum(wanted) * math.log(m / sum(mine)) for w, m in zip(wanted, mine, strict=True))
-    assert float(target.distillation(logits, teacher, OLD, 2.0)) == pytest.approx(total / 3, rel=1e-5)
+    assert float(target_client.distillation(logits, teacher, OLD, 2.0)) == pytest.approx(total / 3, rel=1e-5)
 
 
 def test_new_columns_get_no_gradient_and_the_teacher_is_the_minimum() -> None:
     logits, teacher = torch.randn(4, 5, requires_grad=True), torch.randn(4, 3)
-    (gradient,) = torch.autograd.grad(target.distillation(logits, teacher, OLD, 2.0), logits)
+    (gradient,) = torch.autograd.grad(target_client.distillation(logits, teacher, OLD, 2.0), logits)
     assert not gradient[:, ~OLD].any()
     assert bool((gradient[:, OLD] != 0).all())
     same_logits = torch.zeros(4, 5)
     same_logits[:, OLD] = teacher
     same_logits.requires_grad_()
-    (gradient,) = torch.autograd.grad(target.distillation(same_logits, teacher, OLD, 2.0), same_logits)
+    (gradient,) = torch.autograd.grad(target_client.distillation(same_logits, teacher, OLD, 2.0), same_logits)
     assert float(gradient.abs().max()) < 1e-7
 
 
@@ -122,7 +126,7 @@ def test_a_step_draws_as_many_synthetic_images_as_it_has_real_ones(make: Make, m
     fit(body, 1, 1)
     boundary(body, count=40)
     seen = []
-    forward, distil = TARGETClient.forward, target.distillation
+    forward, distil = TARGETClient.forward, target_client.distillation
 
     def watch(self: TARGETClient, images: Tensor, frozen: Any) -> Output:
         seen.append(images)
@@ -135,7 +139,7 @@ def test_a_step_draws_as_many_synthetic_images_as_it_has_real_ones(make: Make, m
         return values[-1]
 
     monkeypatch.setattr(TARGETClient, "forward", watch)
-    monkeypatch.setattr(target, "distillation", note)
+    monkeypatch.setattr(target_client, "distillation", note)
     body.begin_round(Round(2, 2, False, 0))
     trainer = make_trainer()
     trainer.fit(body)
@@ -162,7 +166,7 @@ def test_distillation_holds_the_old_columns(make: Make) -> None:
         received = body.memory.received
         with torch.no_grad():
             now = body(received["images"], {}).logits
-            drift.append(float(target.distillation(now, received["logits"], received["classes"], 2.0)))
+            drift.append(float(target_client.distillation(now, received["logits"], received["classes"], 2.0)))
     assert drift[1] < drift[0]
 
 
@@ -227,7 +231,7 @@ def test_the_model_that_is_inverted_is_the_one_that_travels(make: Make, monkeypa
         assert same(module.teacher.state_dict(), before)
 
     federation = make(client=client(), server=server())
-    monkeypatch.setattr(target, "fit_once", spy)
+    monkeypatch.setattr(target_server, "fit_once", spy)
     next(federation.run(Recorder()))
     federation.store.commit({"round": 1})
     assert len(made) == 1
@@ -255,10 +259,9 @@ class Net(nn.Module):
 
 
 def inversion(teacher: nn.Module | None = None, **changes: Any) -> Inversion:
-    made = server(**changes)
-    made.side, made.image_size = 8, 8
+    made = InversionSettings(**{**SMALL, **changes})
     torch.manual_seed(0)
-    return Inversion(teacher or Net(), Net(), OLD, made)
+    return Inversion(teacher or Net(), Net(), OLD, made, side=8, image_size=8)
 
 
 def invert(**changes: Any) -> Inversion:
@@ -272,25 +275,25 @@ def test_matching_statistics_have_no_distance() -> None:
     with batch_statistics(net) as met:
         like = net(images, {}).logits
     inside = net.conv(images).transpose(0, 1).flatten(1).detach()
-    away = float(target.statistics_distance(met, [], like).detach())
+    away = float(synthesis.statistics_distance(met, [], like).detach())
     wanted = (1 - inside.var(1, unbiased=False)).norm() + inside.mean(1).norm()  # a new layer has variance 1, mean 0
     assert away == pytest.approx(float(wanted), rel=1e-4)
     assert net.norm.running_mean is not None
     assert net.norm.running_var is not None
     net.norm.running_mean.copy_(met[0].mean.detach())
     net.norm.running_var.copy_(met[0].variance.detach())
-    assert float(target.statistics_distance(met, [], like).detach()) == 0
+    assert float(synthesis.statistics_distance(met, [], like).detach()) == 0
     # a batch counts for a tenth, the rounds before for the rest
     off = [(met[0].mean.detach() + 1, met[0].variance.detach())]
-    assert float(target.statistics_distance(met, off, like).detach()) == pytest.approx(0.9 * 2, rel=1e-4)
-    assert target.mixed([], off) == off
-    later = target.mixed(off, [(met[0].mean.detach(), met[0].variance.detach())])
+    assert float(synthesis.statistics_distance(met, off, like).detach()) == pytest.approx(0.9 * 2, rel=1e-4)
+    assert synthesis.mixed([], off) == off
+    later = synthesis.mixed(off, [(met[0].mean.detach(), met[0].variance.detach())])
     torch.testing.assert_close(later[0][0], met[0].mean.detach() + 0.9)
 
 
 def test_without_batch_normalisation_there_are_no_statistics() -> None:
     with batch_statistics(Net(norm=False)) as met:
-        assert float(target.statistics_distance(met, [], torch.ones(2, 3))) == 0
+        assert float(synthesis.statistics_distance(met, [], torch.ones(2, 3))) == 0
     assert invert(teacher=Net(norm=False)).means()["statistics"] == 0
     assert invert().means()["statistics"] > 0
 
@@ -300,7 +303,7 @@ def test_only_where_they_agree_is_the_student_an_adversary() -> None:
     student = torch.tensor([[1.0, 0.0], [1.0, 0.0]], requires_grad=True)
     p, q = teacher[0].softmax(0), student[0].detach().softmax(0)
     wanted = -float((p * (p / q).log()).sum()) / 2
-    value = target.adversarial(student, teacher)
+    value = synthesis.adversarial(student, teacher)
     assert float(value.detach()) == pytest.approx(wanted, rel=1e-5)
     value.backward()
     assert student.grad is not None
@@ -312,13 +315,13 @@ def test_the_students_divergence_is_that_of_softened_predictions() -> None:
     student, teacher = torch.randn(3, 4), torch.randn(3, 4)
     p, q = (teacher / 20).double().softmax(1), (student / 20).double().softmax(1)
     wanted = 400 * float((p * (p / q).log()).sum(1).mean())
-    assert float(target.softened_divergence(student, teacher, 20.0)) == pytest.approx(wanted, rel=1e-2)
-    assert float(target.softened_divergence(teacher, teacher, 20.0)) == 0
+    assert float(synthesis.softened_divergence(student, teacher, 20.0)) == pytest.approx(wanted, rel=1e-2)
+    assert float(synthesis.softened_divergence(teacher, teacher, 20.0)) == 0
 
 
 @pytest.mark.parametrize(("size", "wanted"), [(8, 8), (16, 56), (16, 10)])
 def test_images_are_enlarged_as_the_client_does_it(size: int, wanted: int) -> None:
-    images, matrix = torch.rand(2, 3, size, size), target.enlarging(size, wanted)
+    images, matrix = torch.rand(2, 3, size, size), synthesis.enlarging(size, wanted)
     torch.testing.assert_close((matrix @ images @ matrix.T).clamp(0, 1), resize(images, wanted), atol=1e-5, rtol=0)
 
 
@@ -329,7 +332,7 @@ def test_an_augmented_image_is_shifted_and_perhaps_flipped(seed: int, size: int)
     images, reach = torch.rand(3, 3, size, size), size // 8
     padded = nn.functional.pad(images, (reach,) * 4)
     starts = range(2 * reach + 1)
-    for image, around in zip(target.augment(images), padded, strict=True):
+    for image, around in zip(synthesis.augment(images), padded, strict=True):
         windows = [around[:, y : y + size, x : x + size] for y in starts for x in starts]
         assert any(image.equal(w) or image.equal(w.flip(2)) for w in windows)
 
@@ -337,7 +340,7 @@ def test_an_augmented_image_is_shifted_and_perhaps_flipped(seed: int, size: int)
 def test_augmentation_flips_and_moves_some() -> None:
     torch.manual_seed(0)
     ramp = torch.arange(1.0, 17.0).expand(64, 3, 16, 16)
-    shown = target.augment(ramp)
+    shown = synthesis.augment(ramp)
     flipped = [bool(image[0, 8, 7] > image[0, 8, 8]) for image in shown]
     assert 16 < sum(flipped) < 48
     assert len({tuple(image[0, 8].tolist()) for image in shown}) == 10  # 5 shifts, flipped and not
@@ -356,12 +359,12 @@ def test_a_generator_draws_images_in_their_range(size: int) -> None:
 def test_the_generator_follows_its_copy() -> None:
     own, copied = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
     copied.weight.grad = torch.tensor([[1.0, 2.0]])
-    target.follow_gradients(own, copied)
+    synthesis.follow_gradients(own, copied)
     copied.weight.grad = torch.tensor([[3.0, -1.0]])
-    target.follow_gradients(own, copied)
+    synthesis.follow_gradients(own, copied)
     assert own.weight.grad is not None
     assert own.weight.grad.tolist() == [[4, 1]]
-    target.follow_copy(own, copied)
+    synthesis.follow_copy(own, copied)
     torch.testing.assert_close(own.weight - own.weight.grad, copied.weight)
 
 
@@ -464,7 +467,7 @@ def test_the_student_learns_from_the_teacher() -> None:
         module.student.train()  # batch normalisation has hardly met anything
         with torch.no_grad():
             student, teacher = (net(images, {}).logits[:, OLD] for net in (module.student, module.teacher))
-        return float(target.softened_divergence(student, teacher, 20.0))
+        return float(synthesis.softened_divergence(student, teacher, 20.0))
 
     assert gap(40) < 0.5 * gap(0)
 
@@ -494,7 +497,7 @@ def test_the_same_seed_inverts_alike(make: Make) -> None:
 )
 def test_a_bad_setting_of_the_server_is_named(name: str, value: Any, problem: str) -> None:
     with pytest.raises(ValueError, match=rf"server\.{name} is {value}, {problem}"):
-        TARGET(**{name: value})
+        TARGETServer(**{name: value})
 
 
 def test_a_bad_setting_of_the_client_is_named() -> None:
@@ -510,7 +513,7 @@ def test_more_images_than_a_client_takes_are_refused(make: Make) -> None:
 
 
 def test_a_client_of_another_method_is_refused(make: Make) -> None:
-    with pytest.raises(ValueError, match="TARGET hands out synthetic images"):
+    with pytest.raises(ValueError, match="TARGETServer hands out synthetic images"):
         make(client=client(FedAvgClient), server=server())
 
 

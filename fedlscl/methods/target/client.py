@@ -1,0 +1,100 @@
+"""TARGET's client: distillation on the synthetic images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedlscl import checks
+from fedlscl.batches import Batch, Output
+from fedlscl.messages import AtMost, Download, Schema, TensorSpec
+from fedlscl.methods.fedavg import FedAvgClient
+
+LARGEST_SET = 2**16  # synthetic images that a client accepts at once
+
+
+class TARGETClient(FedAvgClient):
+    """FedAvg's client with distillation on synthetic images.
+
+    Args:
+        strength: weight of the distillation.
+        temperature: by which both softmaxes are flattened.
+        **kwargs: settings of every client, see `Client`.
+    """
+
+    def __init__(self, strength: float = 25.0, temperature: float = 2.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        checks.at_least(0, "model", strength=strength)
+        checks.positive("model", temperature=temperature)
+        self.strength, self.temperature = strength, temperature
+
+    def outgoing(self) -> dict[str, Tensor]:
+        """CNN, head, and the classes learned."""
+        return {**self.shared(), "classes": self._class_mask(0, self.memory.begun)}
+
+    def upload_schema(self) -> Schema:
+        """Also a mask over the classes."""
+        return {**self.shared_schema(), "classes": TensorSpec((self.num_classes,), torch.bool)}
+
+    def download_schema(self) -> Schema:
+        """After a task also synthetic images, no larger than the CNN takes them, and the classes they stand for."""
+        side = AtMost(self.cnn.image_size)
+        return {
+            **self.shared_schema(),
+            "images": TensorSpec((AtMost(LARGEST_SET), 3, side, side), torch.uint8, optional=True),
+            "classes": TensorSpec((self.num_classes,), torch.bool, optional=True),
+        }
+
+    def download(self, message: Download) -> None:
+        """Take over CNN and head; new synthetic images replace the old ones."""
+        synthetic = {name: message.tensors[name] for name in ("images", "classes") if name in message.tensors}
+        if synthetic:
+            self.memory.received = synthetic
+        self.adopt({name: tensor for name, tensor in message.tensors.items() if name not in synthetic})
+
+    def on_test_start(self) -> None:
+        """The model that came with synthetic images is their teacher: note its logits."""
+        super().on_test_start()
+        received = self.memory.received
+        if received and "logits" not in received:
+            # training will use what is computed here, so it must not come of the test's inference mode
+            with torch.inference_mode(False), torch.no_grad(), self.trainer.precision_plugin.forward_context():
+                parts = [self._old(batch) for batch in torch.split(received["images"], self.evaluation_batch_size)]
+            received["logits"] = torch.cat([part.cpu() for part in parts])
+
+    def _old(self, images: Tensor) -> Tensor:
+        """Logits of the old classes for synthetic images, in float32."""
+        logits: Tensor = self(images.to(self.device), {}).logits
+        return logits[:, self.memory.received["classes"].to(self.device)].float()
+
+    def on_train_start(self) -> None:
+        """Get ready to draw synthetic images."""
+        super().on_train_start()
+        self.synthetic_rng = self.rng("synthetic")
+
+    def collaborative_losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy, and the distillation once there are synthetic images."""
+        terms = super().collaborative_losses(output, batch)
+        received = self.memory.received
+        if received:
+            rows = torch.randint(len(received["images"]), (len(batch.images.labels),), generator=self.synthetic_rng)
+            teacher = received["logits"][rows].to(self.device)
+            logits = self(received["images"][rows].to(self.device), {}).logits
+            old = received["classes"].to(self.device)
+            terms["distillation"] = self.strength * distillation(logits, teacher, old, self.temperature)
+        return terms
+
+
+def distillation(logits: Tensor, teacher: Tensor, old: Tensor, temperature: float) -> Tensor:
+    """KD: the cross-entropy of the student's softened prediction among the old classes to the teacher's, a scalar.
+
+    Args:
+        logits: (B, K) of the student; classes that are not `old` get no gradient.
+        teacher: (B, |Old|) of the teacher, for the old classes in ascending order.
+        old: (K,) true for the old classes.
+        temperature: by which both are divided.
+    """
+    return F.cross_entropy(logits[:, old].float() / temperature, (teacher / temperature).softmax(dim=1))
