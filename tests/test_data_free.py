@@ -1,11 +1,89 @@
-"""The statistics that batch normalisation meets."""
+"""What TARGET and MFCL share: who fits whom, what is kept, and the statistics that batch normalisation meets."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
+from helpers import copy_of, enter_client, make_client, make_trainer, same
 from torch import nn
 
-from fedlscl.methods.data_free import batch_statistics
+from fedlscl.continual import NoReplay
+from fedlscl.federation.algorithm import Federation
+from fedlscl.messages import Download, Upload
+from fedlscl.methods.data_free import DataFreeClient, DataFreeServer, Generator, batch_statistics
+from fedlscl.methods.mfcl.client import MFCLClient
+from fedlscl.methods.mfcl.server import MFCLServer
+from fedlscl.methods.target.client import TARGETClient
+from fedlscl.methods.target.server import TARGETServer
+from fedlscl.schedule import Round
+
+Make = Callable[..., Federation]
+METHODS: dict[str, tuple[type[DataFreeClient], type[DataFreeServer], dict[str, Any]]] = {
+    "target": (TARGETClient, TARGETServer, {"synthesis_rounds": 1, "steps": 1, "batch_size": 4}),
+    "mfcl": (MFCLClient, MFCLServer, {"steps": 1, "batch_size": 4}),
+}
+
+
+def built(make: Make, client: str, server: str) -> Federation:
+    kind, (_, served, settings) = METHODS[client][0], METHODS[server]
+    return make(client=make_client(kind, continual=NoReplay(), train_mask="task"), server=served(**settings))
+
+
+@pytest.mark.parametrize(("client", "server"), [("target", "mfcl"), ("mfcl", "target")])
+def test_neither_takes_what_the_other_hands_out(make: Make, client: str, server: str) -> None:
+    name = METHODS[server][1].__name__
+    with pytest.raises(ValueError, match=f"{name} hands out {METHODS[server][1].hands_out} of the classes"):
+        built(make, client, server)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_a_task_s_last_answer_brings_something_and_old_grows_with_every_upload(make: Make, method: str) -> None:
+    federation = built(make, method, method)
+    body, server = enter_client(federation, 0), federation.server
+    assert isinstance(server, DataFreeServer)
+    model = copy_of(body.shared())
+
+    def old(*classes: int) -> torch.Tensor:
+        return torch.isin(torch.arange(body.num_classes), torch.tensor(classes))
+
+    def answers(number: int, ends: bool, *told: tuple[int, ...]) -> Any:
+        uploads = {i: Upload(i, 1, number, 1, {**model, "classes": old(*classes)}) for i, classes in enumerate(told)}
+        server.load(copy_of(server.state()))
+        return server.aggregate(uploads, 3, Round(1, number, ends, 0), make_trainer)
+
+    middle = answers(1, False, (1, 2), (2, 5))
+    assert same(middle[2], model)
+    assert server.metrics == {}
+    last = answers(2, True, (1,))[2]
+    assert last["classes"].equal(old(1, 2, 5))
+    assert set(last) - set(model) == {name for name in last if name.startswith(server.prefix)} | {"classes"}
+    assert server.metrics
+    assert set(answers(3, False, (1,))[0]) == set(model)
+    assert server.metrics == {}
+
+    body.download(Download(0, 1, 2, 0, last))
+    kept = copy_of(body.memory.received)
+    assert {name for name in kept if not name.startswith("teacher.")} == set(last) - set(model)
+    body.download(Download(0, 1, 3, 0, model))
+    assert same(body.memory.received, kept)
+
+
+@pytest.mark.parametrize(("bias", "epsilon"), [(True, 0.8), (False, 1e-5)])
+def test_a_generator_is_a_linear_map_and_stages(bias: bool, epsilon: float) -> None:
+    generator = Generator(7, (6, 5, 4), 12, [nn.Sigmoid()], bias, epsilon)
+    assert generator(torch.randn(2, 7)).shape == (2, 3, 12, 12)
+    linear, _, first, *stages = generator.layers
+    assert isinstance(linear, nn.Linear)
+    assert (linear.in_features, linear.out_features) == (7, 6 * 3 * 3)
+    convolutions = [m for m in stages if isinstance(m, nn.Conv2d)]
+    assert [(c.in_channels, c.out_channels, c.bias is not None) for c in convolutions] == [
+        *[(6, 5, bias), (5, 4, bias)],
+        (4, 3, True),
+    ]
+    assert [m.eps for m in (first, *stages) if isinstance(m, nn.BatchNorm2d)] == [1e-5, epsilon, epsilon]
 
 
 def test_the_statistics_are_those_of_every_layers_input_and_have_a_graph() -> None:

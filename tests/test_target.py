@@ -261,7 +261,7 @@ class Net(nn.Module):
 def inversion(teacher: nn.Module | None = None, **changes: Any) -> Inversion:
     made = InversionSettings(**{**SMALL, **changes})
     torch.manual_seed(0)
-    return Inversion(teacher or Net(), Net(), OLD, made, side=8, image_size=8)
+    return Inversion(teacher or Net(), Net(), OLD, made, image_size=8)
 
 
 def invert(**changes: Any) -> Inversion:
@@ -520,4 +520,4 @@ def test_a_client_of_another_method_is_refused(make: Make) -> None:
 @pytest.mark.parametrize(("wanted", "side"), [(64, 16), (10, 8), (16, 16)])
 def test_images_are_no_larger_than_the_cnn_takes_them(make: Make, wanted: int, side: int) -> None:
     made: Any = make(client=client(), server=server(gen_size=wanted)).server
-    assert (made.side, made.image_size) == (side, 16)
+    assert (made.settings.side(made.image_size), made.image_size) == (side, 16)

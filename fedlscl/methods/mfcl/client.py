@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +14,10 @@ from fedlscl import checks
 from fedlscl.batches import Batch, Output
 from fedlscl.losses import masked_cross_entropy
 from fedlscl.memory import below
-from fedlscl.messages import Download, Schema, TensorSpec
-from fedlscl.methods.fedavg import FedAvgClient
-from fedlscl.methods.mfcl.generator import LATENT, ImageGenerator, as_pixels, without_numbers
-from fedlscl.models.cnn import SmallModel, SmallModelSpec
-from fedlscl.models.vit import FrozenViT
+from fedlscl.messages import Schema, TensorSpec
+from fedlscl.methods.data_free import DataFreeClient
+from fedlscl.methods.mfcl.generator import LATENT, ImageGenerator, as_pixels, named, without_numbers
+from fedlscl.models.cnn import SmallModel
 
 
 class Past(NamedTuple):
@@ -31,7 +31,7 @@ class Past(NamedTuple):
     classes: Tensor  # (K,) true for Old
 
 
-class MFCLClient(FedAvgClient):
+class MFCLClient(DataFreeClient):
     """FedAvg's client with replay from a generator.
 
     Args:
@@ -50,32 +50,18 @@ class MFCLClient(FedAvgClient):
         self.head_weight, self.distillation_weight, self.samples = head_weight, distillation_weight, samples
         self.past: Past | None = None
 
-    def build(self, vit: FrozenViT, cnn: SmallModelSpec, cnn_name: str, num_classes: int) -> None:
-        """CNN and head; of the generator only what it will look like."""
-        super().build(vit, cnn, cnn_name, num_classes)
-        generator = without_numbers(cnn.image_size).state_dict()
-        self.generator_schema = {f"generator.{name}": _optional(tensor) for name, tensor in generator.items()}
+    def uploaded_classes(self) -> Tensor:
+        """The classes of the current task."""
+        return self._class_mask(self.memory.learned, self.memory.begun)
 
-    def outgoing(self) -> dict[str, Tensor]:
-        """CNN, head, and the classes of the current task."""
-        return {**self.shared(), "classes": self._class_mask(self.memory.learned, self.memory.begun)}
+    def replay_schema(self) -> Schema:
+        """A generator."""
+        tensors = named(without_numbers(self.cnn.image_size).state_dict())
+        return {n: TensorSpec(tuple(tensor.shape), tensor.dtype, optional=True) for n, tensor in tensors.items()}
 
-    def upload_schema(self) -> Schema:
-        """Also a mask over the classes."""
-        return {**self.shared_schema(), "classes": TensorSpec((self.num_classes,), torch.bool)}
-
-    def download_schema(self) -> Schema:
-        """After a task also a generator and the classes it stands for."""
-        classes = TensorSpec((self.num_classes,), torch.bool, optional=True)
-        return {**self.shared_schema(), **self.generator_schema, "classes": classes}
-
-    def download(self, message: Download) -> None:
-        """Take over CNN and head; if a generator comes along, keep it, and the model as its teacher."""
-        model = {name: message.tensors[name] for name in self.shared()}
-        extra = {name: tensor for name, tensor in message.tensors.items() if name not in model}
-        if extra:
-            self.memory.received = {**extra, **{f"teacher.{name}": tensor for name, tensor in model.items()}}
-        self.adopt(model)
+    def to_keep(self, made: dict[str, Tensor], model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Generator and Old, and the model that came with them, which is the teacher."""
+        return {**made, **{f"teacher.{name}": tensor for name, tensor in model.items()}}
 
     def on_train_start(self) -> None:
         """Set up generator and teacher, once there are any."""
@@ -142,7 +128,3 @@ def distillation(features: Tensor, before: Tensor, weight: Tensor, bias: Tensor)
         bias: (|Old|,) of h_old, likewise.
     """
     return F.mse_loss(F.linear(features, weight, bias).float(), before.float())
-
-
-def _optional(tensor: Tensor) -> TensorSpec:
-    return TensorSpec(tuple(tensor.shape), tensor.dtype, optional=True)

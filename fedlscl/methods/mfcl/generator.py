@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from fedlscl import checks
-from fedlscl.methods.data_free import Met, batch_statistics
+from fedlscl.methods.data_free import DataFreeFit, Generator, Met, batch_statistics
 from fedlscl.methods.fedavg import FedAvgClient
 from fedlscl.models.cnn import SmallModel
 
@@ -61,7 +59,7 @@ class GeneratorSettings:
         return {"cross_entropy": 1.0, **free}
 
 
-class GeneratorTraining(LightningModule):
+class GeneratorTraining(DataFreeFit):
     """One task's training of the generator.
 
     Args:
@@ -70,23 +68,16 @@ class GeneratorTraining(LightningModule):
         settings: how it is trained.
     """
 
-    classes: Tensor  # (|Old|,) class numbers
+    teacher: FedAvgClient
     blurring: Tensor  # (s, s)
 
     def __init__(self, teacher: FedAvgClient, learned: Tensor, settings: GeneratorSettings) -> None:
-        super().__init__()
+        super().__init__(teacher, learned)
         self.settings = settings
-        self.teacher = teacher.requires_grad_(False)
         self.generator = ImageGenerator(teacher.cnn.image_size)
         self.generator.to(memory_format=torch.channels_last)  # a fifth faster, on a CPU too
-        self.register_buffer("classes", learned.nonzero().squeeze(1))
         self.register_buffer("blurring", blurring(teacher.cnn.image_size))
         self.record: dict[str, Tensor] = {}  # what is logged, of the last step
-        self.train()  # Lightning warns of what is not when a fit begins
-
-    def on_train_start(self) -> None:
-        """The teacher does not learn from the images that are to be like what it learned from."""
-        self.teacher.eval()
 
     def train_dataloader(self) -> list[int]:
         """The numbers of the steps."""
@@ -100,7 +91,7 @@ class GeneratorTraining(LightningModule):
         """L on a batch of images."""
         x = self.generator(torch.randn(self.settings.batch_size, LATENT, device=self.device)).float()
         with batch_statistics(self.teacher) as met:
-            logits = self.teacher(as_pixels(x, self.teacher.cnn), {}).logits[:, self.classes].float()
+            logits = self.logits(self.teacher, as_pixels(x, self.teacher.cnn))
         preferred = logits.argmax(dim=1)
         terms = {
             "cross_entropy": F.cross_entropy(logits / self.settings.temperature, preferred),
@@ -138,11 +129,10 @@ def statistics_divergence(met: Iterable[Met], like: Tensor) -> Tensor:
         like: says dtype and device; without batch normalisation the result is 0.
     """
     found = []
-    for layer, mean, variance in met:
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        running = layer.running_var + layer.eps  # what the layer divides by, and finite for a channel that is constant
-        found.append(normal_divergence(layer.running_mean, running, mean, variance + layer.eps).mean())
+    for one in met:
+        running_mean, running_variance = one.running
+        eps = one.layer.eps  # with it the variance is what the layer divides by, and not 0 for a constant channel
+        found.append(normal_divergence(running_mean, running_variance + eps, one.mean, one.variance + eps).mean())
     return torch.stack(found).mean() if found else like.new_zeros(())
 
 
@@ -164,8 +154,8 @@ def blurring(size: int) -> Tensor:
     return (F.one_hot(places, size) * (weights / weights.sum())[:, None]).sum(dim=1)
 
 
-class ImageGenerator(nn.Module):
-    """Images in the normalised space of a CNN from random numbers.
+class ImageGenerator(Generator):
+    """Images in the normalised space of a CNN.
 
     Args:
         size: s, their side in pixels.
@@ -175,31 +165,11 @@ class ImageGenerator(nn.Module):
     """
 
     def __init__(self, size: int) -> None:
-        super().__init__()
         widths = (128, 128, 64) if size < 64 else (128, 128, 128, 64) if size < 128 else (64,) * 6
         factor = 2 ** (len(widths) - 1)
         if size < factor or size % factor:
             raise ValueError(f"cnn.image_size is {size}, but MFCL's generator needs a multiple of {factor} there")
-
-        def stage(wide: int, out: int) -> tuple[nn.Module, ...]:
-            normalisation = nn.BatchNorm2d(out, eps=INNER_EPSILON)
-            rectifier = nn.LeakyReLU(0.2, inplace=True)  # in place: at 224 px each image would need 17 MB more
-            return nn.Upsample(scale_factor=2), nn.Conv2d(wide, out, 3, padding=1), normalisation, rectifier
-
-        self.layers = nn.Sequential(
-            nn.Linear(LATENT, widths[0] * (size // factor) ** 2),
-            nn.Unflatten(1, (widths[0], size // factor, size // factor)),
-            nn.BatchNorm2d(widths[0]),
-            *(module for wide, out in pairwise(widths) for module in stage(wide, out)),
-            nn.Conv2d(widths[-1], 3, 3, padding=1),
-            nn.Tanh(),
-            nn.BatchNorm2d(3, affine=False),
-        )
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Images (B, 3, s, s) from z (B, 1000)."""
-        images: Tensor = self.layers(z)
-        return images
+        super().__init__(LATENT, widths, size, [nn.Tanh(), nn.BatchNorm2d(3, affine=False)], epsilon=INNER_EPSILON)
 
 
 def as_pixels(x: Tensor, cnn: SmallModel) -> Tensor:
@@ -211,3 +181,8 @@ def without_numbers(size: int) -> ImageGenerator:
     """A generator whose tensors have shapes only; it draws nothing."""
     with torch.device("meta"):
         return ImageGenerator(size)
+
+
+def named(generator: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A generator's tensors under the names under which they travel."""
+    return {f"generator.{name}": tensor for name, tensor in generator.items()}

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fedlscl import checks
 from fedlscl.batches import Batch, Output
-from fedlscl.messages import AtMost, Download, Schema, TensorSpec
-from fedlscl.methods.fedavg import FedAvgClient
+from fedlscl.messages import AtMost, Schema, TensorSpec
+from fedlscl.methods.data_free import DataFreeClient
 
 LARGEST_SET = 2**16  # synthetic images that a client accepts at once
 
 
-class TARGETClient(FedAvgClient):
+class TARGETClient(DataFreeClient):
     """FedAvg's client with distillation on synthetic images.
 
     Args:
@@ -31,29 +31,14 @@ class TARGETClient(FedAvgClient):
         checks.positive("model", temperature=temperature)
         self.strength, self.temperature = strength, temperature
 
-    def outgoing(self) -> dict[str, Tensor]:
-        """CNN, head, and the classes learned."""
-        return {**self.shared(), "classes": self._class_mask(0, self.memory.begun)}
+    def uploaded_classes(self) -> Tensor:
+        """The classes learned."""
+        return self._class_mask(0, self.memory.begun)
 
-    def upload_schema(self) -> Schema:
-        """Also a mask over the classes."""
-        return {**self.shared_schema(), "classes": TensorSpec((self.num_classes,), torch.bool)}
-
-    def download_schema(self) -> Schema:
-        """After a task also synthetic images, no larger than the CNN takes them, and the classes they stand for."""
+    def replay_schema(self) -> Schema:
+        """Synthetic images, no larger than the CNN takes them."""
         side = AtMost(self.cnn.image_size)
-        return {
-            **self.shared_schema(),
-            "images": TensorSpec((AtMost(LARGEST_SET), 3, side, side), torch.uint8, optional=True),
-            "classes": TensorSpec((self.num_classes,), torch.bool, optional=True),
-        }
-
-    def download(self, message: Download) -> None:
-        """Take over CNN and head; new synthetic images replace the old ones."""
-        synthetic = {name: message.tensors[name] for name in ("images", "classes") if name in message.tensors}
-        if synthetic:
-            self.memory.received = synthetic
-        self.adopt({name: tensor for name, tensor in message.tensors.items() if name not in synthetic})
+        return {"images": TensorSpec((AtMost(LARGEST_SET), 3, side, side), torch.uint8, optional=True)}
 
     def on_test_start(self) -> None:
         """The model that came with synthetic images is their teacher: note its logits."""

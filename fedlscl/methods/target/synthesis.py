@@ -7,12 +7,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from fedlscl import checks
-from fedlscl.methods.data_free import Met, batch_statistics
+from fedlscl.methods.data_free import DataFreeFit, Generator, Met, batch_statistics
 
 LATENT = 256  # numbers in z
 MIXTURE = 0.9  # weight of the earlier rounds' statistics in L_BN
@@ -78,8 +77,12 @@ class InversionSettings:
         """Of the terms of L, by name."""
         return {"statistics": self.statistics, "cross_entropy": self.cross_entropy, "adversarial": self.adversarial}
 
+    def side(self, image_size: int) -> int:
+        """s for models that take images of `image_size` px: a multiple of 4, no larger than that."""
+        return 4 * (min(self.gen_size, image_size) // 4)
 
-class Inversion(LightningModule):
+
+class Inversion(DataFreeFit):
     """The making of one task's synthetic images: a fit of as many steps as there are synthesis rounds.
 
     Args:
@@ -87,39 +90,28 @@ class Inversion(LightningModule):
         student: an untrained model of the same kind.
         learned: (K,) true for the classes that the images are to show.
         settings: how they are made.
-        side: s, of the images in pixels.
         image_size: S, at which the models take them.
     """
 
     automatic_optimization = False
-    classes: Tensor  # (|Old|,) class numbers
     enlarging: Tensor  # (S, s)
 
     def __init__(
-        self,
-        teacher: nn.Module,
-        student: nn.Module,
-        learned: Tensor,
-        settings: InversionSettings,
-        side: int,
-        image_size: int,
+        self, teacher: nn.Module, student: nn.Module, learned: Tensor, settings: InversionSettings, image_size: int
     ) -> None:
-        super().__init__()
-        self.settings = settings
-        self.teacher, self.student = teacher.requires_grad_(False), student
+        super().__init__(teacher, learned)
+        self.settings, self.student, side = settings, student.train(), settings.side(image_size)
         self.generator, self.copied = ImageGenerator(side), ImageGenerator(side)
         self.to(memory_format=torch.channels_last)  # half the time on a CPU
         self.latent = nn.Parameter(torch.empty(settings.batch_size, LATENT))
-        self.register_buffer("classes", learned.nonzero().squeeze(1))
         self.register_buffer("enlarging", enlarging(side, image_size))
-        self.train()  # Lightning warns of what is not when a fit begins
         self.mixture: Statistics = []
         self.images: list[Tensor] = []  # (batch_size, 3, s, s) uint8, of each round
         self.record: list[dict[str, float]] = []  # what is logged, of each round
 
     def on_train_start(self) -> None:
-        """Neither teacher nor student learns from the batches that are to be inverted."""
-        self.teacher.eval()
+        """Nor does the student learn from them, save in its own training."""
+        super().on_train_start()
         self.student.eval()
 
     def train_dataloader(self) -> list[int]:
@@ -203,8 +195,7 @@ class Inversion(LightningModule):
         """Logits (B, |Old|) of images (B, 3, s, s) in 0..1."""
         if images.shape[-1] != len(self.enlarging):
             images = (self.enlarging @ images @ self.enlarging.T).clamp(0, 1)
-        logits: Tensor = model(images, {}).logits
-        return logits[:, self.classes].float()
+        return self.logits(model, images)
 
     def _train_student(self, optimizer: LightningOptimizer) -> None:
         """Teach the student what the teacher says of the images so far."""
@@ -228,34 +219,15 @@ class Inversion(LightningModule):
         return {name: sum(found) / len(found) for name, found in values.items()}
 
 
-class ImageGenerator(nn.Module):
-    """Images in 0..1 from random numbers.
+class ImageGenerator(Generator):
+    """Images in 0..1; no bias before batch normalisation, which has its own.
 
     Args:
         size: s, their side in pixels, a multiple of 4.
     """
 
     def __init__(self, size: int) -> None:
-        super().__init__()
-
-        def stage(wide: int, out: int) -> tuple[nn.Module, ...]:
-            convolution = nn.Conv2d(wide, out, 3, padding=1, bias=False)  # batch normalisation has a bias
-            return nn.Upsample(scale_factor=2), convolution, nn.BatchNorm2d(out), nn.LeakyReLU(0.2)
-
-        self.layers = nn.Sequential(
-            nn.Linear(LATENT, 128 * (size // 4) ** 2),
-            nn.Unflatten(1, (128, size // 4, size // 4)),
-            nn.BatchNorm2d(128),
-            *stage(128, 128),
-            *stage(128, 64),
-            nn.Conv2d(64, 3, 3, padding=1),
-            nn.Sigmoid(),
-        )
-
-    def forward(self, latent: Tensor) -> Tensor:
-        """Images (B, 3, s, s) from z (B, 256)."""
-        images: Tensor = self.layers(latent)
-        return images
+        super().__init__(LATENT, (128, 128, 64), size, [nn.Sigmoid()], bias=False)
 
 
 def statistics_distance(met: list[Met], mixture: Statistics, like: Tensor) -> Tensor:
@@ -268,9 +240,8 @@ def statistics_distance(met: list[Met], mixture: Statistics, like: Tensor) -> Te
     """
     total = like.new_zeros(())
     for one, (mean, variance) in zip(met, mixed(mixture, [(one.mean, one.variance) for one in met]), strict=True):
-        assert one.layer.running_mean is not None
-        assert one.layer.running_var is not None
-        total = total + (one.layer.running_var - variance).norm() + (one.layer.running_mean - mean).norm()
+        running_mean, running_variance = one.running
+        total = total + (running_variance - variance).norm() + (running_mean - mean).norm()
     return total
 
 
@@ -278,10 +249,9 @@ def mixed(mixture: Statistics, met: Statistics) -> Statistics:
     """0.9 of the mixture so far and 0.1 of what was met; what was met if there is no mixture yet."""
     if not mixture:
         return met
-    pairs = zip(mixture, met, strict=True)
     return [
-        (MIXTURE * mean + (1 - MIXTURE) * now[0], MIXTURE * variance + (1 - MIXTURE) * now[1])
-        for (mean, variance), now in pairs
+        (MIXTURE * mean + (1 - MIXTURE) * now_mean, MIXTURE * variance + (1 - MIXTURE) * now_variance)
+        for (mean, variance), (now_mean, now_variance) in zip(mixture, met, strict=True)
     ]
 
 
