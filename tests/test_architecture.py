@@ -128,7 +128,7 @@ def method_names() -> set[str]:
     methods = [name for name in FILES if name.startswith("fedlscl.methods.")]
     classes = {node.name for name in methods for node in ast.walk(tree(name)) if isinstance(node, ast.ClassDef)}
     configurations = {path.stem for path in (ROOT.parent / "experiments" / "methods").glob("*_*.yaml")}
-    return classes | configurations | {name.rpartition(".")[2] for name in methods}
+    return classes | configurations | {name.split(".")[2] for name in methods}
 
 
 def test_the_names_of_the_methods_are_known_here() -> None:
