@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,14 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from fedlscl.methods.fedmgp.client import FedMGPClient
+
+
+class Steps(NamedTuple):
+    """The steps of a fit."""
+
+    batches: Sequence[tuple[Tensor, Tensor]]  # images (b, 3, H, W) in uint8 and labels (b,)
+    epochs: int  # how often each batch is taken
+    learning_rate: float  # of Adam
 
 
 class Fusion(LightningModule, ABC):
@@ -22,19 +30,15 @@ class Fusion(LightningModule, ABC):
 
     Args:
         model: a client's model, part of which is trained.
-        batches: images (b, 3, H, W) in uint8 and labels (b,).
-        epochs: how often each batch is taken.
-        learning_rate: of Adam.
+        steps: on which batches, how often and how far.
     """
 
     before: float  # the objective over all images at the start, and in the end
     after: float
 
-    def __init__(
-        self, model: FedMGPClient, batches: Sequence[tuple[Tensor, Tensor]], epochs: int, learning_rate: float
-    ) -> None:
+    def __init__(self, model: FedMGPClient, steps: Steps) -> None:
         super().__init__()
-        self.model, self.batches, self.epochs, self.learning_rate = model, batches, epochs, learning_rate
+        self.model, self.steps = model, steps
 
     @abstractmethod
     def trained(self) -> Iterable[nn.Parameter]:
@@ -50,17 +54,17 @@ class Fusion(LightningModule, ABC):
 
     def train_dataloader(self) -> list[int]:
         """The numbers of the batches, epoch after epoch."""
-        return list(range(len(self.batches))) * self.epochs
+        return list(range(len(self.steps.batches))) * self.steps.epochs
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam."""
-        return torch.optim.Adam(self.trained(), lr=self.learning_rate)
+        return torch.optim.Adam(self.trained(), lr=self.steps.learning_rate)
 
     def on_train_start(self) -> None:
         """Put the frozen model where the others are, and compute what stays."""
         self.model.vit.to(self.device)
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            self.kept = [self.fixed(images.to(self.device)) for images, _ in self.batches]
+            self.kept = [self.fixed(images.to(self.device)) for images, _ in self.steps.batches]
         self.before = self._mean()
 
     def training_step(self, number: int, batch_idx: int) -> Tensor:
@@ -73,12 +77,12 @@ class Fusion(LightningModule, ABC):
         self.kept = []
 
     def _of(self, number: int) -> Tensor:
-        _, labels = self.batches[number]
+        _, labels = self.steps.batches[number]
         return self.objective(labels.to(self.device), self.kept[number])
 
     def _mean(self) -> float:
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            return float(torch.cat([self._of(number) for number in range(len(self.batches))]).mean())
+            return float(torch.cat([self._of(number) for number in range(len(self.steps.batches))]).mean())
 
 
 class Distillation(Fusion):
@@ -86,21 +90,12 @@ class Distillation(Fusion):
 
     Args:
         model: with the student's prompt.
-        batches: see `Fusion`.
-        epochs: see `Fusion`.
-        learning_rate: see `Fusion`.
+        steps: see `Fusion`.
         teachers: prompts (1, L, d) of the others; without any the student stays as it is.
     """
 
-    def __init__(
-        self,
-        model: FedMGPClient,
-        batches: Sequence[tuple[Tensor, Tensor]],
-        epochs: int,
-        learning_rate: float,
-        teachers: Sequence[Tensor],
-    ) -> None:
-        super().__init__(model, batches, epochs, learning_rate)
+    def __init__(self, model: FedMGPClient, steps: Steps, teachers: Sequence[Tensor]) -> None:
+        super().__init__(model, steps)
         self.teachers = teachers
 
     def trained(self) -> Iterable[nn.Parameter]:

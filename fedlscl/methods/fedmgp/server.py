@@ -14,7 +14,7 @@ from fedlscl.checks import at_least
 from fedlscl.federation.trainer import fit_once
 from fedlscl.messages import Schema, Upload
 from fedlscl.methods.fedmgp.client import FedMGPClient
-from fedlscl.methods.fedmgp.fits import Distillation, HeadTraining
+from fedlscl.methods.fedmgp.fits import Distillation, HeadTraining, Steps
 from fedlscl.schedule import Round
 from fedlscl.server import Answers, Server, average
 
@@ -73,20 +73,18 @@ class FedMGPServer(Server):
         assert isinstance(model, FedMGPClient)  # `begin` has looked
         model.adopt({**mean, "prompt": student})
         rng = seeds.generator(round.seed, "fusion", round.number)
-        distillation = Distillation(model, self._batches(rng), self.epochs, self.learning_rate, teachers)
+        distillation = Distillation(model, self._steps(rng), teachers)
         fit_once(trainer(), distillation)
-        training = HeadTraining(model, self._batches(rng), self.epochs, self.learning_rate)
+        training = HeadTraining(model, self._steps(rng))
         fit_once(trainer(), training)
-        self.metrics = {
-            "fusion_before": distillation.before,
-            "fusion_after": distillation.after,
-            "head": training.after,
-        }
+        before, after = distillation.before, distillation.after
+        self.metrics = {"fusion_before": before, "fusion_after": after, "head": training.after}
         answer = {name: tensor.detach().cpu() for name, tensor in model.shared().items()}
         return dict.fromkeys(range(clients), answer)
 
-    def _batches(self, rng: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+    def _steps(self, rng: torch.Generator) -> Steps:
         """The surrogates and their labels in random order, in parts of nearly equal size."""
         order = torch.randperm(len(self.labels), generator=rng)
         parts = order.tensor_split(-(-len(order) // self.batch_size))
-        return [(self.images[part], self.labels[part]) for part in parts]
+        batches = [(self.images[part], self.labels[part]) for part in parts]
+        return Steps(batches, self.epochs, self.learning_rate)
