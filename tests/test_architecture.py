@@ -124,7 +124,7 @@ def test_there_is_no_circle(module: str) -> None:
 
 
 def method_names() -> set[str]:
-    """What a method could be told by: its module, its classes, the name of its configuration."""
+    """What a method could be told by: its file or folder, its classes, the name of its configuration."""
     methods = [name for name in FILES if name.startswith("fedlscl.methods.")]
     classes = {node.name for name in methods for node in ast.walk(tree(name)) if isinstance(node, ast.ClassDef)}
     configurations = {path.stem for path in (ROOT.parent / "experiments" / "methods").glob("*_*.yaml")}
@@ -132,7 +132,7 @@ def method_names() -> set[str]:
 
 
 def test_the_names_of_the_methods_are_known_here() -> None:
-    assert {"FedLSCL", "fed_lscl", "frozen_vit", "small_model"} <= method_names()
+    assert {"FedLSCL", "fed_lscl", "frozen_vit", "small_model", "glfc", "GLFCServer"} <= method_names()
 
 
 def compared(module: str) -> Iterator[ast.expr]:
