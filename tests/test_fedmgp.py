@@ -36,7 +36,9 @@ from fedlscl.federation.algorithm import Federation
 from fedlscl.federation.trainer import RoundTrainer
 from fedlscl.messages import Download, Message, Upload
 from fedlscl.methods.fedavg import FedAvgClient
-from fedlscl.methods.fedmgp import FedMGPClient, FedMGPServer, consensus, distances, nearest
+from fedlscl.methods.fedmgp.client import FedMGPClient, nearest
+from fedlscl.methods.fedmgp.fits import consensus, distances
+from fedlscl.methods.fedmgp.server import FedMGPServer
 from fedlscl.models.adapters import Prefixes
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT

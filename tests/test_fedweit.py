@@ -19,18 +19,9 @@ from fedlscl.data.module import FederatedDataModule
 from fedlscl.federation.algorithm import Federation
 from fedlscl.messages import Download, Message, MessageError, Upload
 from fedlscl.methods.fedavg import FedAvgClient
-from fedlscl.methods.fedweit import (
-    FedWeITClient,
-    FedWeITServer,
-    attended,
-    beyond,
-    dense,
-    drift,
-    entries,
-    join,
-    kept_channels,
-    merge,
-)
+from fedlscl.methods.fedweit.client import FedWeITClient
+from fedlscl.methods.fedweit.decomposition import attended, beyond, dense, drift, entries, join, kept_channels
+from fedlscl.methods.fedweit.server import FedWeITServer, merge
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
@@ -519,9 +510,9 @@ def test_the_task_is_known_so_the_masks_agree(make: Make) -> None:
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"decay": -1}, r"model\.decay is -1, must not be negative"),
-        ({"sparsity": -0.5}, r"model\.sparsity is -0\.5, must not be negative"),
-        ({"drift": float("nan")}, r"model\.drift is nan, must not be negative"),
+        ({"decay": -1}, r"model\.decay is -1, must be at least 0"),
+        ({"sparsity": -0.5}, r"model\.sparsity is -0\.5, must be at least 0"),
+        ({"drift": float("nan")}, r"model\.drift is nan, must be at least 0"),
         ({"pruned": 1.0}, r"model\.pruned is 1\.0, must be at least 0 and below 1"),
         ({"train_mask": "seen"}, r"model\.train_mask is seen, must be task"),
         ({"continual": Replay()}, r"model\.continual is Replay, must be NoReplay"),

@@ -36,9 +36,10 @@ from fedlscl.data.module import FederatedDataModule
 from fedlscl.federation.algorithm import Federation
 from fedlscl.federation.trainer import RoundTrainer
 from fedlscl.messages import Download, Message, Upload
-from fedlscl.methods import lorm
 from fedlscl.methods.fedavg import FedAvgClient
-from fedlscl.methods.lorm import LAYERS, LoRMClient, LoRMServer, merge, projected
+from fedlscl.methods.lorm.client import LAYERS, LoRMClient, initial, joined
+from fedlscl.methods.lorm.merging import divided, merge, projected, shrunk
+from fedlscl.methods.lorm.server import LoRMServer
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
@@ -176,7 +177,7 @@ def test_the_outputs_change_least(seed: int, clients: int) -> None:
 def test_one_task_deploys_what_it_has_learned() -> None:
     (b,), (a,), _, (x,) = drawn(5, 1)
     assert_close(merged([b @ a], [gram(x)]), b @ a)
-    found = lorm.joined(a[None, None], b[None, None], torch.ones(1, 1, INPUTS, dtype=torch.float64))
+    found = joined(a[None, None], b[None, None], torch.ones(1, 1, INPUTS, dtype=torch.float64))
     assert_close((found.b @ found.a)[0], b @ a)
 
 
@@ -188,14 +189,14 @@ def test_the_joined_tasks_are_their_merged_products(seed: int, tasks: int) -> No
     for diagonal in g:
         diagonal[2] = 0  # an input that was always zero
     stacked = torch.stack(g)[:, None]
-    found = lorm.joined(torch.stack(a)[:, None], torch.stack(b)[:, None], lorm.divided(stacked, stacked.sum(0)))
+    found = joined(torch.stack(a)[:, None], torch.stack(b)[:, None], divided(stacked, stacked.sum(0)))
     assert found.a.shape == (1, tasks * RANK, INPUTS)
     products = [one @ other for one, other in zip(b, a, strict=True)]
     assert_close((found.b @ found.a)[0], merged(products, g))
 
 
 def test_alpha_leaves_the_diagonal_alone() -> None:
-    found = lorm.shrunk(torch.tensor([[4.0, 2.0], [2.0, 8.0]]), 0.25)
+    found = shrunk(torch.tensor([[4.0, 2.0], [2.0, 8.0]]), 0.25)
     assert found.tolist() == [[4.0, 0.5], [0.5, 8.0]]
 
 
@@ -204,15 +205,15 @@ def test_alpha_leaves_the_diagonal_alone() -> None:
 
 def test_a_is_drawn_alike_everywhere_and_anew_in_each_task(vit: FrozenViT) -> None:
     with seeds.seeded(1):
-        one = lorm.initial((6, 20, 50), 7, 1, "attn.qkv")
-    other = lorm.initial((6, 20, 50), 7, 1, "attn.qkv")
+        one = initial((6, 20, 50), 7, 1, "attn.qkv")
+    other = initial((6, 20, 50), 7, 1, "attn.qkv")
     assert torch.equal(one, other)
     bound = 1 / math.sqrt(50)
     assert 0.99 * bound < float(one.max()) <= bound
     assert -bound <= float(one.min()) < -0.99 * bound
     assert float(one.std()) == pytest.approx(bound / math.sqrt(3), rel=0.03)
     for changed in ((8, 1, "attn.qkv"), (7, 2, "attn.qkv"), (7, 1, "mlp.fc1")):
-        assert not torch.equal(one, lorm.initial((6, 20, 50), *changed))
+        assert not torch.equal(one, initial((6, 20, 50), *changed))
 
 
 def test_the_start_is_the_frozen_vit(body: Any, vit: FrozenViT) -> None:
@@ -453,8 +454,8 @@ def test_a_finished_task_is_kept_and_the_next_begins_anew(make: Make, wire: Wire
             assert torch.equal(body.past[f"gram.{layer}"][task], of_round[for_a][f"gram.{layer}"])
         assert not body.shared()[f"b.{layer}"].any()
         shape = body.shared()[f"a.{layer}"].shape
-        assert torch.equal(first[f"a.{layer}"], lorm.initial(shape, int(body.origin), 1, layer))
-        assert torch.equal(body.shared()[f"a.{layer}"], lorm.initial(shape, int(body.origin), 3, layer))
+        assert torch.equal(first[f"a.{layer}"], initial(shape, int(body.origin), 1, layer))
+        assert torch.equal(body.shared()[f"a.{layer}"], initial(shape, int(body.origin), 3, layer))
     # what is deployed does not change because another round begins
     images = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
     body.eval()

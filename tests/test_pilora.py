@@ -37,7 +37,9 @@ from fedlscl.data.module import FederatedDataModule
 from fedlscl.federation.algorithm import Federation
 from fedlscl.messages import Download, Message, MessageError, Upload
 from fedlscl.methods.fedavg import FedAvgClient
-from fedlscl.methods.pilora import PILoRAClient, PILoRAServer, distances, fused, overlap, weights
+from fedlscl.methods.pilora.client import PILoRAClient, fused, overlap
+from fedlscl.methods.pilora.prototypes import distances, weights
+from fedlscl.methods.pilora.server import PILoRAServer
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
@@ -554,8 +556,8 @@ def test_distances_and_gradients_are_float32_under_autocast(body: Any) -> None:
     ("settings", "complaint"),
     [
         ({"rank": 0}, r"model\.rank is 0, must be at least 1"),
-        ({"sparsity": -1.0}, r"model\.sparsity is -1\.0, must not be negative"),
-        ({"lora_learning_rate": -1.0}, r"model\.lora_learning_rate is -1\.0, must not be negative"),
+        ({"sparsity": -1.0}, r"model\.sparsity is -1\.0, must be at least 0"),
+        ({"lora_learning_rate": -1.0}, r"model\.lora_learning_rate is -1\.0, must be at least 0"),
         ({"continual": Replay()}, r"model\.continual is Replay, must be NoReplay"),
     ],
 )

@@ -1,29 +1,15 @@
 """EWC (Kirkpatrick et al., 2017), in its online form (Schwarz et al., 2018): old tasks hold the weights they need.
 
-A strategy, not a method of its own: over FedAvg it is the baseline `ewc`, and in Fed-LSCL it takes the place of the
-continual fine-tuning (`fed_lscl_ewc`), where it holds CNN, generator and head and there is no replay phase. The buffer
-of Fed-LSCL remains, since the uploaded features are those of the buffer.
+See docs/methods/ewc.md. A strategy, not a method of its own: over FedAvg it is the baseline `ewc`, and in Fed-LSCL it
+takes the place of the continual fine-tuning (`fed_lscl_ewc`).
 
-Objective: CE(z, y) + lambda / 2 sum over j of F_j (w_j - w*_j)^2, over all that is trained (no running statistics),
-without the second term in a client's first task. The cross-entropy is that of the method, with the classes of its
-`train_mask`.
-
-When a task begins, with w the model received last, and n the images of the tasks just finished (at most `samples`):
+Objective: CE(z, y) + lambda / 2 sum over j of F_j (w_j - w*_j)^2, over all that is trained. When a task begins, with w
+the model received last, and n the images of the tasks just finished (at most `samples`):
 
     F_n = 1/n sum over x of (grad_w CE(z(x), y))^2, in evaluation mode, no entry above `clamp`;
     F <- gamma F + F_n;   w* <- w.
 
-The gradients are squared image by image, of the true labels (the empirical Fisher information). Rows of the head for
-classes that have not been learned have no gradient, so F is 0 there and they are free.
-
-Aggregation and what travels: as the method alone, nothing more. On the client's disk: F and w*, 8 bytes for each
-trained number.
-
-Sources and differences: lambda = 1000 and the clamp at 1e-4 are TARGET's. Since F_n is what is clamped, and gamma = 1
-adds it up over the tasks (TARGET takes a mean), a weight may be held by as many times the clamp as there were tasks.
-Published code computes F with the local or the server's model, here it is the received one, from which the next task
-starts. Mammoth weighs each image by its likelihood, and its penalty has twice our gradient for the same lambda; we do
-neither. `samples: 200` is ours, since a gradient for every single image is slow; `null` takes all of them.
+Aggregation and what travels: as the method alone, nothing more.
 
 Logged: collaborate/ewc (lambda / 2 sum F (w - w*)^2), from a client's second task on.
 """

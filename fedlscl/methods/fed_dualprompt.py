@@ -1,48 +1,16 @@
 """FedDualPrompt (FedDualP): DualPrompt (Wang et al., 2022), with prompts, keys and head averaged.
 
-The ViT is frozen. Prefixes are L keys and values that the tokens of a block attend to besides their own, so that the
-number of tokens stays the same. G-prefixes are common to all images. E-prefixes come in M slots with a key kappa_m
-each, of the ViT's width d: the slot of task n is trained on the images of task n, and a test image takes the slot
-whose key points most in the direction of its query q(x), its feature under the unprompted ViT. The head sees the
-feature of the ViT under both.
-
-Objective, on the images of the current task n of client i, with C(i, n) its classes (`train_mask: task`):
+See docs/methods/fed_dualprompt.md. The ViT is frozen. Prefixes are L keys and values that the tokens of a block attend
+to besides their own. G-prefixes are common to all images; E-prefixes come in M slots with a key kappa_m each. The slot
+of task n is trained on the images of task n, and starts from that of task n - 1; a test image takes the slot whose key
+points most in the direction of its query q(x), its feature under the unprompted ViT. Objective, on the images of the
+current task n of client i, with C(i, n) its classes (`train_mask: task`):
 
     CE(z, y; C(i, n)) - lambda * mean over x of cos(q(x), kappa_n).
 
-The second term is all that moves a key. In training the slot is that of the task (slot n - 1, counted from 0), for
-every client; a client that catches up trains on all it has missed with the slot of the task at hand. In tests each
-image takes the best of all M keys. Those of tasks to come are among them, as published: as long as a trained key is no
-nearer to the queries than a random one (a cosine of about 1 / sqrt(d)), an image may take a slot that was never
-trained. A step of Adam moves an entry of a key, from U(-1, 1), by about the learning rate, so that after a few dozen
-steps this is what many images do. With `pool_size` equal to the number of tasks no such slot is left at the end.
+Aggregation: w <- sum over i of p_i w_i, as FedAvg.
 
-Start of a task: the E-prefixes of slot n - 1 are copied to slot n, its key stays as drawn. A client copies within the
-model it has received, before its first round of the task, unless it has received a model of that task: this one holds
-the copy already, trained by others. So all copies of a task are equal. Without a server, a client copies what it
-trained last to all slots up to the new one.
-
-Aggregation: w <- sum over i of p_i w_i, as FedAvg. Of the E-prefixes and keys only those of the current task differ
-among clients. What slot n stands for differs, too, as the classes of task n do.
-
-What travels: G-prefixes (G, 2, L_g, heads, d / heads) for G blocks, E-prefixes (E, 2, M, L, heads, d / heads) for E
-blocks, keys (M, d) and head, both ways, 4 (2 G L_g d + 2 E M L d + M d + (d + 1) K) bytes; with d = 768 these are
-1,321,360 for K = 100 and L = 5, and 4,393,760 for K = 200 and L = 20. Sending the current slot alone would do; we send
-all of them. Nothing else is kept of old tasks.
-
-Defaults are those of the published settings and of their port to torch: G-prefixes of length 5 in blocks 0 and 1,
-E-prefixes in blocks 2, 3 and 4 (of a ViT that has fewer blocks, in those that exist), M = 10, lambda = 1, all from
-U(-1, 1), gradients clipped at norm 1 (`gradient_clip`, in the YAML); L = 5 for CIFAR-100, 20 for ImageNet-R. With more
-tasks than slots the port goes on without a slot; here it is refused. The port's CIFAR-100 setting also makes one choice
-for a whole batch, which tells of a test image what else is in its batch; that is not offered.
-
-`legacy_reshape` repeats an error of the ports, for comparison with their numbers. They view the chosen E-prefixes,
-(2, B, L, ...) in memory, as (B, 2, L, ...), instead of exchanging the two dimensions. Where all images have the same
-slot, as in training, the first half of a batch gets the slot's keys both as keys and as values, and the second half its
-values; where they differ, images get one another's. What an image is classified as then depends on its batch, so that
-accuracies under this setting depend on `evaluation_batch_size`.
-
-Cached for each image are its query and the tokens that enter the first adapted block, 4 (T + 1) d bytes for T tokens.
+What travels: G-prefixes, E-prefixes and keys of all slots, and the head, both ways.
 
 Logged: collaborate/cross_entropy, collaborate/pull (the second term, between -lambda and lambda).
 """

@@ -1,31 +1,15 @@
 """FedL2P: learning to prompt (Wang et al., 2022), with pool and head averaged.
 
-The ViT is frozen. A pool holds M prompts P_m (L tokens each) with a key kappa_m of the ViT's width d. An image's query
-q(x), its feature under the unprompted ViT, chooses the k prompts whose keys point most in its direction. They enter
-the ViT right behind the class token, at the class token's position, and the head sees the mean of what leaves the
-last block in their k L places.
-
-Objective, on the images of the current task n of client i, with C(i, n) its classes (`train_mask: task`):
+See docs/methods/fed_l2p.md. The ViT is frozen. A pool holds M prompts P_m (L tokens each) with a key kappa_m. The query
+q(x) of an image, its feature under the unprompted ViT, chooses the k prompts whose keys point most in its direction;
+the head sees the mean of what leaves the last block in their k L places. Objective, on the images of the current task n
+of client i, with C(i, n) its classes (`train_mask: task`):
 
     s_m(x) = cos(q(x), kappa_m),    CE(z, y; C(i, n)) - lambda * mean over x of sum over the k chosen m of s_m(x).
 
-The second term pulls the chosen keys towards the queries; it is all that moves a key, as the choice has no gradient.
-The query depends on nothing trained.
+Aggregation: prompts, keys and head as FedAvg, w <- sum over i of p_i w_i.
 
-Aggregation: prompts, keys and head as FedAvg, w <- sum over i of p_i w_i. Nothing ties a slot to the same meaning for
-two clients, and the average mixes them: this is the expected weakness of the method.
-
-What travels: prompts (M, L, d), keys (M, d) and head, both ways, 4 (M L d + M d + (d + 1) K) bytes; with d = 768 and
-K = 100 or 200 these are 491,920 or 799,520. Nothing is kept of old tasks.
-
-Published are the centralised method in JAX (M = 10, L = 10, k = 4, lambda = 1) and a port to torch (M = 10, L = 5,
-k = 5, lambda = 0.1); the defaults here are the port's, as are prompts and keys from U(-1, 1) and gradients clipped at
-norm 1 (`gradient_clip`, in the YAML). Both can make one choice for a whole batch, by majority. At test time such a
-choice tells of an image what else is in its batch, so it is not offered: here every image chooses for itself, in
-training and in tests. A federated port leaves out the pull, and its keys stay as they were drawn. The port's learning
-rate is 0.03 / 256 for each image of a batch, 1.875e-3 with 16; here it is that of all methods.
-
-Cached for each image are its query and the tokens that enter the first block, 4 (T + 1) d bytes for T tokens.
+What travels: prompts (M, L, d), keys (M, d) and head, both ways.
 
 Logged: collaborate/cross_entropy, collaborate/pull (the second term, between -lambda k and lambda k).
 """

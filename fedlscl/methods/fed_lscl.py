@@ -1,15 +1,13 @@
 """Fed-LSCL: a small CNN generates, for every image, the LoRA weights that adapt a frozen ViT.
 
-On client i an image x gives E = theta(x) / ||theta(x)||, W = phi(E) and the logits H(ViT adapted by W, x). A round
-trains theta, phi and H on the current task (Eq. 3), then on the buffer (Eq. 4). Up go phi and the features FS of the
-buffered samples; no image, label, CNN or head. The server answers every client with a phi of its own (Eq. 5,
-one-by-one distillation, O2D), in closed form (`ExactO2D`) or by gradient descent as published (`IterativeO2D`).
+See docs/methods/fed_lscl.md. On client i an image x gives E = theta(x) / ||theta(x)||, W = phi(E) and the logits
+H(ViT adapted by W, x). A round trains theta, phi and H on the current task (Eq. 3), then on the buffer (Eq. 4).
 
-The paper leaves open, and the defaults here are: LoRA on the fused qkv projection of block 3, rank 4, alpha = rank; E
-of unit length; all seen classes compete in both phases (`train_mask`); the snapshot is the model after the last task's
-last download (`snapshot`); lambda = 0.5, lambda_E = 0.1, lambda_W = 0.01; epochs and passes over the buffer. Beyond the
-paper, the replay phase also draws current samples, as many of each class as the buffer holds (`continual.current`):
-without them it only teaches "not the new classes". The features travel in random order.
+Aggregation: the server answers every client with a phi of its own (Eq. 5, one-by-one distillation, O2D), in closed
+form (`ExactO2D`) or by gradient descent as published (`IterativeO2D`).
+
+What travels: up phi and the features FS of the buffered samples, in random order, down phi; no image, label, CNN or
+head.
 
 Logged: collaborate/cross_entropy; replay/cross_entropy, replay/features (lambda_E ||E - E'||^2), replay/weights
 (lambda_W ||W - W'||^2); server/objective_before and server/objective_after (Eq. 5, mean over the students).

@@ -1,17 +1,11 @@
 """Fed-LSCL whose clients solve one-by-one distillation themselves, from two sums over all of them.
 
-Eq. 5 is a ridge regression whose data are sums over the clients (`fedlscl.distillation`). So client i uploads only
-its terms C_i and G_i = C_i Phi_i; the server adds up, S = sum C_i and T = sum G_i, and sends the sums back; the client
-takes out its own terms and solves for itself. The solution is that of `ExactO2D` up to the rounding of the messages.
+See docs/methods/fed_lscl_sums.md. Objective: as Fed-LSCL. Aggregation: Eq. 5 is a ridge regression whose data are sums
+over the clients (`fedlscl.methods.o2d`). The server adds up what clients send, S = sum C_i and T = sum G_i, such as
+secure aggregation could (it is not part of this package), and a client takes out its own terms and solves for itself,
+with `strength: auto` for several lambda, of which it takes the best on its buffer.
 
-What it is for: sums can be formed by secure aggregation, under which the server would learn S and T and nothing of a
-single client. Secure aggregation itself is the transport's business and not done here: the uploads are plain, and from
-G_i and C_i whoever reads them can compute phi_i on the span of client i's features. It also takes three participants
-or more, since of a sum of two each knows the other's part, and rounds with other participants can be compared.
-
-With `strength: auto` the client also chooses lambda: among the solutions for several values, its own generator
-(lambda -> infinity) included, it takes the one with the lowest cross-entropy on the samples of its own buffer, so
-that on them an aggregation never hurts. The paper has neither.
+What travels: up C_i and G_i = C_i Phi_i, down S and T.
 
 Logged: as Fed-LSCL, without the server's objectives, and o2d/strength, the lambda of the last answer unless the client
 kept its own generator. The solution is found at the start of the evaluation, and its time counted there.

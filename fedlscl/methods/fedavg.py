@@ -1,17 +1,14 @@
 """FedAvg (McMahan et al., 2017): every client trains the whole small model, the server averages the models.
 
-Objective, on the images of the current task n of client i, with C(i, n) its classes (`train_mask: task`):
+See docs/methods/fedavg.md. Objective, on the images of the current task n of client i, with C(i, n) its classes
+(`train_mask: task`):
 
     CE(z, y; C(i, n)) = -z_y + log sum over c in C(i, n) of exp(z_c).
 
 Aggregation: w <- sum over i of p_i w_i, p_i the client's share of the training images (`weighting: samples`) or 1/k;
 the running statistics of batch normalisation likewise, of its counters the largest.
 
-What travels: CNN and head, both ways; with ResNet-18, 512 features and K classes 4 (11,176,512 + 513 K + 9,600) + 160
-bytes. Nothing is kept of old tasks, so rows of the head that no client trains now stay as they are, and the CNN
-moves away from under them. The head has one row for each class of the federation, in the same order for all.
-
-The publication leaves open the initialisation (random here; `cnn.pretrained: true` is offered).
+What travels: CNN and head, both ways.
 
 Logged: collaborate/cross_entropy.
 """

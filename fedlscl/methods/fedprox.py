@@ -1,13 +1,9 @@
 """FedProx (Li et al., 2020): FedAvg whose clients are held to the model with which the round began.
 
-Objective: CE(z, y; C(i, n)) + mu / 2 ||w - w_g||^2, where w_g are the parameters at the start of the round (no running
-statistics), and the norm runs over all of them. mu = 0 is FedAvg, bit for bit.
+See docs/methods/fedprox.md. Objective: CE(z, y; C(i, n)) + mu / 2 ||w - w_g||^2, where w_g are the parameters at the
+start of the round (no running statistics), and the norm runs over all of them. mu = 0 is FedAvg, bit for bit.
 
 Aggregation and what travels: as FedAvg.
-
-mu = 0.01 is the default of the published optimizer class (its command line has 0). The publication uses SGD; under
-Adam the pull is rescaled like every gradient, so that values of mu cannot be compared with those of SGD papers. A port
-with the norm in place of its square is another method.
 
 Logged: collaborate/cross_entropy, collaborate/proximal (mu / 2 ||w - w_g||^2).
 """

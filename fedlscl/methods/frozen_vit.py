@@ -1,25 +1,17 @@
 """The frozen ViT with a trained head and nothing else: what the foundation model is worth without adaptation.
 
-FedViT (FedAvg + ViT) averages the heads of all clients: the server `FedAvg` with `share: head`. With the server
-`Isolated` every client trains a head alone (`local_vit`).
-
-Objective of FedViT, on the images of the current task n of client i, with C(i, n) its classes (`train_mask: task`):
+See docs/methods/frozen_vit.md. FedViT averages the heads of all clients: the server `FedAvg` with `share: head`. With
+the server `Isolated` every client trains a head alone (`local_vit`). Objective of FedViT, on the images of the current
+task n of client i, with C(i, n) its classes (`train_mask: task`):
 
     CE(z, y; C(i, n)) = -z_y + log sum over c in C(i, n) of exp(z_c),   z = head(f).
 
-f is the feature (d) of the frozen ViT in evaluation mode. No image is augmented, so f is computed once an image and
-cached. The head is linear, d -> K, or with `hidden: h` two maps, d -> h -> ReLU -> K. It has one row for each class of
-the federation, in the same order for all.
+f is the feature (d) of the frozen ViT in evaluation mode. The head is linear, d -> K, or with `hidden: h` two maps,
+d -> h -> ReLU -> K.
 
 Aggregation: w <- sum over i of p_i w_i, p_i the client's share of the training images (`weighting: samples`) or 1/k.
 
-What travels: the head, both ways. A linear one has 4 (d + 1) K bytes, 307,600 or 615,200 with d = 768 and K = 100 or
-200; the other 4 (h d + h + (h + 1) K) bytes, 1,780,112 or 1,985,312 with h = 512. Nothing is kept of old tasks. A row
-that nobody trains now stays as it is, one that a single client trains moves by that client's share p_i alone, and with
-`hidden` the first map moves away from under the rows of old tasks.
-
-The publication names neither head nor initialisation: ours is linear and random. `hidden: 512` is the head that the
-author's other methods have.
+What travels: the head, both ways.
 
 Logged: collaborate/cross_entropy; with a continual strategy its terms as well (replay/cross_entropy in `local_vit`).
 """

@@ -1,11 +1,8 @@
 """Joint training: the small model on all clients' images of all tasks at once, an upper bound for who must not.
 
-Objective: CE(z, y) over all classes of the federation, on the union of all training images; every round goes over it
-`epochs` times. There is nothing to aggregate and nothing travels, since every client trains a joint model of its own,
-from its own start: the accuracies are the mean over as many joint models as there are clients, each on one client's
-test images. A run therefore costs as many times the work of one joint model.
-
-It breaks what a federation is for, and is here to be compared with.
+See docs/methods/joint.md. Objective: CE(z, y) over all classes of the federation, on the union of all training images;
+every round goes over it `epochs` times. There is nothing to aggregate and nothing travels, since every client trains a
+joint model of its own, from its own start.
 
 Logged: collaborate/cross_entropy.
 """

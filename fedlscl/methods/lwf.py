@@ -1,31 +1,14 @@
 """LwF (Li and Hoiem, 2016): what the model of the old tasks says about the new images is to stay as it was.
 
-Two strategies, neither a method of its own. `LwF` keeps the outputs for old classes and is, over FedAvg, the baseline
-`lwf`. `GeneratedLwF` takes the place of Fed-LSCL's continual fine-tuning (`fed_lscl_lwf`) and keeps what the small
-model generates. Both compare with the model that was received when the task began, on the current images; there is
-no replay phase. The buffer of Fed-LSCL remains, since the uploaded features are those of the buffer.
-
-Objective of `LwF`, with z' the logits of the received model and O the classes of the client's own finished tasks:
+See docs/methods/lwf.md. Two strategies, neither a method of its own: `LwF` over FedAvg is the baseline `lwf`,
+`GeneratedLwF` takes the place of Fed-LSCL's continual fine-tuning (`fed_lscl_lwf`). Objective of the first, with z' the
+logits of the model received when the task began and O the classes of the client's finished tasks, and of the second:
 
     CE(z, y) + lambda mean over x of -sum over c in O of q_c log p_c,
-    p = softmax over O of z / T,   q = softmax over O of z' / T.
-
-Objective of `GeneratedLwF`, Eq. 4 on current images in place of the buffer, for E and W of Eq. 2:
-
+    p = softmax over O of z / T,   q = softmax over O of z' / T;
     CE(z, y) + lambda_E mean over x of ||E - E'||^2 + lambda_W mean over x of ||W - W'||^2.
 
-In a client's first task only the cross-entropy is left. It is that of the method, with the classes of its
-`train_mask`: `task`, the new classes alone, in `lwf`, as in TARGET; in `fed_lscl_lwf` all seen ones, as in Fed-LSCL.
-
-Aggregation and what travels: as the method alone, nothing more. On the client's disk: the outputs for the current
-images, 4 K bytes an image with K classes, or 4 (e + P) with e features and P generated numbers.
-
-Sources and differences: T = 2 and lambda = 3 are TARGET's (Mammoth has lambda = 0.5, and trains the new rows of the
-head alone at first, which we do not). The second term is not multiplied by T^2, in neither of them. A published port
-compares the columns of the current classes, which is another method. The publications have one set of old classes for
-everyone; here the classes differ from client to client, and columns that a client has not learned itself are left
-to those who have. lambda_E and lambda_W are those of Fed-LSCL's replay. The received model is seen in evaluation
-mode, the model in training is not, so with batch normalisation the two differ from the first step on.
+Aggregation and what travels: as the method alone, nothing more.
 
 Logged, from a client's second task on: collaborate/lwf (the second term); collaborate/features and
 collaborate/weights (those with lambda_E and lambda_W).

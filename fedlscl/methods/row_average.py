@@ -1,17 +1,16 @@
 """FedViT with a head that is averaged row by row.
 
-FedAvg moves the row of a class by the sum of what those clients did who train it, times their shares of *all* images:
-where one of five clients has a class, by about a fifth. Here row c is averaged by the images of class c alone:
+See docs/methods/row_average.md. Objective as in FedAvg. Aggregation: row c is averaged by the images of class c alone,
 
     w_c <- sum over i of n_ic w_ic / sum over i of n_ic,
 
 n_ic the images of class c on which client i trained in this round. A row whose class nobody trained stays the plain
-mean; under `train_mask: task` no client has moved it, so that it is the old row. Objective as in FedAvg.
+mean.
 
-What travels: the head, both ways, and from each client n_ic for all K classes (int64): 4 (d + 1) K bytes down and
-8 K more up. The server thereby learns which classes a client has, and how many images of each.
+What travels: the head, both ways, and from each client n_ic for all K classes. The server thereby learns which classes
+a client has, and how many images of each.
 
-An option of the shared protocol, not a published method. Logged: collaborate/cross_entropy.
+Logged: collaborate/cross_entropy.
 """
 
 from __future__ import annotations

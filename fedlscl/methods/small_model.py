@@ -1,8 +1,10 @@
 """The small model alone: the CNN of Fed-LSCL with a head on its features, without a foundation model.
 
-With the server `Isolated` every client trains alone; with `FedAvg` the part named by `share` is averaged. Table 2's
-row without any component is `share: cnn`. The features are of unit length as in Fed-LSCL, so the head sees them times
-`logit_scale`; Eq. 4 keeps them in place (there are no generated weights).
+See docs/methods/small_model.md. Objective: cross-entropy among all seen classes, and what `continual` adds. The
+features are of unit length as in Fed-LSCL, so the head sees them times `logit_scale`; Eq. 4 keeps them in place.
+
+Aggregation: with the server `Isolated` every client trains alone; with `FedAvg` the part named by `share`, which is
+what travels, is averaged. Table 2's row without any component is `share: cnn`.
 
 Logged: collaborate/cross_entropy, replay/cross_entropy, replay/features (lambda_E ||E - E'||^2).
 """

@@ -1,84 +1,37 @@
-"""FedWeIT (Yoon et al., 2021): shared weights under masks, sparse weights of each task, attention to those of others.
-
-For task n a client runs the small model with, for every convolution and linear map of the CNN,
-
-    theta_n = W * sigmoid(m_n) + A_n + sum over j of alpha_nj A_j.
-
-W is shared by all clients and tasks; m_n (one number for each output channel), A_n (the shape of W) and alpha_n (one
-number for each map and each j) are the client's own. The A_j are the knowledge base: what other clients had as A when
-the task before ended. Whatever else the CNN has (biases, normalisation and its running statistics) and the head belong
-to the task as well. When a task is over, all of this but W is frozen, and its test images are classified with it.
-
-Objective, on the images of the current task n of client i, with C(i, n) its classes (`train_mask: task`):
-
-    CE(z, y; C(i, n)) + decay / 2 (||A_n||^2 + ||m_n||^2, and ||W||^2 in the first task) + sparsity ||A_n||_1
-        + drift sum over s < n of 1/2 ||W * sigmoid(m_s) + A_s - theta*_s||^2.
-
-theta*_s is W * sigmoid(m_s) + A_s when task n begins; with m_s and A_s frozen, as in the released code (whose
-`retroactive` is off), the last sum is 1/2 ||(W - W*) * sigmoid(m_s)||^2 with W* the W of that moment. ||A_s||_1 of
-finished tasks, which the published objective also has, is then constant and left out.
-
-Aggregation, element by element: W <- sum over i of W_i * M_i / sum over i of M_i, clients counting alike, with M_i = 1
-in the channels that client i sent. In a channel that nobody sent the server answers zeros, and a zero tells a client to
-keep its own value.
-
-What travels: up, of each map the channels with |m| above its quantile `pruned` (all, if there are none) and a byte for
-each channel that says which, 4 nnz(W * M) + c bytes; at a task's end also the entries of A_n beyond `sparsity` in
-absolute value, each with its place, 8 nnz(A_n) bytes (a single zero if there are none). Down: W; at a task's end also
-the A_j of all other clients that sent one, 8 bytes an entry and 4 a client. With ResNet-18, W has 11,166,912 values
-in c = 4,800 channels. Masks, attention, normalisation and head stay. A client absent when a task ends is in nobody's
-knowledge base for the next; one that catches up learns what it missed as one task, with one set of parameters.
-
-Evaluation is task-aware: a test image is classified with the parameters of its task, of whose head only the rows of the
-task's classes exist, so all three masks give the same accuracy. The head has K rows here; those of other tasks get no
-gradient and stay as they are. `fedlscl predict` does not know the task and uses the newest parameters.
-
-Followed of the released code: A_n is thresholded in evaluation, not in training; attention is not normalised; channels
-are chosen by |m|, although a gate is a half where m is zero; A_n starts at W / 3, m_n and alpha_n at normal numbers of
-variance 1/c (of the map) and 1/(number of j). Not followed: it has the client itself among the j, starts every A_n from
-the W of the very first round, and takes theta*_s from the client's W before the download; here both are of the W with
-which the task begins. In the publication the j run over all earlier tasks of the others. Ours: ResNet instead of LeNet,
-normalisation that starts each task where it ended the last, and the training budget of all other methods (published:
-Adam with learning rate 1e-3 / 3, divided by 3 after 3 epochs without progress; 20 rounds of one epoch, batch 100).
-decay = 1e-4, sparsity = 1e-3, drift = 100 and pruned = 0.3 are those of the released code.
-
-Kept on the client's disk for each finished task: m_s, thresholded A_s + sum alpha_sj A_j (dense, 4 bytes a value) and
-its normalisation; for the current one also W*, the A_j of its knowledge base and, once there, those of the next.
-
-Logged: collaborate/cross_entropy, collaborate/decay, collaborate/sparsity, collaborate/drift (from the second task on).
-"""
+"""A client of FedWeIT: a small model with decomposed weights, and a set of them for each finished task."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedlscl.batches import Batch, Images, Output
+from fedlscl.checks import at_least
 from fedlscl.client import Client
 from fedlscl.continual import NoReplay
 from fedlscl.evaluation import MASKS
 from fedlscl.memory import below
-from fedlscl.messages import AtMost, Download, MessageError, Schema, TensorSpec, Upload
+from fedlscl.messages import AtMost, Download, Schema, TensorSpec
+from fedlscl.methods.fedweit.decomposition import (
+    Sparse,
+    attended,
+    beyond,
+    dense,
+    drift,
+    entries,
+    kept_channels,
+    per_channel,
+)
 from fedlscl.models.cnn import SmallModel, SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
-from fedlscl.server import Answers, OnDemand, Server
 
 CLIENTS = 1000  # for the limits of the messages, since a schema does not know how many clients there are
-
-
-class Sparse(NamedTuple):
-    """Some flat vectors, the entries of one after those of another."""
-
-    places: Tensor  # (entries,) int32, each in its vector
-    values: Tensor  # (entries,)
-    counts: Tensor  # (vectors,) int32, how many of the entries are of each
 
 
 class FedWeITClient(Client):
@@ -104,9 +57,7 @@ class FedWeITClient(Client):
         self, decay: float = 1e-4, sparsity: float = 1e-3, drift: float = 100.0, pruned: float = 0.3, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        for name, value in (("decay", decay), ("sparsity", sparsity), ("drift", drift)):
-            if not value >= 0:
-                raise ValueError(f"model.{name} is {value}, must not be negative")
+        at_least(0, "model", decay=decay, sparsity=sparsity, drift=drift)
         if not 0 <= pruned < 1:
             raise ValueError(f"model.pruned is {pruned}, must be at least 0 and below 1")
         if self.train_mask != "task":
@@ -315,136 +266,3 @@ class FedWeITClient(Client):
         one = self.sets[min(ends)]
         rest = {name: tensor for name, tensor in one.items() if name not in ("mask", "added")}
         return self._run(images, {**self._theta(one["mask"], one["added"]), **rest}).logits
-
-
-class FedWeITServer(Server):
-    """Averages what was sent of W, and at the end of a task hands everyone the A of all others."""
-
-    def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
-        """Only for clients that send channels and say which."""
-        self.names = tuple(name for name, spec in downloads.items() if not spec.optional)
-        if not self.names or any(f"{name}.kept" not in uploads for name in self.names):
-            raise ValueError(
-                "server: FedWeITServer merges channels of W, but model does not say which it sends; "
-                "take fedlscl.methods.fedweit.FedWeITClient or fedlscl.server.FedAvg"
-            )
-        (entries,) = uploads["adaptive.places"].shape
-        assert isinstance(entries, AtMost)
-        self.entries = entries.limit
-
-    def check(self, upload: Upload) -> None:
-        """As many channels as are said to be kept, and of A as many values as places, which there are."""
-        sent = upload.tensors
-        for name in self.names:
-            if int(sent[f"{name}.kept"].sum()) != len(sent[name]):
-                raise MessageError(f"upload: '{name}' has not as many channels as '{name}.kept' says")
-        places, values = sent.get("adaptive.places"), sent.get("adaptive.values")
-        if (places is None) != (values is None):
-            raise MessageError("upload has 'adaptive.places' or 'adaptive.values' without the other")
-        if places is None or values is None:
-            return
-        if len(places) != len(values) or places.min() < 0 or places.max() >= self.entries:
-            raise MessageError(
-                f"upload: 'adaptive.places' must be a number from 0 to {self.entries - 1} for each of 'adaptive.values'"
-            )
-
-    def aggregate(
-        self, uploads: Mapping[int, Upload], clients: int, round: Round, trainer: Callable[[], Trainer]
-    ) -> Answers:
-        """One W for all clients, absent ones included, and to each the others' A."""
-        adaptives: dict[int, tuple[Tensor, Tensor]] = {}
-
-        def channels() -> Iterable[dict[str, tuple[Tensor, Tensor]]]:
-            for index, upload in uploads.items():
-                sent = upload.tensors
-                if "adaptive.places" in sent:
-                    adaptives[index] = sent["adaptive.places"], sent["adaptive.values"]
-                yield {name: (sent[name], sent[f"{name}.kept"]) for name in self.names}
-
-        merged = merge(channels())
-
-        def answer(index: int) -> dict[str, Tensor]:
-            others = [part for other, part in adaptives.items() if other != index]
-            if not others:
-                return merged
-            joined = join(others)
-            return {**merged, **{f"others.{name}": tensor for name, tensor in joined._asdict().items()}}
-
-        return OnDemand(range(clients), answer)
-
-
-def merge(clients: Iterable[Mapping[str, tuple[Tensor, Tensor]]]) -> dict[str, Tensor]:
-    """Channel by channel the mean over the clients that sent it, summed up in float64; zeros where nobody did.
-
-    Args:
-        clients: of each client by name the channels that it sent (kept, ...) and which they are (c,). Gone through
-            once.
-    """
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    for client in clients:
-        for name, (channels, kept) in client.items():
-            if name not in sums:
-                sums[name] = torch.zeros(len(kept), *channels.shape[1:], dtype=torch.float64)
-                counts[name], dtypes[name] = torch.zeros(len(kept)), channels.dtype
-            sums[name][kept] += channels
-            counts[name] += kept
-    return {n: (s / per_channel(counts[n].clamp(min=1), s)).to(dtypes[n]) for n, s in sums.items()}
-
-
-def drift(weights: Sequence[Tensor], before: Sequence[Tensor], held: Sequence[Tensor]) -> Tensor:
-    """Sum over s of 1/2 ||(W - W*) * sigmoid(m_s)||^2, a scalar.
-
-    Args:
-        weights: W of each map, (c, ...) each.
-        before: W* of each map, (c, ...) each.
-        held: of each map the sum over s of sigmoid(m_s)^2, (c,) each.
-    """
-    moved = [((w - b).square().flatten(1).sum(1) * h).sum() for w, b, h in zip(weights, before, held, strict=True)]
-    return torch.stack(moved).sum() / 2
-
-
-def attended(attention: Tensor, knowledge: Tensor, sizes: Sequence[int]) -> Tensor:
-    """(n,) sum over j of alpha_j A_j, from alpha (J, L), A (J, n) and the sizes of the L maps."""
-    parts = torch.split(knowledge, list(sizes), dim=1)
-    return torch.cat([alpha @ part for alpha, part in zip(attention.unbind(1), parts, strict=True)])
-
-
-def beyond(adaptive: Tensor, threshold: float) -> Tensor:
-    """A where its absolute value is above the threshold, elsewhere zero."""
-    return torch.where(adaptive.abs() > threshold, adaptive, 0.0)
-
-
-def kept_channels(mask: Tensor, pruned: float) -> Tensor:
-    """(c,) true where |m| is above its quantile `pruned`; everywhere if it is nowhere, as with a single channel."""
-    size = mask.abs()
-    kept = size > size.quantile(pruned)
-    return kept if bool(kept.any()) else torch.ones_like(kept)
-
-
-def per_channel(values: Tensor, weight: Tensor) -> Tensor:
-    """(c,) in a shape that multiplies the channels of (c, ...)."""
-    return values.view(-1, *[1] * (weight.ndim - 1))
-
-
-def entries(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Places (int32) and values of what is not zero in (n,); those of the first entry if all is."""
-    places = flat.nonzero().squeeze(1)
-    if not len(places):
-        places = places.new_zeros(1)
-    return places.int(), flat[places]
-
-
-def join(parts: Sequence[tuple[Tensor, Tensor]]) -> Sparse:
-    """Several vectors as `entries` gives them, in one."""
-    places, values = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Sparse(places, values, torch.tensor([len(one) for one, _ in parts], dtype=torch.int32))
-
-
-def dense(sparse: Sparse, size: int) -> Tensor:
-    """The reverse of `join` and `entries`: (vectors, n)."""
-    vectors = torch.zeros(len(sparse.counts), size)
-    owners = torch.arange(len(sparse.counts)).repeat_interleave(sparse.counts.long())
-    vectors[owners, sparse.places.long()] = sparse.values
-    return vectors

@@ -1,85 +1,26 @@
-"""PILoRA (Guo et al., 2024): a LoRA of its own for each task, orthogonal to the earlier ones, and learnable prototypes.
-
-The frozen ViT is adapted in one block. For the q and for the v part of its fused qkv map, task n has a pair A_n (r, d)
-and B_n (d, r), and the map returns W h + sum over s <= n of B_s A_s h; k is left alone. Each class c has a prototype
-(d), and the logits are -delta:
-
-    delta_c = sqrt(||f - c||^2 / d),   f (d) the feature of the adapted ViT.
-
-Only the current pair is trained, and of the prototypes those of the client's current classes of which it has images.
-When a task is over its pair is frozen, as the server averaged it last; the next A starts from Kaiming-uniform numbers,
-the same for all clients, the next B from zero.
-
-Objective, for task n:
-
-    CE(-delta, y; all K) + compactness * mean of delta_y + sparsity (||A_q,n||_1 + ||A_v,n||_1)
-        + orthogonality * sum over s < n and both parts of ||A_n A_s^T||_1.
-
-All K classes compete here, as in the released code, and `train_mask` has no part in it: the prototypes of other classes
-are not moved by that, but keep the features at a distance. Below the smallest normal float32, ||f - c||^2 / d is taken
-for a constant, since the root has no gradient at 0.
-
-Aggregation. The pair: sum over i of p_i (A_i, B_i), p_i the client's share of the training images, A and B each for
-itself. The prototype of a class c: with f_j the mean feature of client j's images of c under the model that it trained,
-
-    D_i = sum over j of ||c_i - f_j||,   r_i = 1 / D_i, scaled to 0..1 from the smallest to the largest,
-    u = softmax(r / temperature),   c <- sum over i of u_i c_i.
-
-Where all D_i are equal, u is uniform. The c_i are those of the clients that train c now (`proto_clients: training`); a
-class may be current for one client and old for another, which keeps its prototype as it learned it. With
-`proto_clients: all`, every other client counts as well, with the copy that the server answered last or, before that,
-the common start. Alone among five, the client that trains c then gets e^5 / (e^5 + 4) = 0.974, as in the released code,
-where everybody has every class. Of two candidates the nearer always gets 0.993.
-
-What travels: up the current pair, prototypes and class means of the current classes and their numbers; down the pair
-and these prototypes, in the order in which the numbers came. With r = 4 and 8 current classes that is
-4 (16 d + 8 d + 8 d) + 64 bytes up (98,368 with d = 768) and 4 (16 d + 8 d) down (73,728). A class of which the client
-has no image is among its numbers, after the others, without prototype and mean, and is answered with what the server
-has of it. A client that was absent gets the pair alone, since the server does not know its classes; one that catches up
-learns what it missed under the pair of the current task. The server learns which classes a client trains now, and the
-mean feature of each.
-
-For that price no client hears of the prototypes of others' classes. One that comes to a public class later starts from
-the common start and meets what others train of it in that round; and since the rows of classes that a client never had
-stay where they started, they hardly compete under the mask `none`. At the start everyone gets all K prototypes, once.
-
-Followed of the released code: r = 4 in block 0 without scaling, prototypes from 0.1 N(0, 1), compactness 0.001,
-sparsity 0.01, orthogonality 0.5, temperature 0.2. Not followed: its averaged model has (B_0 + B_t)(A_0 + A_t), which
-omits tasks and adds products across tasks, where here all tasks' products are summed; it stops early by looking at test
-images; its Adam has a weight decay of 1e-5, which would move frozen prototypes; its learning rates are 2e-3 for
-prototypes and 1e-5 for LoRA under a cosine over 30 rounds. The YAML pilora has the rate of all other methods for both,
-1e-3; pilora_own_rate has the published rates, held constant, since here the optimizer starts afresh in every round. The
-ViT is that of the setting (published: DINO), the training budget that of all other methods (published: 10 epochs, batch
-64).
-
-On the client's disk: the pairs of finished tasks, 4 * 4 r d bytes each.
-
-Logged: collaborate/cross_entropy, collaborate/compactness, collaborate/sparsity, collaborate/orthogonality (from the
-second task on), each with its factor.
-"""
+"""A client of PILoRA: a LoRA pair for each task, and prototypes."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from fedlscl import seeds
 from fedlscl.batches import Batch, Images, Output
+from fedlscl.checks import at_least
 from fedlscl.client import Client
 from fedlscl.continual import NoReplay
-from fedlscl.messages import AtMost, Download, MessageError, Schema, TensorSpec, Upload
+from fedlscl.messages import AtMost, Download, Schema, TensorSpec
+from fedlscl.methods.pilora.prototypes import distances
 from fedlscl.models.adapters import LoRA, LowRank
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
-from fedlscl.server import Answers, Server, average
 
 PAIR = ("a", "b")
 
@@ -117,11 +58,9 @@ class PILoRAClient(Client):
         super().__init__(**kwargs)
         self.rates = {"lora_learning_rate": lora_learning_rate, "prototype_learning_rate": prototype_learning_rate}
         self.weights = {"compactness": compactness, "sparsity": sparsity, "orthogonality": orthogonality}
-        for name, value in {**self.rates, **self.weights}.items():
-            if value is not None and not value >= 0:
-                raise ValueError(f"model.{name} is {value}, must not be negative")
-        if rank < 1:
-            raise ValueError(f"model.rank is {rank}, must be at least 1")
+        given = {name: rate for name, rate in self.rates.items() if rate is not None}
+        at_least(0, "model", **given, **self.weights)
+        at_least(1, "model", rank=rank)
         if type(self.continual) is not NoReplay:
             kind = type(self.continual).__name__
             raise ValueError(f"model.continual is {kind}, must be NoReplay: finished tasks keep LoRA and prototypes")
@@ -256,95 +195,6 @@ class PILoRAClient(Client):
         """The pair, and perhaps prototypes of any number of classes."""
         rows = TensorSpec((AtMost(self.num_classes), self.vit.width), optional=True)
         return {**self.shared_schema(), "prototypes": rows}
-
-
-class PILoRAServer(Server):
-    """Averages the pairs and weighs the prototypes of each class anew.
-
-    Args:
-        proto_clients: whose copies of a class's prototype count, those of the clients `training` it now or of `all`.
-        temperature: of the softmax that makes weights of them.
-    """
-
-    def __init__(self, proto_clients: Literal["training", "all"] = "training", temperature: float = 0.2) -> None:
-        super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"server.temperature is {temperature}, must be positive")
-        self.proto_clients, self.temperature = proto_clients, temperature
-
-    def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
-        """Only for clients that send class means; the prototypes are those of the common start."""
-        if "means" not in uploads:
-            raise ValueError(
-                "server: PILoRAServer weighs prototypes by class means, but model sends none; "
-                "take fedlscl.methods.pilora.PILoRAClient or fedlscl.server.FedAvg"
-            )
-        self.prototypes = model().get_parameter("prototypes").detach().clone()
-
-    def check(self, upload: Upload) -> None:
-        """Each class once, and of each that is held a prototype and a mean."""
-        sent = upload.tensors
-        classes, held = sent["classes"], len(sent["prototypes"])
-        if len(torch.unique(classes)) < len(classes) or classes.min() < 0 or classes.max() >= len(self.prototypes):
-            raise MessageError(f"upload: 'classes' must be different numbers from 0 to {len(self.prototypes) - 1}")
-        if len(sent["means"]) != held or held > len(classes):
-            raise MessageError(
-                f"upload: {held} prototypes, {len(sent['means'])} means and {len(classes)} classes do not fit together"
-            )
-
-    def state(self) -> dict[str, Tensor]:
-        """The prototypes (K, d) of all classes, as answered last."""
-        return {"prototypes": self.prototypes}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the prototypes."""
-        self.prototypes = state["prototypes"].clone()
-
-    def aggregate(
-        self, uploads: Mapping[int, Upload], clients: int, round: Round, trainer: Callable[[], Trainer]
-    ) -> Answers:
-        """The mean pair for everyone, absent clients included, and to each sender the prototypes of its classes."""
-        classes: dict[int, Tensor] = {}
-        candidates: dict[int, list[Tensor]] = defaultdict(list)
-        means: dict[int, list[Tensor]] = defaultdict(list)
-
-        def pairs() -> Iterator[tuple[dict[str, Tensor], int]]:
-            for index, upload in uploads.items():
-                sent = upload.tensors
-                classes[index] = sent["classes"]
-                held = sent["classes"][: len(sent["prototypes"])].tolist()
-                for label, prototype, mean in zip(held, sent["prototypes"], sent["means"], strict=True):
-                    candidates[label].append(prototype)
-                    means[label].append(mean)
-                yield {name: sent[name] for name in PAIR}, upload.samples
-
-        pair = average(pairs())
-        for label, copies in candidates.items():
-            if self.proto_clients == "all":
-                copies += [self.prototypes[label]] * (clients - len(copies))
-            stacked = torch.stack(copies)
-            u = weights(stacked, torch.stack(means[label]), self.temperature)
-            self.prototypes[label] = u @ stacked.double()
-        return {
-            index: {**pair, "prototypes": self.prototypes[classes[index]]} if index in classes else pair
-            for index in range(clients)
-        }
-
-
-def weights(candidates: Tensor, means: Tensor, temperature: float) -> Tensor:
-    """u (m,) in float64, summing to 1, for candidates (m, d) and the class means (h, d) of those who hold the class."""
-    far: Tensor = (candidates.double()[:, None] - means.double()).norm(dim=2).sum(dim=1)
-    near = far.clamp(min=1e-30).reciprocal()
-    span = near.max() - near.min()
-    if span <= 1e-12 * near.max():  # nothing but rounding, or a single candidate
-        return torch.full_like(near, 1 / len(near))
-    return ((near - near.min()) / span / temperature).softmax(dim=0)
-
-
-def distances(features: Tensor, prototypes: Tensor) -> Tensor:
-    """delta (B, K) in float32, of features (B, d) to prototypes (K, d); no gradient where both are the same."""
-    squares = (features.float()[:, None] - prototypes).square().mean(dim=2)
-    return squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
 
 
 def overlap(a: Tensor, earlier: Tensor) -> Tensor:

@@ -1,0 +1,218 @@
+"""A client of FedMGP: the global phase, the local phase, and a head for each task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedlscl import seeds
+from fedlscl.batches import Batch, Images, Output
+from fedlscl.checks import at_least
+from fedlscl.client import Client
+from fedlscl.continual import NoReplay
+from fedlscl.losses import masked_cross_entropy
+from fedlscl.memory import below
+from fedlscl.messages import Schema, TensorSpec
+from fedlscl.methods.fed_l2p import similarities
+from fedlscl.methods.frozen_vit import make_head
+from fedlscl.models.adapters import Prefixes
+from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.vit import FrozenViT
+from fedlscl.schedule import Round
+
+
+class FedMGPClient(Client):
+    """A global prompt with its head, and local prefixes with a head for each task.
+
+    Args:
+        length: L, tokens of the global prompt.
+        local_length: keys and values in the prefix of a class.
+        blocks: which blocks have prefixes; those that the ViT does not have are left out.
+        hidden: width of the heads' hidden layer; 0 for linear heads.
+        pull: lambda, weight of the pull on the keys.
+        **kwargs: settings of every client, see `Client`.
+    """
+
+    task_aware = ("task",)
+    owner: Tensor  # (K,) int64, number of the last task that the head of a class is for; 0 for classes not learned
+
+    def __init__(
+        self,
+        length: int = 15,
+        local_length: int = 15,
+        blocks: tuple[int, ...] = (2, 3, 4),
+        hidden: int = 512,
+        pull: float = 0.1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        at_least(1, "model", length=length, local_length=local_length)
+        at_least(0, "model", hidden=hidden, pull=pull)
+        if not blocks or min(blocks) < 0 or len(set(blocks)) < len(blocks):
+            raise ValueError(f"model.blocks is {list(blocks)}, must name blocks, counted from 0, each once")
+        if self.train_mask != "task":
+            raise ValueError(f"model.train_mask is {self.train_mask}, must be task: each task has a head of its own")
+        if type(self.continual) is not NoReplay:
+            kind = type(self.continual).__name__
+            raise ValueError(f"model.continual is {kind}, must be NoReplay: finished tasks keep their parameters")
+        self.length, self.local_length, self.blocks, self.hidden, self.pull = length, local_length, blocks, hidden, pull
+
+    def build(self, vit: FrozenViT, cnn: SmallModelSpec, cnn_name: str, num_classes: int) -> None:
+        """Global prompt, key and head; local slots, keys and the head of the current task."""
+        self.adapted = [block for block in self.blocks if block < vit.depth]
+        if not self.adapted:
+            raise ValueError(
+                f"model.blocks is {list(self.blocks)}, but the backbone has blocks 0 to {vit.depth - 1}; "
+                "name at least one of them"
+            )
+
+        def uniform(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape).uniform_(-1, 1))
+
+        self.prompt, self.key = uniform(1, self.length, vit.width), uniform(1, vit.width)
+        self.global_head = make_head(vit.width, self.hidden, num_classes)
+        per_head = vit.width // vit.heads
+        self.slots = uniform(num_classes, len(self.adapted), 2, self.local_length, vit.heads, per_head)
+        self.slot_keys = uniform(num_classes, vit.width)
+        self.local_head = make_head(vit.width, self.hidden, num_classes)
+        self.register_buffer("owner", torch.zeros(num_classes, dtype=torch.int64))
+        # local heads of finished tasks, by the number of the last task that each is for
+        self.sets: dict[int, dict[str, Tensor]] = {}
+
+    # ---- the two passes
+
+    def precompute(self, images: Tensor) -> dict[str, Tensor]:
+        """q (B, d), the feature without any prompt, and the tokens (B, T, d) that enter the first block."""
+        tokens = self.vit.lower(self.vit.prepare(images), 0)
+        return {"query": self.vit.upper(tokens, 0), "tokens": tokens}
+
+    def entering(self, tokens: Tensor, prompt: Tensor) -> Tensor:
+        """Tokens (B, T + L, d) that enter the first block with a prompt (1, L, d) among them."""
+        return self.vit.prompted(tokens, prompt.expand(len(tokens), -1, -1))
+
+    def pooled(self, encoded: Tensor) -> Tensor:
+        """Features (B, d): the mean over the prompt's places in (B, T + L, d)."""
+        start = self.vit.num_prefix_tokens
+        return encoded[:, start : start + self.length].mean(dim=1)
+
+    def prefixed(self, entering: Tensor, slots: Tensor) -> Tensor:
+        """f_c (B, d), from the prompted tokens (B, T + L, d) and the class (B,) whose slot each image takes."""
+        chosen = self.slots[slots].unbind(1)
+        prefixes = [Prefixes(block, part) for block, part in zip(self.adapted, chosen, strict=True)]
+        return self.pooled(self.vit.encode(entering, 0, prefixes))
+
+    def forward(self, images: Tensor, frozen: Mapping[str, Tensor]) -> Output:
+        """As in tests: the slot is that of the nearest key, and each class is judged by the head of its task."""
+        tokens = (frozen or self.precompute(images))["tokens"]
+        entering = self.entering(tokens, self.prompt)
+        slots = nearest(self.pooled(self.vit.encode(entering, 0)), self.slot_keys, self.owner > 0)
+        features = self.prefixed(entering, slots)
+        logits: Tensor = self.local_head(features)
+        for last, one in self.sets.items():
+            logits = torch.where(self.owner == last, functional_call(self.local_head, one, (features,)), logits)
+        return Output(logits, features)
+
+    # ---- training
+
+    def passes(self, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+        """The epochs of the global phase, then those of the local one."""
+        for phase in ("global", "local"):
+            for _ in range(self.epochs):
+                yield phase, self.epoch(len(self.memory.buffer), len(self.current))
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy and pull of the phase."""
+        frozen = self.precomputed("train", batch.images.indices, self.device)
+        of_phase = self.global_losses if batch.phase == "global" else self.local_losses
+        return of_phase(frozen, batch.images.labels)
+
+    def global_losses(self, frozen: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """The terms that move prompt, key and global head, and nothing else."""
+        features = self.pooled(self.vit.encode(self.entering(frozen["tokens"], self.prompt), 0))
+        return {
+            "cross_entropy": masked_cross_entropy(self.global_head(features), labels, self.current_mask),
+            "pull": -self.pull * similarity(frozen["query"], self.key),
+        }
+
+    def local_losses(self, frozen: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """The terms that move the slots of the labels, their keys and the local head, and nothing else."""
+        with torch.no_grad():
+            entering = self.entering(frozen["tokens"], self.prompt)
+            query = self.pooled(self.vit.encode(entering, 0))
+        logits = self.local_head(self.prefixed(entering, labels))
+        return {
+            "cross_entropy": masked_cross_entropy(logits, labels, self.current_mask),
+            "pull": -self.pull * similarity(query, self.slot_keys[labels]),
+        }
+
+    def on_train_end(self) -> None:
+        """No sample needs to be remembered."""
+
+    # ---- from task to task
+
+    def begin_round(self, round: Round) -> None:
+        """Also put the local head away, and begin with a new one, when a task is new."""
+        last = self.memory.begun
+        if 0 < last < round.task:
+            self.sets[last] = {name: t.detach().clone() for name, t in self.local_head.state_dict().items()}
+            with seeds.seeded(round.seed, "local head", self.index, round.number):
+                self.local_head = make_head(self.vit.width, self.hidden, self.num_classes).to(self.device)
+        super().begin_round(round)
+        self.owner[self.current_mask.to(self.owner.device)] = round.task
+
+    def state(self) -> dict[str, Tensor]:
+        """Also the heads of finished tasks."""
+        sets = {f"set.{last}.{name}": t.cpu() for last, one in self.sets.items() for name, t in one.items()}
+        return {**super().state(), **sets}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Also the heads of finished tasks."""
+        super().load(state)
+        self.sets = {}
+        for name, tensor in below(state, "set.").items():
+            last, own = name.split(".", 1)
+            self.sets.setdefault(int(last), {})[own] = tensor
+
+    # ---- messages
+
+    def shared(self) -> dict[str, Tensor]:
+        """Global prompt, key and head."""
+        named = {f"global_head.{name}": parameter for name, parameter in self.global_head.named_parameters()}
+        return {"prompt": self.prompt, "key": self.key, **named}
+
+    def download_schema(self) -> Schema:
+        """The head may be missing: then the client goes on with its own."""
+        schema = {name: TensorSpec(s.shape, s.dtype, optional=True) for name, s in self.shared_schema().items()}
+        return {**schema, "prompt": TensorSpec.like(self.prompt), "key": TensorSpec.like(self.key)}
+
+    # ---- evaluation
+
+    def on_test_start(self) -> None:
+        """Also put the heads of finished tasks where the client is."""
+        super().on_test_start()
+        self.sets = {last: {name: t.to(self.device) for name, t in one.items()} for last, one in self.sets.items()}
+
+    def test_logits(self, batch: Images, tasks: Tensor) -> Tensor:
+        """Logits of all heads, minus infinity for classes that this client has not seen; the task decides nothing."""
+        return super().test_logits(batch, tasks).float().masked_fill(~self.seen_mask, -torch.inf)
+
+
+def similarity(query: Tensor, keys: Tensor) -> Tensor:
+    """The mean cosine of queries (B, d) and their keys, (B, d) or one for all (1, d), a scalar in [-1, 1]."""
+    return F.cosine_similarity(query.float(), keys.float(), dim=1).mean()
+
+
+def nearest(query: Tensor, keys: Tensor, learned: Tensor) -> Tensor:
+    """The class (B,) whose key is most like each query.
+
+    Args:
+        query: (B, d).
+        keys: (K, d).
+        learned: (K,) true for the classes to choose from; with none the first class, whose slot is as good as any.
+    """
+    return similarities(query, keys).masked_fill(~learned, -torch.inf).argmax(dim=1)

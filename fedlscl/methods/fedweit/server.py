@@ -1,0 +1,90 @@
+"""The server of FedWeIT: the mean of the channels that were sent, and the knowledge base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from fedlscl.messages import AtMost, MessageError, Schema, Upload
+from fedlscl.methods.fedweit.decomposition import join, per_channel
+from fedlscl.schedule import Round
+from fedlscl.server import Answers, OnDemand, Server
+
+
+class FedWeITServer(Server):
+    """Averages what was sent of W, and at the end of a task hands everyone the A of all others."""
+
+    def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
+        """Only for clients that send channels and say which."""
+        self.names = tuple(name for name, spec in downloads.items() if not spec.optional)
+        if not self.names or any(f"{name}.kept" not in uploads for name in self.names):
+            raise ValueError(
+                "server: FedWeITServer merges channels of W, but model does not say which it sends; "
+                "take fedlscl.methods.fedweit.client.FedWeITClient or fedlscl.server.FedAvg"
+            )
+        (entries,) = uploads["adaptive.places"].shape
+        assert isinstance(entries, AtMost)
+        self.entries = entries.limit
+
+    def check(self, upload: Upload) -> None:
+        """As many channels as are said to be kept, and of A as many values as places, which there are."""
+        sent = upload.tensors
+        for name in self.names:
+            if int(sent[f"{name}.kept"].sum()) != len(sent[name]):
+                raise MessageError(f"upload: '{name}' has not as many channels as '{name}.kept' says")
+        places, values = sent.get("adaptive.places"), sent.get("adaptive.values")
+        if (places is None) != (values is None):
+            raise MessageError("upload has 'adaptive.places' or 'adaptive.values' without the other")
+        if places is None or values is None:
+            return
+        if len(places) != len(values) or places.min() < 0 or places.max() >= self.entries:
+            raise MessageError(
+                f"upload: 'adaptive.places' must be a number from 0 to {self.entries - 1} for each of 'adaptive.values'"
+            )
+
+    def aggregate(
+        self, uploads: Mapping[int, Upload], clients: int, round: Round, trainer: Callable[[], Trainer]
+    ) -> Answers:
+        """One W for all clients, absent ones included, and to each the others' A."""
+        adaptives: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def channels() -> Iterable[dict[str, tuple[Tensor, Tensor]]]:
+            for index, upload in uploads.items():
+                sent = upload.tensors
+                if "adaptive.places" in sent:
+                    adaptives[index] = sent["adaptive.places"], sent["adaptive.values"]
+                yield {name: (sent[name], sent[f"{name}.kept"]) for name in self.names}
+
+        merged = merge(channels())
+
+        def answer(index: int) -> dict[str, Tensor]:
+            others = [part for other, part in adaptives.items() if other != index]
+            if not others:
+                return merged
+            joined = join(others)
+            return {**merged, **{f"others.{name}": tensor for name, tensor in joined._asdict().items()}}
+
+        return OnDemand(range(clients), answer)
+
+
+def merge(clients: Iterable[Mapping[str, tuple[Tensor, Tensor]]]) -> dict[str, Tensor]:
+    """Channel by channel the mean over the clients that sent it, summed up in float64; zeros where nobody did.
+
+    Args:
+        clients: of each client by name the channels that it sent (kept, ...) and which they are (c,). Gone through
+            once.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for client in clients:
+        for name, (channels, kept) in client.items():
+            if name not in sums:
+                sums[name] = torch.zeros(len(kept), *channels.shape[1:], dtype=torch.float64)
+                counts[name], dtypes[name] = torch.zeros(len(kept)), channels.dtype
+            sums[name][kept] += channels
+            counts[name] += kept
+    return {n: (s / per_channel(counts[n].clamp(min=1), s)).to(dtypes[n]) for n, s in sums.items()}
