@@ -5,7 +5,7 @@ Shapes: B batch, K classes of the whole federation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlscl.data.device import CPU, send
-from fedlscl.data.module import FederatedDataModule
+from fedlscl.data.local import LocalData
 from fedlscl.data.source import Part
+from fedlscl.memory import Memory
 
 
 class Output(NamedTuple):
@@ -49,37 +50,36 @@ class TrainingBatches:
     Args:
         data: where the images are.
         plan: the phase of each step, and its samples as positions into the buffered and then the current ones.
-        buffered: (m,) indices of the buffered training images.
-        current: (n,) indices of those of the current task.
-        snapshot: outputs (k, ...) by name for the first k images of those that were observed.
-        observes: which those are, see `Continual`.
+        memory: its buffer, and its snapshot as it is when the round's first batch is asked for.
+        current: (n,) indices of the training images of the current task.
+        observes: which images the snapshot is of, see `Continual`.
         device: where the batches are wanted.
     """
 
     def __init__(
         self,
-        data: FederatedDataModule,
+        data: LocalData,
         plan: Sequence[tuple[str, Tensor]],
-        buffered: Tensor,
+        memory: Memory,
         current: Tensor,
-        snapshot: Mapping[str, Tensor],
         observes: str,
         device: torch.device,
     ) -> None:
-        self.data, self.plan, self.buffered, self.current = data, plan, buffered, current
-        self.snapshot, self.observes, self.device = snapshot, observes, device
+        self.data, self.plan, self.memory, self.current = data, plan, memory, current
+        self.observes, self.device = observes, device
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[Batch]:
-        samples, device = torch.cat([self.buffered, self.current]), self.device
+        memory, device = self.memory, self.device
+        samples = torch.cat([memory.buffer, self.current])
         sizes = [len(positions) for _, positions in self.plan]
         rows = torch.cat([positions for _, positions in self.plan])
-        rows = rows if self.observes == "buffer" else rows - len(self.buffered)
-        there = (rows >= 0) & (rows < len(next(iter(self.snapshot.values()), ())))
+        rows = rows if self.observes == "buffer" else rows - len(memory.buffer)
+        there = (rows >= 0) & (rows < len(next(iter(memory.snapshot.values()), ())))
         # sent once for all steps, and looked up where these run
-        snapshot = {name: outputs.to(device) for name, outputs in self.snapshot.items()}
+        snapshot = {name: outputs.to(device) for name, outputs in memory.snapshot.items()}
         looked_up = (torch.split(send(t, device), sizes) for t in (torch.where(there, rows, 0), there.float()))
         for (phase, positions), row, observed in zip(self.plan, *looked_up, strict=True):
             images = gather(self.data, "train", samples[positions], device)
@@ -93,7 +93,7 @@ class ImageBatches:
     """Images and labels of some samples in their order, on a device."""
 
     def __init__(
-        self, data: FederatedDataModule, part: Part, indices: Tensor, batch_size: int, device: torch.device = CPU
+        self, data: LocalData, part: Part, indices: Tensor, batch_size: int, device: torch.device = CPU
     ) -> None:
         self.data, self.part, self.device = data, part, device
         self.batches = torch.split(indices, batch_size)
@@ -106,7 +106,7 @@ class ImageBatches:
             yield gather(self.data, self.part, indices, self.device)
 
 
-def gather(data: FederatedDataModule, part: Part, indices: Tensor, device: torch.device) -> Images:
+def gather(data: LocalData, part: Part, indices: Tensor, device: torch.device) -> Images:
     """Images of one part by their indices (B,), on a device."""
     return Images(indices.numpy(), *data.batch(part, indices, device))
 
@@ -114,3 +114,18 @@ def gather(data: FederatedDataModule, part: Part, indices: Tensor, device: torch
 def split_evenly(order: Tensor, largest: int) -> tuple[Tensor, ...]:
     """Parts of nearly equal size, none of a single image if there are more: batch normalisation refuses that."""
     return order.tensor_split(max(1, min(-(-len(order) // largest), len(order) // 2)))
+
+
+def make_plan(passes: Iterable[tuple[str, Tensor]], batch_size: int, rng: torch.Generator) -> list[tuple[str, Tensor]]:
+    """The steps of some passes, one after another: the phase of each, and its samples in random order.
+
+    Args:
+        passes: the phase of each pass, and its samples; drawn from one by one, before `rng` orders the samples.
+        batch_size: largest number of samples in a step.
+        rng: for the order.
+    """
+    plan: list[tuple[str, Tensor]] = []
+    for phase, samples in passes:
+        order = samples[torch.randperm(len(samples), generator=rng)]
+        plan.extend((phase, part) for part in split_evenly(order, batch_size))
+    return plan

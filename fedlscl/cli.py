@@ -301,7 +301,7 @@ def _deal(words: list[str]) -> None:
     described = describe(words[1:])
     with _in_a_line():
         described.load()
-        for folder in deal(described.data, described.server.public_images, Path(words[0])):
+        for folder in deal(described.data, described.server.server_images, Path(words[0])):
             Console().print(Text(str(folder)), soft_wrap=True)
 
 

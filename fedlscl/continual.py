@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedlscl.batches import Output
+from fedlscl.checks import at_least
 from fedlscl.losses import continual_penalty, masked_cross_entropy
 
 
@@ -96,9 +97,7 @@ class Replay(Continual):
     observes = "buffer"
 
     def __init__(self, lambda_e: float = 0.1, lambda_w: float = 0.01, passes: int = 5, current: bool = True) -> None:
-        for name, value in (("lambda_e", lambda_e), ("lambda_w", lambda_w), ("passes", passes)):
-            if not value >= 0:
-                raise ValueError(f"continual.{name} is {value}, must not be negative")
+        at_least(0, "continual", lambda_e=lambda_e, lambda_w=lambda_w, passes=passes)
         self.weights = {"features": lambda_e, "weights": lambda_w}
         self.passes, self.current = passes, current
 

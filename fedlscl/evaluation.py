@@ -14,11 +14,56 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 MASKS = ("task", "seen", "none")
 """Classes a prediction may fall on: those of the task on trial, all the client has seen, all there are."""
 
 FloatArray = npt.NDArray[np.float64]
+
+
+class MaskedAccuracy(Metric):
+    """The accuracy of one client on each task under each of the three masks.
+
+    Shapes: B batch, K classes, N tasks.
+
+    Args:
+        task_masks: (N, K) true for the client's classes of each task; no class is of two tasks.
+    """
+
+    full_state_update = False
+    task_masks: Tensor  # (N, K)
+    seen_mask: Tensor  # (K,) true for the classes of any of the tasks
+    task_of_class: Tensor  # (K,) number of the task that has a class, from 0
+    hits: Tensor  # (masks, N) correct predictions
+    tested: Tensor  # (N,) images
+
+    def __init__(self, task_masks: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("task_masks", task_masks, persistent=False)
+        self.register_buffer("seen_mask", task_masks.any(dim=0), persistent=False)
+        self.register_buffer("task_of_class", task_masks.int().argmax(dim=0), persistent=False)
+        self.add_state("hits", torch.zeros(len(MASKS), len(task_masks)), dist_reduce_fx="sum")
+        self.add_state("tested", torch.zeros(len(task_masks)), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Count the hits in each task under each mask.
+
+        Args:
+            logits: (B, K) scores over all K classes.
+            labels: (B,) class numbers, each among the classes of a task.
+        """
+        tasks = self.task_of_class[labels]
+        hits = masked_correct(logits, labels, self.task_masks[tasks], self.seen_mask)
+        # not index_add_, which on a GPU would wait for the indices to be checked
+        of_task = tasks.unsqueeze(1) == torch.arange(len(self.tested), device=tasks.device)
+        self.tested += of_task.sum(dim=0)
+        self.hits += (torch.stack([hits[mask] for mask in MASKS]).unsqueeze(2) & of_task).sum(dim=1)
+
+    def compute(self) -> dict[str, list[float]]:
+        """For each mask the accuracy in % on every task; NaN for one without images."""
+        percent = 100 * self.hits.double() / self.tested.double()
+        return dict(zip(MASKS, percent.tolist(), strict=True))
 
 
 def masked_correct(logits: Tensor, labels: Tensor, task_masks: Tensor, seen_mask: Tensor) -> dict[str, Tensor]:

@@ -76,6 +76,36 @@ def _no_samples() -> Tensor:
     return torch.empty(0, dtype=torch.int64)
 
 
+class Archive(dict[int, dict[str, Tensor]]):
+    """What finished tasks leave behind for a method: named tensors by the number of the task that was learned last."""
+
+    def keep(self, task: int, tensors: Mapping[str, Tensor]) -> None:
+        """Put copies of tensors in the archive under `task`, which need not have been the only one since the last."""
+        self[task] = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+    def to(self, device: torch.device) -> None:
+        """Move all tensors to a device."""
+        for task, tensors in self.items():
+            self[task] = {name: tensor.to(device) for name, tensor in tensors.items()}
+
+    def stacked(self, name: str) -> Tensor:
+        """(tasks, ...) the tensors of one name, in the order of the tasks."""
+        return torch.stack([self[task][name] for task in sorted(self)])
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """All of it as named tensors on the CPU."""
+        return {f"{task}.{name}": tensor.cpu() for task, one in self.items() for name, tensor in one.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Archive:
+        """The reverse of `to_tensors`."""
+        archive = cls()
+        for key, tensor in tensors.items():
+            task, name = key.split(".", 1)
+            archive.setdefault(int(task), {})[name] = tensor
+        return cls(sorted(archive.items()))
+
+
 _GROUPS = ("snapshot", "upcoming", "kept", "received")
 
 
@@ -97,6 +127,12 @@ class Memory:
     )  # the next snapshot, where it is taken before the download
     kept: dict[str, Tensor] = field(default_factory=dict)  # what the continual strategy keeps of finished tasks
     received: dict[str, Tensor] = field(default_factory=dict)  # what a method keeps of its downloads
+    archive: Archive = field(default_factory=Archive)  # what a method keeps of finished tasks
+
+    @property
+    def remembered(self) -> Tensor:
+        """Indices of the training images in the buffer, and of those that would enter it now."""
+        return torch.cat([self.buffer, self.candidates])
 
     def begin(self, task: int) -> None:
         """Move on to `task` (1-based) if it is new: the candidates join the buffer, the snapshot is renewed."""
@@ -113,6 +149,7 @@ class Memory:
             "buffer": self.buffer,
             "candidates": self.candidates,
             **{f"{group}.{name}": value for group in _GROUPS for name, value in getattr(self, group).items()},
+            **{f"archive.{name}": value for name, value in self.archive.to_tensors().items()},
         }
 
     @classmethod
@@ -120,7 +157,8 @@ class Memory:
         """The reverse of `to_tensors`."""
         learned, begun = tensors["progress"].tolist()
         groups = {group: below(tensors, f"{group}.") for group in _GROUPS}
-        return cls(learned, begun, tensors["buffer"], tensors["candidates"], **groups)
+        archive = Archive.from_tensors(below(tensors, "archive."))
+        return cls(learned, begun, tensors["buffer"], tensors["candidates"], **groups, archive=archive)
 
 
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

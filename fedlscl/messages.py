@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 _DTYPES = {
@@ -77,6 +77,11 @@ class TensorSpec:
 
 
 Schema = Mapping[str, TensorSpec]
+
+
+def schema_of(tensors: Mapping[str, Tensor]) -> Schema:
+    """The schema that tensors of exactly these names, shapes and dtypes fulfil."""
+    return {name: TensorSpec.like(tensor) for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -152,24 +157,24 @@ class Received(Mapping[int, Upload]):
     """The valid uploads of one round by client, on the disk: each is read when it is asked for."""
 
     def __init__(self) -> None:
-        self._files: dict[int, tuple[Path, Schema]] = {}
+        self._found: dict[int, tuple[Upload, Path]] = {}
 
-    def add(self, client: int, file: Path, schema: Schema) -> None:
-        """Take in the upload that `file` holds."""
-        self._files[client] = file, schema
+    def add(self, upload: Upload, file: Path) -> None:
+        """Take in an upload that was checked, and let go of its tensors, which `file` holds."""
+        self._found[upload.client] = replace(upload, tensors={}), file
 
     def __getitem__(self, client: int) -> Upload:
         """Read a client's upload."""
-        file, schema = self._files[client]
-        return Upload.from_bytes(file.read_bytes(), schema)
+        upload, file = self._found[client]
+        return replace(upload, tensors=load_file(file))
 
     def __iter__(self) -> Iterator[int]:
         """All clients that sent one, ascending, in whatever order they did: sums depend on it in the last bit."""
-        return iter(sorted(self._files))
+        return iter(sorted(self._found))
 
     def __len__(self) -> int:
         """How many they are."""
-        return len(self._files)
+        return len(self._found)
 
 
 class Download(Message):

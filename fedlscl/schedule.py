@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedlscl import seeds
+from fedlscl.checks import at_least
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,7 @@ class Schedule:
     """
 
     def __init__(self, rounds: int = 5, clients_per_round: int | None = None) -> None:
-        if rounds < 1:
-            raise ValueError(f"federation.rounds is {rounds}, must be at least 1")
+        at_least(1, "federation", rounds=rounds)
         self.rounds, self.clients_per_round = rounds, clients_per_round
 
     def check(self, clients: int) -> None:

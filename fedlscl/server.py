@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
@@ -13,10 +14,37 @@ from torch import Tensor, nn
 from fedlscl.messages import Schema, Upload
 from fedlscl.schedule import Round
 
-Answers = Mapping[int, Mapping[str, Tensor]]
+
+class Answer(NamedTuple):
+    """What one client gets, and metrics of how it was made, of which the mean over the clients goes on record."""
+
+    tensors: Mapping[str, Tensor]
+    metrics: Mapping[str, float] = {}
 
 
-class OnDemand(Mapping[int, Mapping[str, Tensor]]):
+Answers = Mapping[int, Answer]
+"""By client; each is asked for once."""
+
+Metrics = Mapping[str, float]
+"""Of one aggregation, by name, for the record."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a server knows of the round besides the uploads.
+
+    Args:
+        clients: number of clients in the federation, absent ones included.
+        round: where the federation is.
+        trainer: makes a fresh Trainer for each model that the server fits.
+    """
+
+    clients: int
+    round: Round
+    trainer: Callable[[], Trainer]
+
+
+class OnDemand(Mapping[int, Answer]):
     """Answers of which each is computed when it is asked for, so that there is one in memory at a time.
 
     Args:
@@ -24,10 +52,10 @@ class OnDemand(Mapping[int, Mapping[str, Tensor]]):
         answer: computes it.
     """
 
-    def __init__(self, clients: Iterable[int], answer: Callable[[int], Mapping[str, Tensor]]) -> None:
+    def __init__(self, clients: Iterable[int], answer: Callable[[int], Answer]) -> None:
         self._clients, self._answer = dict.fromkeys(clients), answer
 
-    def __getitem__(self, client: int) -> Mapping[str, Tensor]:
+    def __getitem__(self, client: int) -> Answer:
         """The answer to a client."""
         if client not in self._clients:
             raise KeyError(client)
@@ -52,8 +80,7 @@ class Server(ABC):
     listens: ClassVar[bool] = True  # false: nobody uploads anything
 
     def __init__(self) -> None:
-        self.metrics: dict[str, float] = {}  # of the last aggregation, by name, for the record
-        self.public_images = 0  # how many labelled training images of each class this server must have of its own
+        self.server_images = 0  # how many labelled training images of each class this server must have of its own
 
     def begin(  # noqa: B027 - most servers have nothing to check
         self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]
@@ -71,13 +98,13 @@ class Server(ABC):
         """
 
     def hold(self, images: Tensor, labels: Tensor) -> None:
-        """Keep the public images, if any are wanted; called once, before any training.
+        """Keep the server's own images, if any are wanted; called once, before any training.
 
         Args:
             images: (n, 3, H, W) in uint8.
             labels: (n,) class numbers, ascending.
         """
-        raise NotImplementedError(f"{type(self).__name__} asks for public images and takes none")
+        raise NotImplementedError(f"{type(self).__name__} asks for images of its own and takes none")
 
     def check(self, upload: Upload) -> None:  # noqa: B027 - for most servers the schema says all
         """Look, as it arrives, at an upload that fits its schema.
@@ -94,20 +121,16 @@ class Server(ABC):
         """Take over what `state` returned; called before every round but the first."""
 
     @abstractmethod
-    def aggregate(
-        self, uploads: Mapping[int, Upload], clients: int, round: Round, trainer: Callable[[], Trainer]
-    ) -> Answers:
+    def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:
         """Fuse what the clients sent.
 
         Args:
             uploads: the valid uploads of this round, by client; at least one. Each access reads one from the disk,
                 so a server that goes through them one by one needs no more memory for more clients.
-            clients: number of clients in the federation, absent ones included.
-            round: where the federation is.
-            trainer: makes a fresh Trainer for each model that the server fits.
+            context: the round, and what the server may use.
 
         Returns:
-            The tensors for each client that gets an answer; each is asked for once.
+            The answer to each client that gets one, and metrics of the aggregation.
         """
 
 
@@ -116,9 +139,7 @@ class Isolated(Server):
 
     listens = False
 
-    def aggregate(
-        self, uploads: Mapping[int, Upload], clients: int, round: Round, trainer: Callable[[], Trainer]
-    ) -> Answers:
+    def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:
         """Never called."""
         raise NotImplementedError("clients without exchange send nothing to aggregate")
 
@@ -144,9 +165,7 @@ class FedAvg(Server):
         if unknown := sorted(set(self.names) - set(uploads)):
             raise ValueError(f"server: FedAvg averages what clients send, but model wants '{unknown[0]}' back")
 
-    def aggregate(
-        self, uploads: Mapping[int, Upload], clients: int, round: Round, trainer: Callable[[], Trainer]
-    ) -> Answers:
+    def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:
         """One mean for all clients."""
         mean = average(
             (
@@ -155,7 +174,7 @@ class FedAvg(Server):
             )
             for upload in uploads.values()
         )
-        return dict.fromkeys(range(clients), mean)
+        return dict.fromkeys(range(context.clients), Answer(mean)), {}
 
 
 class Sum(Server):
@@ -173,16 +192,14 @@ class Sum(Server):
             )
         self.dtypes = {f"{name}_sum": spec.dtype for name, spec in uploads.items()}
 
-    def aggregate(
-        self, uploads: Mapping[int, Upload], clients: int, round: Round, trainer: Callable[[], Trainer]
-    ) -> Answers:
+    def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:
         """One sum for all who sent something."""
         sums: dict[str, Tensor] = {}
         for upload in uploads.values():
             for name, tensor in upload.tensors.items():
                 sums[f"{name}_sum"] = sums.get(f"{name}_sum", 0) + tensor.double()
         answer = {name: tensor.to(self.dtypes[name]) for name, tensor in sums.items()}
-        return dict.fromkeys(uploads, answer)
+        return dict.fromkeys(uploads, Answer(answer)), {}
 
 
 def average(models: Iterable[tuple[Mapping[str, Tensor], int]]) -> dict[str, Tensor]:

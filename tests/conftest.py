@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import enter_client, make_data, make_federation, make_vit
+from helpers import make_data, make_federation, make_vit, restore_client
 
 from fedlscl.data.module import FederatedDataModule
 from fedlscl.federation.algorithm import Federation
@@ -55,7 +55,7 @@ def federation(tmp_path: Path, data: FederatedDataModule, vit: FrozenViT) -> Fed
 @pytest.fixture
 def body(federation: Federation) -> FedLSCL:
     """Client 0, which has learned nothing yet."""
-    client: FedLSCL = enter_client(federation, 0)
+    client: FedLSCL = restore_client(federation, 0)
     return client
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,10 @@ from fedlscl.continual import Replay
 from fedlscl.data.module import FederatedDataModule
 from fedlscl.data.source import Dataset, ImageSet, Source
 from fedlscl.data.splits import SplitSpec
-from fedlscl.federation.algorithm import Federation, RoundResult
-from fedlscl.federation.site import Site
+from fedlscl.federation.algorithm import Federation
+from fedlscl.federation.callback import FederationCallback, RoundResult
 from fedlscl.federation.store import Store, client_name
+from fedlscl.federation.template import Template
 from fedlscl.federation.trainer import RoundTrainer
 from fedlscl.federation.transport import InProcess
 from fedlscl.messages import Message
@@ -72,25 +72,25 @@ class Patterns(Source):
         return Dataset("patterns", train, test, tuple(f"pattern {n}" for n in range(self.classes)))
 
 
-@dataclass
-class Recorder:
-    """A listener that writes down what it hears."""
+class Recorder(FederationCallback):
+    """Writes down what it hears."""
 
-    visits: list[tuple[int, int, int]] = field(default_factory=list)
-    turns: int = 0
-    served_rounds: list[tuple[int, int]] = field(default_factory=list)
-    steps: list[tuple[int, float]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.visits: list[tuple[int, int, int]] = []
+        self.turns = 0
+        self.served_rounds: list[tuple[int, int]] = []
+        self.steps: list[tuple[int, float]] = []
 
-    def visiting(self, task: int, round: int, client: int) -> None:
+    def on_fit_start(self, task: int, round: int, client: int) -> None:
         self.visits.append((task, round, client))
 
-    def visited(self) -> None:
+    def on_fit_end(self) -> None:
         self.turns += 1
 
-    def serving(self, task: int, round: int) -> None:
+    def on_aggregate_start(self, task: int, round: int) -> None:
         self.served_rounds.append((task, round))
 
-    def served(self, step: int, steps: float) -> None:
+    def on_aggregate_step(self, step: int, steps: float) -> None:
         self.steps.append((step, steps))
 
 
@@ -131,18 +131,14 @@ def make_federation(
     cnn: Mapping[str, Any] = CNN,
 ) -> Federation:
     client = client or make_client()
-    site, store = Site(client, data, vit, SmallModelSpec(**cnn), seed, make_trainer), Store(folder)
+    template, store = Template(client, data, vit, SmallModelSpec(**cnn), seed, make_trainer), Store(folder)
     server = server or (ExactO2D() if isinstance(client, FedLSCL) else Isolated())
-    return Federation(Schedule(rounds, clients_per_round), server, site, store, InProcess(site, store))
+    return Federation(Schedule(rounds, clients_per_round), server, template, store, InProcess(template, store))
 
 
-def run(federation: Federation, listener: Recorder | None = None) -> list[RoundResult]:
-    """All rounds, each committed as an experiment does it."""
-    results = []
-    for result in federation.run(listener or Recorder()):
-        federation.store.commit({"round": result.round})
-        results.append(result)
-    return results
+def run(federation: Federation, callback: FederationCallback | None = None) -> list[RoundResult]:
+    """All rounds that are left."""
+    return list(federation.run(callback))
 
 
 def outcome(results: list[RoundResult]) -> list[Any]:
@@ -150,10 +146,11 @@ def outcome(results: list[RoundResult]) -> list[Any]:
     return [(r.task, r.round, r.bytes_up, r.bytes_down, r.skipped, r.accuracy, r.server) for r in results]
 
 
-def enter_client(federation: Federation, index: int) -> Any:
-    """A client's body in the client's last state; of the class that the federation was given."""
-    site, state = federation.site, federation.store.read(client_name(index))
-    return site.enter(index, state, site.start(index) if state is None else None)
+def restore_client(federation: Federation, index: int) -> Any:
+    """A client in its last state; of the class that the federation was given."""
+    assert isinstance(federation.transport, InProcess)
+    worker, state = federation.transport.worker, federation.store.read(client_name(index))
+    return worker.restore(index, state, federation.template.start_message(index) if state is None else None)
 
 
 def fit(body: Client, task: int, round: int, seed: int = 0) -> None:
@@ -181,8 +178,7 @@ def outputs(body: FedLSCL, indices: Tensor) -> dict[str, Tensor]:
 
 
 def task_images(body: FedLSCL, *tasks: int) -> Tensor:
-    split = body.data.split.clients[body.index].tasks
-    return torch.cat([torch.as_tensor(split[task - 1].train) for task in tasks])
+    return torch.cat([torch.as_tensor(body.data.tasks[task - 1].train) for task in tasks])
 
 
 def parameters(body: Client) -> dict[str, Tensor]:

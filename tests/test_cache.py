@@ -204,7 +204,7 @@ def test_the_frozen_blocks_run_once_for_each_image(federation_with: Callable[...
         nonlocal images
         images += len(inputs[0])
 
-    federation.site.vit.vit.blocks[0].register_forward_hook(count)  # block 1 is the adapted one
+    federation.template.vit.vit.blocks[0].register_forward_hook(count)  # block 1 is the adapted one
     run(federation)
-    wanted = len(of_split(federation.site.data, "train")) + len(of_split(federation.site.data, "test"))
+    wanted = len(of_split(federation.template.data, "train")) + len(of_split(federation.template.data, "test"))
     assert images == wanted + 1  # one image to see the shapes

@@ -12,17 +12,16 @@ import torch
 from helpers import (
     Recorder,
     copy_of,
-    enter_client,
     fit,
     make_client,
     make_data,
     make_federation,
     make_trainer,
     outcome,
+    restore_client,
     run,
     same,
 )
-from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
@@ -38,7 +37,7 @@ from fedlscl.messages import Download, Message, MessageError, Schema, TensorSpec
 from fedlscl.methods.fedavg import FedAvgClient
 from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round, Schedule
-from fedlscl.server import Answers, FedAvg
+from fedlscl.server import Answer, Answers, Context, FedAvg, Metrics
 
 Make = Callable[..., Federation]
 
@@ -78,7 +77,7 @@ class Watching(Continual):
 def watched(make: Make) -> tuple[Watching, Client]:
     strategy = Watching()
     client = make_client(FedAvgClient, continual=strategy, train_mask="task", buffer_size=0)
-    return strategy, enter_client(make(client=client, server=FedAvg()), 0)
+    return strategy, restore_client(make(client=client, server=FedAvg()), 0)
 
 
 def test_a_task_is_consolidated_once_with_the_model_received_last(watched: tuple[Watching, Client]) -> None:
@@ -89,7 +88,7 @@ def test_a_task_is_consolidated_once_with_the_model_received_last(watched: tuple
     received = {name: t + 0.01 if t.is_floating_point() else t for name, t in copy_of(body.shared()).items()}
     body.download(Download(0, 1, 2, 0, received))
     body.eval()
-    part = body.data.split.clients[0].tasks[0]
+    part = body.data.tasks[0]
     pixels, labels = body.data.batch("train", part.train)
     classes = torch.zeros(body.num_classes, dtype=torch.bool)
     classes[list(part.classes)] = True
@@ -111,7 +110,7 @@ def test_the_outputs_of_the_received_model_come_with_the_current_images(watched:
     fit(body, 1, 1)
     assert all(step.snapshot == {} and not step.observed.any() for step in strategy.steps)
     body.eval()
-    current = torch.as_tensor(body.data.split.clients[0].tasks[1].train)
+    current = torch.as_tensor(body.data.tasks[1].train)
     pixels, _ = body.data.batch("train", current)
     with torch.no_grad():
         logits = body(pixels, {}).logits
@@ -151,17 +150,15 @@ class Ageing(FedAvg):
     def load(self, state: Mapping[str, Tensor]) -> None:
         self.age = state["age"]
 
-    def aggregate(
-        self, uploads: Mapping[int, Upload], clients: int, round: Round, trainer: Callable[[], Trainer]
-    ) -> Answers:
+    def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:
         self.age = self.age + 1
-        self.heard.append(round)
+        self.heard.append(context.round)
         self.drawn = torch.rand(1)
-        self.metrics = {"age": float(self.age), "drawn": float(self.drawn)}
-        fit_once(trainer(), BoringModel())
-        answers = super().aggregate(uploads, clients, round, trainer)
-        extra = {"age": self.age} if round.ends_task else {}
-        return {index: {**answer, **extra} for index, answer in answers.items()}
+        fit_once(context.trainer(), BoringModel())
+        answers, _ = super().aggregate(uploads, context)
+        extra = {"age": self.age} if context.round.ends_task else {}
+        told = {index: Answer({**answer.tensors, **extra}) for index, answer in answers.items()}
+        return told, {"age": float(self.age), "drawn": float(self.drawn)}
 
 
 class Told(FedAvgClient):
@@ -189,14 +186,13 @@ def test_a_server_with_a_memory_is_resumed(tmp_path: Path, data: FederatedDataMo
     for _ in range(4):
         federation = ageing(tmp_path / "other", data, vit)
         result = next(federation.run(Recorder()))
-        federation.store.commit({"round": result.round})
         results.append(result)
     assert outcome(results) == outcome(whole)
     assert [r.server["age"] for r in whole] == [1, 2, 3, 4]
     assert len({r.server["drawn"] for r in whole}) == 4
     assert recorder.served_rounds == [(1, 1), (1, 2), (2, 3), (2, 4)]
     assert recorder.steps[-1] == (64, 64)
-    assert enter_client(federation, 1).memory.received["age"].tolist() == [4]
+    assert restore_client(federation, 1).memory.received["age"].tolist() == [4]
     sizes = [result.bytes_down[0] for result in whole]
     assert sizes[0] == sizes[2] < sizes[1] == sizes[3]
 
@@ -204,7 +200,7 @@ def test_a_server_with_a_memory_is_resumed(tmp_path: Path, data: FederatedDataMo
 def test_a_server_hears_where_it_is_and_gets_a_model(tmp_path: Path, data: FederatedDataModule, vit: FrozenViT) -> None:
     federation = ageing(tmp_path, data, vit)
     server: Any = federation.server
-    shared = enter_client(federation, 0).shared()
+    shared = restore_client(federation, 0).shared()
     assert set(server.model.state_dict()) == set(shared)
     output = server.model(torch.rand(2, 3, 8, 8), {})
     assert output.logits.shape == (2, data.num_classes)
@@ -236,7 +232,7 @@ def test_an_optional_tensor_may_be_missing_but_not_wrong() -> None:
 
 
 def test_images_may_be_floats(vit: FrozenViT, make: Make) -> None:
-    body = enter_client(make(client=make_client(FedAvgClient, train_mask="task"), server=FedAvg()), 0)
+    body = restore_client(make(client=make_client(FedAvgClient, train_mask="task"), server=FedAvg()), 0)
     images = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
     body.eval()
     torch.testing.assert_close(body(images, {}).logits, body(images.float() / 255, {}).logits)
@@ -252,15 +248,15 @@ class Oracle(FedAvgClient):
     task_aware = MASKS
 
     def test_logits(self, batch: Images, tasks: Tensor) -> Tensor:
-        firsts = torch.tensor([part.classes[0] for part in self.data.split.clients[self.index].tasks])
+        firsts = torch.tensor([part.classes[0] for part in self.data.tasks])
         return nn.functional.one_hot(firsts[tasks], self.num_classes).float()
 
 
 def test_a_task_aware_method_is_told_the_task(make: Make) -> None:
     federation = make(client=make_client(Oracle, train_mask="task"), server=FedAvg())
     result = run(federation)[-1]
-    labels = torch.as_tensor(federation.site.data.dataset.test.labels)
-    for index, one in enumerate(federation.site.data.split.clients):
+    labels = torch.as_tensor(federation.template.data.dataset.test.labels)
+    for index, one in enumerate(federation.template.data.split.clients):
         for number, part in enumerate(one.tasks):
             share = (labels[torch.as_tensor(part.test)] == part.classes[0]).double().mean()
             assert result.accuracy["none"][index][number] == pytest.approx(100 * float(share))
@@ -273,7 +269,7 @@ def test_a_task_aware_method_is_told_the_task(make: Make) -> None:
 def test_a_gradient_is_cut_to_its_largest_norm(make: Make, monkeypatch: pytest.MonkeyPatch, scaled: bool) -> None:
     """Also behind the scaler of 16-mixed, whose factor is none of the gradient's length."""
     federation = make(client=make_client(FedAvgClient, continual=NoReplay(), gradient_clip=1e-3), server=FedAvg())
-    body, norms = enter_client(federation, 0), []
+    body, norms = restore_client(federation, 0), []
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     backward = body.manual_backward
 
@@ -298,7 +294,7 @@ def test_a_short_gradient_stays_as_it_is(make: Make) -> None:
     found = []
     for clip in (None, 1e6):
         federation = make(client=make_client(FedAvgClient, continual=NoReplay(), gradient_clip=clip), server=FedAvg())
-        body = enter_client(federation, 0)
+        body = restore_client(federation, 0)
         fit(body, 1, 1)
         found.append(copy_of(body.state()))
     assert same(*found)
@@ -322,14 +318,14 @@ class Phases(FedAvgClient):
         yield "all", samples[:3]
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        output = self._output(batch.images, "train")
+        output = self.output(batch.images, "train")
         features = output.representation.detach() if batch.phase == "head" else output.representation
         return {"own": nn.functional.cross_entropy(self.head(features), batch.images.labels)}
 
 
 def test_a_method_may_have_phases_of_its_own(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     federation = make(client=make_client(Phases, continual=NoReplay()), server=FedAvg())
-    body, logged, before = enter_client(federation, 0), [], {}
+    body, logged, before = restore_client(federation, 0), [], {}
     monkeypatch.setattr(Phases, "log_dict", lambda self, terms, **_: logged.append(list(terms)))
     body.begin_round(Round(1, 1, False, 0))
     steps = [phase for phase, _ in body.plan]
@@ -349,7 +345,7 @@ def test_a_method_may_have_phases_of_its_own(make: Make, monkeypatch: pytest.Mon
 class Holding(FedAvg):
     def __init__(self, count: int) -> None:
         super().__init__()
-        self.public_images = count
+        self.server_images = count
 
     def hold(self, images: Tensor, labels: Tensor) -> None:
         self.held = images, labels
@@ -362,7 +358,7 @@ def test_a_server_gets_the_public_images_it_asks_for(make: Make) -> None:
     assert labels.tolist() == sorted([*range(8)] * 2)
     assert images.shape == (16, 3, 8, 8)
     assert images.dtype == torch.uint8
-    train = federation.site.data.dataset.train
+    train = federation.template.data.dataset.train
     places = [np.flatnonzero((train.images == image.numpy()).all(axis=(1, 2, 3))).tolist() for image in images]
     assert [int(train.labels[place]) for (place,) in places] == labels.tolist()
 
@@ -376,7 +372,7 @@ def test_public_images_are_those_of_no_client_as_far_as_they_go(cache: Path) -> 
     assert {len(free[label]) for label in used} == {2}
 
     def places(per_class: int) -> dict[int, list[int]]:
-        images, labels = data.public(per_class)
+        images, labels = data.server_images(per_class)
         found: dict[int, list[int]] = {label: [] for label in range(8)}
         for image, label in zip(images.numpy(), labels.tolist(), strict=True):
             found[label].append(int(np.flatnonzero((train.images == image).all(axis=(1, 2, 3)))[0]))
@@ -392,7 +388,7 @@ def test_public_images_are_those_of_no_client_as_far_as_they_go(cache: Path) -> 
 def test_images_held_out_for_evaluation_are_not_public(cache: Path) -> None:
     data = make_data(cache, local_test="holdout30")
     evaluated = {int(i) for client in data.split.clients for part in client.tasks for i in part.test}
-    images, _ = data.public(99)
+    images, _ = data.server_images(99)
     shown = {image.tobytes() for image in images.numpy()}
     train = data.dataset.train.images
     assert evaluated

@@ -335,7 +335,7 @@ def test_another_configuration_for_the_same_folder(
     setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "fedlscl.run.experiment.Federation.run", lambda self, listener: (_ for _ in ()).throw(KeyboardInterrupt)
+        "fedlscl.run.experiment.Federation.run", lambda self, callback: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     words = ["fit", "--config", setting, "--run_dir", str(tmp_path / "run")]
     with pytest.raises(KeyboardInterrupt):

@@ -12,13 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    enter_client,
     fit,
     make_client,
     make_federation,
     make_trainer,
     output_of,
     parameters,
+    restore_client,
     same,
     task_images,
     train_images,
@@ -26,7 +26,7 @@ from helpers import (
 from torch import Tensor
 
 from fedlscl import seeds
-from fedlscl.batches import Batch, Images, Output
+from fedlscl.batches import Batch, Images, Output, make_plan
 from fedlscl.client import Client
 from fedlscl.continual import Replay
 from fedlscl.data.module import FederatedDataModule
@@ -67,7 +67,7 @@ def test_a_fit_moves_all_three_parts_and_not_the_vit(body: FedLSCL, vit: FrozenV
     body.epochs = 3  # B starts at zero and so does the last scale of each CNN block: gradients reach them step by step
     fit(body, task=1, round=1)
     after = parameters(body)
-    seen = list(body.data.split.clients[0].tasks[0].classes)
+    seen = list(body.data.tasks[0].classes)
     for name in before:
         rows = seen if name.startswith("head.") else slice(None)
         assert not torch.equal(before[name][rows], after[name][rows]), name
@@ -83,8 +83,8 @@ def test_a_fit_moves_all_three_parts_and_not_the_vit(body: FedLSCL, vit: FrozenV
 def test_no_class_outside_the_training_mask_is_trained(
     federation: Federation, mask: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    body = enter_client(federation, 0)
-    first, second = (set(part.classes) for part in body.data.split.clients[0].tasks)
+    body = restore_client(federation, 0)
+    first, second = (set(part.classes) for part in body.data.tasks)
     wanted = {"collaborate": second if mask == "task" else first | second, "replay": first | second}
     body.train_mask = mask
     fit(body, 1, 1)
@@ -111,7 +111,7 @@ def test_an_epoch_lowers_the_loss(body: FedLSCL) -> None:
     body.epochs, body.learning_rate = 8, 1e-2
     images, labels = train_images(body, task_images(body, 1))
     mask = torch.zeros(body.num_classes, dtype=torch.bool)
-    mask[list(body.data.split.clients[0].tasks[0].classes)] = True
+    mask[list(body.data.tasks[0].classes)] = True
 
     def loss() -> float:
         body.eval()
@@ -129,7 +129,7 @@ def test_an_epoch_lowers_the_loss(body: FedLSCL) -> None:
 
 
 def test_a_round_goes_through_the_task_and_then_through_the_buffer(federation: Federation) -> None:
-    body = enter_client(federation, 0)
+    body = restore_client(federation, 0)
     body.epochs, body.continual = 3, Replay(passes=2, current=False)
     body.begin_round(Round(1, 1, False, 0))
     assert {phase for phase, _ in body.plan} == {"collaborate"}  # nothing to replay in the first task
@@ -149,7 +149,7 @@ def test_a_round_goes_through_the_task_and_then_through_the_buffer(federation: F
 
 
 def test_what_a_batch_holds(federation: Federation) -> None:
-    body = enter_client(federation, 0)
+    body = restore_client(federation, 0)
     fit(body, 1, 1)
     buffered = set(body.memory.candidates.tolist())
     fit(body, 2, 2)
@@ -175,8 +175,8 @@ def test_what_a_batch_holds(federation: Federation) -> None:
             else:
                 drawn.append(label)
     # as many current samples of a class as the buffer may hold
-    classes = body.data.split.clients[0].tasks[1].classes
-    available = torch.as_tensor(body.data.dataset.train.labels)[body.current]
+    classes = body.data.tasks[1].classes
+    available = body.data.labels(body.current)
     assert {c: drawn.count(c) for c in classes} == {c: min(3, int((available == c).sum())) for c in classes}
 
 
@@ -187,7 +187,7 @@ def test_no_batch_is_left_with_one_image(body: FedLSCL, size: int) -> None:
         body.memory.begun = 0
         body.begin_round(Round(1, 1, False, 0))
         body.current = body.current.new_zeros(n)
-        lengths = [len(part) for _, part in body._plan()]
+        lengths = [len(part) for _, part in make_plan(body.passes(body.rng("order")), size, body.rng("order"))]
         assert sum(lengths) == n
         assert min(lengths) >= 2, (n, lengths)
         assert max(lengths) <= max(size, 3)  # three images do not go into pairs
@@ -197,7 +197,7 @@ def test_no_batch_is_left_with_one_image(body: FedLSCL, size: int) -> None:
 
 
 def test_accuracy_under_each_mask(body: FedLSCL) -> None:
-    (one, two), (three, four) = (part.classes for part in body.data.split.clients[0].tasks)
+    (one, two), (three, four) = (part.classes for part in body.data.tasks)
     foreign = next(label for label in range(8) if label not in (one, two, three, four))
     # Everywhere: foreign > three > one > two > four
     scores = torch.zeros(64, 8)
@@ -206,26 +206,26 @@ def test_accuracy_under_each_mask(body: FedLSCL) -> None:
     body.begin_evaluation(2)
     make_trainer().test(body, verbose=False)
     # each class has 4 test images; task: `one` wins task 1 and `three` task 2; seen: `three` wins; none: `foreign` wins
-    assert body.accuracy() == {"task": [50.0, 50.0], "seen": [0.0, 50.0], "none": [0.0, 0.0]}
+    assert body.accuracy.compute() == {"task": [50.0, 50.0], "seen": [0.0, 50.0], "none": [0.0, 0.0]}
     body.begin_evaluation(1)
     make_trainer().test(body, verbose=False)
-    assert body.accuracy() == {"task": [50.0], "seen": [50.0], "none": [0.0]}
+    assert body.accuracy.compute() == {"task": [50.0], "seen": [50.0], "none": [0.0]}
 
 
 def test_accuracy_does_not_depend_on_the_batches_of_the_evaluation(federation: Federation) -> None:
-    body = enter_client(federation, 0)
+    body = restore_client(federation, 0)
     fit(body, 1, 1)
     found = []
     for size in (1, 3, 128):
         body.evaluation_batch_size = size
         body.begin_evaluation(2)
         make_trainer().test(body, verbose=False)
-        found.append(body.accuracy())
+        found.append(body.accuracy.compute())
     assert found[0] == found[1] == found[2]
 
 
 def test_evaluation_changes_nothing(federation: Federation) -> None:
-    body = enter_client(federation, 0)
+    body = restore_client(federation, 0)
     fit(body, 1, 1)
     before = {name: tensor.clone() for name, tensor in body.state().items()}
     body.begin_evaluation(1)
@@ -240,7 +240,7 @@ def test_small_model_shares_what_it_says(tmp_path: Path, data: FederatedDataModu
     names = {}
     for share in ("nothing", "cnn", "all"):
         client = make_client(SmallModelClient, share=share)
-        names[share] = set(enter_client(make_federation(tmp_path / share, data, vit, client), 0).shared())
+        names[share] = set(restore_client(make_federation(tmp_path / share, data, vit, client), 0).shared())
     assert names["nothing"] == set()
     assert {name.split(".")[0] for name in names["cnn"]} == {"cnn"}
     assert any(name.endswith("running_mean") for name in names["cnn"])
@@ -249,7 +249,7 @@ def test_small_model_shares_what_it_says(tmp_path: Path, data: FederatedDataModu
 
 def test_a_download_reaches_the_live_tensors(tmp_path: Path, data: FederatedDataModule, vit: FrozenViT) -> None:
     for kind, share in ((SmallModelClient, {"share": "all"}), (FrozenViTClient, {"share": "head"}), (FedLSCL, {})):
-        body = enter_client(make_federation(tmp_path / kind.__name__, data, vit, make_client(kind, **share)), 0)
+        body = restore_client(make_federation(tmp_path / kind.__name__, data, vit, make_client(kind, **share)), 0)
         wanted = {name: torch.full_like(tensor, 3) for name, tensor in body.shared().items()}
         body.download(Download(0, 1, 1, 0, wanted))
         assert same({name: t.detach() for name, t in body.shared().items()}, wanted)
@@ -275,11 +275,11 @@ def test_impossible_settings_are_refused(kind: type[Client], settings: Mapping[s
 
 
 def test_the_terms_of_a_replay_step_by_hand(federation: Federation) -> None:
-    body = enter_client(federation, 0)
+    body = restore_client(federation, 0)
     fit(body, 1, 1)
     body.continual = Replay(lambda_e=2.0, lambda_w=0.5, passes=1)
     body.begin_round(Round(2, 2, False, 0))
-    classes = sorted(label for part in body.data.split.clients[0].tasks for label in part.classes)
+    classes = sorted(label for part in body.data.tasks for label in part.classes)
     images, _ = train_images(body, task_images(body, 1, 2)[:4])
     body.eval()
     with torch.no_grad():
@@ -297,7 +297,7 @@ def test_the_terms_of_a_replay_step_by_hand(federation: Federation) -> None:
 
 
 def test_the_order_of_a_round_depends_on_seed_client_and_round_only(federation: Federation) -> None:
-    body = enter_client(federation, 0)
+    body = restore_client(federation, 0)
 
     def order(round: int, seed: int) -> list[int]:
         body.begin_round(Round(1, round, False, seed))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from helpers import (
-    enter_client,
     fit,
     make_client,
     make_federation,
     output_of,
     outputs,
+    restore_client,
     run,
     same,
     task_images,
@@ -21,7 +20,7 @@ from helpers import (
 )
 from torch import Tensor
 
-from fedlscl.client import Client
+from fedlscl.batches import Output
 from fedlscl.continual import NoReplay, Replay
 from fedlscl.data.module import FederatedDataModule
 from fedlscl.federation.algorithm import Federation
@@ -44,21 +43,20 @@ def deliver(body: FedLSCL, seed: int) -> None:
 
 def count_snapshots(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
-    observe = Client.observe
+    preserved = Replay.preserved
 
-    def spy(self: Client, indices: Tensor, compute: Any) -> dict[str, Tensor]:
-        if compute == self._preserved:
-            counts.append(len(indices))
-        return observe(self, indices, compute)
+    def spy(self: Replay, output: Output) -> dict[str, Tensor]:
+        counts.append(len(output.logits))  # all fit in one batch
+        return preserved(self, output)
 
-    monkeypatch.setattr(Client, "observe", spy)
+    monkeypatch.setattr(Replay, "preserved", spy)
     return counts
 
 
 def test_deployed_snapshot_is_the_model_after_the_last_download(
     federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    body = enter_client(federation, 0)
+    body = restore_client(federation, 0)
     counts = count_snapshots(monkeypatch)
     fit(body, 1, 1)
     deliver(body, 1)
@@ -78,7 +76,7 @@ def test_deployed_snapshot_is_the_model_after_the_last_download(
 def test_local_snapshot_is_the_model_before_the_last_download(
     tmp_path: Path, data: FederatedDataModule, vit: FrozenViT
 ) -> None:
-    body = enter_client(make_federation(tmp_path, data, vit, make_client(snapshot="local")), 0)
+    body = restore_client(make_federation(tmp_path, data, vit, make_client(snapshot="local")), 0)
     fit(body, 1, 1)
     deliver(body, 1)
     fit(body, 1, 2)
@@ -96,7 +94,7 @@ def test_without_replay_the_snapshot_is_never_taken(
     tmp_path: Path, data: FederatedDataModule, vit: FrozenViT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = count_snapshots(monkeypatch)
-    body = enter_client(make_federation(tmp_path, data, vit, make_client(continual=NoReplay())), 0)
+    body = restore_client(make_federation(tmp_path, data, vit, make_client(continual=NoReplay())), 0)
     fit(body, 1, 1)
     fit(body, 2, 2)
     assert counts == []
@@ -107,11 +105,11 @@ def test_without_replay_the_snapshot_is_never_taken(
 
 
 def test_the_buffer_holds_the_samples_of_lowest_loss(federation: Federation) -> None:
-    body = enter_client(federation, 0)
+    body = restore_client(federation, 0)
     fit(body, 1, 1)
     current = task_images(body, 1)
     images, labels = train_images(body, current)
-    classes = body.data.split.clients[0].tasks[0].classes
+    classes = body.data.tasks[0].classes
     body.eval()
     with torch.no_grad():
         logits = output_of(body, images).logits
@@ -120,20 +118,20 @@ def test_the_buffer_holds_the_samples_of_lowest_loss(federation: Federation) -> 
         mine = (labels == label).nonzero().flatten().tolist()
         loss = {i: float(logits[i, list(classes)].logsumexp(0) - logits[i, label]) for i in mine}
         wanted |= {int(current[i]) for i in sorted(mine, key=loss.__getitem__)[:3]}
-    assert set(body.remembered.tolist()) == wanted
+    assert set(body.memory.remembered.tolist()) == wanted
     body.begin_round(Round(2, 2, False, 0))
     assert set(body.memory.buffer.tolist()) == wanted
     fit(body, 2, 2)
-    kept = torch.as_tensor(body.data.dataset.train.labels)[body.remembered]
-    own = [label for part in body.data.split.clients[0].tasks for label in part.classes]
-    available = torch.as_tensor(body.data.dataset.train.labels)[task_images(body, 1, 2)]
+    kept = body.data.labels(body.memory.remembered)
+    own = [label for part in body.data.tasks for label in part.classes]
+    available = body.data.labels(task_images(body, 1, 2))
     assert {c: int((kept == c).sum()) for c in own} == {c: min(3, int((available == c).sum())) for c in own}
 
 
 def test_uploaded_features_are_those_of_the_buffer(federation: Federation) -> None:
-    body = enter_client(federation, 0)
+    body = restore_client(federation, 0)
     fit(body, 1, 1)
-    sent, wanted = body.upload().tensors["features"], outputs(body, body.remembered)["features"]
+    sent, wanted = body.upload().tensors["features"], outputs(body, body.memory.remembered)["features"]
     distances = torch.cdist(sent, wanted)
     order = distances.argmin(dim=1)
     assert sorted(order.tolist()) == list(range(len(wanted)))
@@ -146,11 +144,11 @@ def test_uploaded_features_are_those_of_the_buffer(federation: Federation) -> No
 
 
 def test_no_buffer_no_replay(tmp_path: Path, data: FederatedDataModule, vit: FrozenViT) -> None:
-    body = enter_client(make_federation(tmp_path, data, vit, make_client(FrozenViTClient, buffer_size=0)), 0)
+    body = restore_client(make_federation(tmp_path, data, vit, make_client(FrozenViTClient, buffer_size=0)), 0)
     for task in (1, 2):
         fit(body, task, task)
         assert {phase for phase, _ in body.plan} == {"collaborate"}
-        assert len(body.remembered) == 0
+        assert len(body.memory.remembered) == 0
 
 
 @pytest.mark.parametrize("selection", ["herding", "random"])
@@ -160,9 +158,9 @@ def test_other_selections_are_balanced_and_repeatable(
     kept = []
     for attempt in range(2):
         federation = make_federation(tmp_path / str(attempt), data, vit, make_client(selection=selection))
-        body = enter_client(federation, 0)
+        body = restore_client(federation, 0)
         fit(body, 1, 1)
-        kept.append(body.remembered)
+        kept.append(body.memory.remembered)
     assert torch.equal(*kept)
     labels = torch.as_tensor(data.dataset.train.labels)
     counts = {c: int((labels[task_images(body, 1)] == c).sum()) for c in data.split.clients[0].tasks[0].classes}
@@ -177,13 +175,13 @@ def test_a_client_goes_on_from_its_state_to_the_last_bit(
 ) -> None:
     settings = make_client(snapshot="local", continual=Replay(passes=2))
     one, other = (make_federation(tmp_path / name, data, vit, settings) for name in ("one", "other"))
-    body = enter_client(one, 1)
+    body = restore_client(one, 1)
     fit(body, 1, 1)
     fit(body, 2, 2)
     state = {name: tensor.clone() for name, tensor in body.state().items()}
-    stranger = enter_client(other, 2)  # another client, with another past
+    stranger = restore_client(other, 2)  # another client, with another past
     fit(stranger, 1, 1)
-    stranger.enter(1, data, other.site.precomputed, state)
+    stranger.restore(1, data, other.transport.worker.precomputed, state)
     assert same(stranger.state(), state)
     assert stranger.memory.begun == 2
     assert stranger.memory.learned == 1
@@ -197,7 +195,7 @@ def test_a_client_goes_on_from_its_state_to_the_last_bit(
 def test_the_state_survives_the_disk(federation: Federation) -> None:
     run(federation)
     for index in range(3):
-        state = enter_client(federation, index).state()
+        state = restore_client(federation, index).state()
         stored = federation.store.read(f"client-{index}")
         assert stored is not None
         assert same(stored, state)
@@ -216,7 +214,7 @@ def test_the_state_holds_no_part_of_the_vit(body: FedLSCL, vit: FrozenViT) -> No
 
 
 def test_an_absent_client_catches_up(tmp_path: Path, long_data: FederatedDataModule, vit: FrozenViT) -> None:
-    body = enter_client(make_federation(tmp_path, long_data, vit), 0)
+    body = restore_client(make_federation(tmp_path, long_data, vit), 0)
     fit(body, 1, 1)
     first = body.memory.candidates.clone()
     fit(body, 3, 3)
@@ -232,7 +230,7 @@ def test_an_absent_client_catches_up(tmp_path: Path, long_data: FederatedDataMod
 def test_a_client_that_first_comes_late_learns_everything(
     tmp_path: Path, long_data: FederatedDataModule, vit: FrozenViT
 ) -> None:
-    body = enter_client(make_federation(tmp_path, long_data, vit), 0)
+    body = restore_client(make_federation(tmp_path, long_data, vit), 0)
     fit(body, 2, 2)
     assert set(body.current.tolist()) == set(task_images(body, 1, 2).tolist())
     assert {phase for phase, _ in body.plan} == {"collaborate"}

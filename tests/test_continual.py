@@ -131,5 +131,5 @@ def test_the_weights_do_not_get_mixed_up() -> None:
 
 @pytest.mark.parametrize("name", ["lambda_e", "lambda_w", "passes"])
 def test_a_negative_setting_is_named(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"continual\.{name} is -1, must not be negative"):
+    with pytest.raises(ValueError, match=rf"continual\.{name} is -1, must be at least 0"):
         Replay(**{name: -1})

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import copy_of, enter_client, fit, make_client, outcome, parameters, run, same
+from helpers import copy_of, fit, make_client, outcome, parameters, restore_client, run, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -124,8 +124,8 @@ def test_no_more_losses_are_asked_for_than_needed(samples: int | None, wanted: i
 @pytest.mark.parametrize(
     ("name", "value", "wanted"),
     [
-        ("strength", -1, "must not be negative"),
-        ("strength", float("nan"), "must not be negative"),
+        ("strength", -1, "must be at least 0"),
+        ("strength", float("nan"), "must be at least 0"),
         ("gamma", 1.5, "must be between 0 and 1"),
         ("clamp", 0, "must be positive"),
         ("samples", 0, "must be at least 1, or null"),
@@ -142,7 +142,7 @@ def test_a_bad_setting_is_named(name: str, value: float, wanted: str) -> None:
 
 def reference(body: Client, number: int, classes: Tensor) -> dict[str, Tensor]:
     """F_n of one task of the model as it is now, image by image with torch.func."""
-    pixels, labels = body.data.batch("train", torch.as_tensor(body.data.split.clients[body.index].tasks[number].train))
+    pixels, labels = body.data.batch("train", torch.as_tensor(body.data.tasks[number].train))
     body.eval()
     frozen = body.precompute(pixels)
 
@@ -161,12 +161,12 @@ def reference(body: Client, number: int, classes: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", [FedAvgClient, FedLSCL])
 def test_the_received_model_is_measured_and_rows_of_new_classes_are_free(make: Make, kind: type[Client]) -> None:
     client = make_client(kind, continual=EWC(clamp=1e9, samples=None), train_mask="task")
-    body: Any = enter_client(make(client=client, server=FedAvg() if kind is FedAvgClient else ExactO2D()), 0)
+    body: Any = restore_client(make(client=client, server=FedAvg() if kind is FedAvgClient else ExactO2D()), 0)
     fit(body, 1, 1)
     assert body.memory.kept == {}
     body.download(Download(0, 1, 1, 0, {n: t + 0.01 for n, t in copy_of(body.shared()).items()}))
     received = parameters(body)
-    first = body._class_mask(0, 1)
+    first = body.data.class_mask(0, 1)
     wanted = reference(body, 0, first)
     fit(body, 2, 2)
     kept = copy_of(body.memory.kept)
@@ -184,15 +184,15 @@ def test_without_its_term_it_is_fedavg_to_the_last_bit(make: Make) -> None:
     one, two = averaging(make, NoReplay()), averaging(make, EWC(strength=0))
     assert outcome(run(one)) == outcome(run(two))
     for index in range(3):
-        plain = copy_of(enter_client(one, index).state())
-        held = copy_of(enter_client(two, index).state())
+        plain = copy_of(restore_client(one, index).state())
+        held = copy_of(restore_client(two, index).state())
         assert same(plain, {name: tensor for name, tensor in held.items() if ".kept." not in name})
 
 
 def test_a_strong_penalty_keeps_what_matters_in_place(make: Make) -> None:
     left = []
     for strength in (0.0, 1e6):
-        body = enter_client(averaging(make, EWC(strength=strength)), 0)
+        body = restore_client(averaging(make, EWC(strength=strength)), 0)
         fit(body, 1, 1)
         fit(body, 2, 2)
         left.append(float(penalty(parameters(body), body.memory.kept)))

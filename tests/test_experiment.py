@@ -344,7 +344,7 @@ def test_a_mistake_does_not_spoil_the_run_folder(
     with pytest.raises(ValueError, match=complaint):
         make(config={"value": "wrong"}, **wrong).run(console())
     monkeypatch.setattr(
-        "fedlscl.run.experiment.Federation.run", lambda self, listener: (_ for _ in ()).throw(StopAsyncIteration)
+        "fedlscl.run.experiment.Federation.run", lambda self, callback: (_ for _ in ()).throw(StopAsyncIteration)
     )
     with pytest.raises(StopAsyncIteration):
         make(config={"value": "right"}, **right).run(console())

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import CNN, VIT, copy_of, enter_client, fit, make_client, output_of, parameters, run, same
+from helpers import CNN, VIT, copy_of, fit, make_client, output_of, parameters, restore_client, run, same
 from torch import Tensor
 
 from fedlscl import seeds
 from fedlscl.continual import NoReplay
+from fedlscl.data.local import LocalData
 from fedlscl.data.module import FederatedDataModule
 from fedlscl.federation.algorithm import Federation
 from fedlscl.federation.trainer import RoundTrainer
@@ -46,7 +47,7 @@ def deep() -> FrozenViT:
 @pytest.fixture
 def body(make: Make, deep: FrozenViT) -> Any:
     """Client 0, which has learned nothing yet."""
-    return enter_client(make(client=client(), server=FedAvg(), vit=deep), 0)
+    return restore_client(make(client=client(), server=FedAvg(), vit=deep), 0)
 
 
 def some_images(count: int) -> Tensor:
@@ -108,7 +109,7 @@ def test_in_tests_every_image_passes_under_the_prefixes_of_the_best_key(body: An
 
 @pytest.mark.parametrize("task", [1, 3])
 def test_in_training_the_slot_is_that_of_the_task(body: Any, long_data: FederatedDataModule, task: int) -> None:
-    body.data = long_data
+    body.data = LocalData(long_data, 0)
     begin(body, task)
     images = some_images(3)
     found = output_of(body, images).logits
@@ -131,7 +132,7 @@ def test_the_number_of_tokens_stays(body: Any) -> None:
 def test_prefixes_of_no_length_leave_the_plain_vit(make: Make, deep: FrozenViT) -> None:
     federation = make(client=client(length=0, general_length=0), server=FedAvg(), vit=deep)
     assert all(result.skipped == {} for result in run(federation))
-    body = enter_client(federation, 0)
+    body = restore_client(federation, 0)
     body.eval()
     images = some_images(4)
     output = output_of(body, images)
@@ -148,8 +149,8 @@ def test_the_query_is_the_feature_of_the_plain_vit_whatever_is_trained(body: Any
 
 
 def test_blocks_below_the_first_adapted_one_are_computed_once(make: Make, deep: FrozenViT) -> None:
-    whole = enter_client(make(client=client(general_length=0), server=FedAvg(), vit=deep), 0)
-    part = enter_client(make(client=client(general_blocks=[], expert_blocks=[2, 3]), server=FedAvg(), vit=deep), 0)
+    whole = restore_client(make(client=client(general_length=0), server=FedAvg(), vit=deep), 0)
+    part = restore_client(make(client=client(general_blocks=[], expert_blocks=[2, 3]), server=FedAvg(), vit=deep), 0)
     images = some_images(4)
     for one in (whole, part):
         one.eval()
@@ -189,8 +190,8 @@ def test_the_legacy_reshape_mixes_the_choices_of_a_batch() -> None:
 
 
 def test_the_legacy_setting_trains_with_keys_or_values_alone(make: Make, deep: FrozenViT) -> None:
-    body = enter_client(make(client=client(legacy_reshape=True), server=FedAvg(), vit=deep), 0)
-    right = enter_client(make(client=client(), server=FedAvg(), vit=deep), 0)
+    body = restore_client(make(client=client(legacy_reshape=True), server=FedAvg(), vit=deep), 0)
+    right = restore_client(make(client=client(), server=FedAvg(), vit=deep), 0)
     images = some_images(6)
     for one in (body, right):
         begin(one, 1)
@@ -214,12 +215,12 @@ def first_batch(body: Any, task: int) -> Any:
 
 @torch.no_grad()
 def test_the_terms_of_the_objective(make: Make, deep: FrozenViT) -> None:
-    body = enter_client(make(client=client(pull=0.3), server=FedAvg(), vit=deep), 0)
+    body = restore_client(make(client=client(pull=0.3), server=FedAvg(), vit=deep), 0)
     body.memory.begun = 1
     batch = first_batch(body, 2)
     terms = body.losses(batch)
     assert set(terms) == {"cross_entropy", "pull"}
-    classes = list(body.data.split.clients[0].tasks[1].classes)
+    classes = list(body.data.tasks[1].classes)
     logits, query = output_of(body, batch.images.pixels).logits, body.vit(batch.images.pixels)
     entropy = pull = 0.0
     for z, y, q in zip(logits, batch.images.labels, query, strict=True):
@@ -252,7 +253,7 @@ def test_only_the_slot_of_the_task_is_trained(body: Any) -> None:
 
 
 def test_the_key_of_a_task_approaches_its_queries(make: Make, deep: FrozenViT) -> None:
-    body = enter_client(make(client=client(epochs=5), server=FedAvg(), vit=deep), 0)
+    body = restore_client(make(client=client(epochs=5), server=FedAvg(), vit=deep), 0)
     begin(body, 1)
     query = body.vit(body.data.batch("train", body.current)[0])
     before = similarities(query, body.keys.detach())
@@ -273,7 +274,7 @@ def test_a_fit_moves_what_is_trained_and_not_the_vit(body: Any, precision: Any) 
     assert same(copy_of(body.vit.state_dict()), vit)
     body.begin_evaluation(1)
     trainer.test(body, verbose=False)
-    assert 0 <= body.accuracy()["task"][0] <= 100
+    assert 0 <= body.accuracy.compute()["task"][0] <= 100
 
 
 def test_a_step_is_clipped() -> None:
@@ -318,7 +319,7 @@ def test_who_was_absent_when_a_task_began_takes_the_slot_as_others_trained_it(bo
 
 
 def test_who_was_never_there_copies_within_what_it_received(body: Any, long_data: FederatedDataModule) -> None:
-    body.data = long_data
+    body.data = LocalData(long_data, 0)
     trained = body.experts.detach().clone()
     trained[:, :, 1] = 7.0
     answer(body, 2, experts=trained)
@@ -330,7 +331,7 @@ def test_who_was_never_there_copies_within_what_it_received(body: Any, long_data
 def test_without_a_server_missed_slots_are_copies_too(
     make: Make, deep: FrozenViT, long_data: FederatedDataModule
 ) -> None:
-    body = enter_client(make(client=client(), server=Isolated(), vit=deep, data=long_data), 0)
+    body = restore_client(make(client=client(), server=Isolated(), vit=deep, data=long_data), 0)
     fit(body, 1, 1)
     before = body.experts.detach().clone()
     begin(body, 3, 3)
@@ -355,7 +356,7 @@ def test_all_clients_begin_each_fit_alike(
     start = FedDualPromptClient.on_train_start
     monkeypatch.setattr(FedDualPromptClient, "on_train_start", spy)
     federation = make(client=client(), server=FedAvg(), vit=deep, data=long_data, rounds=2, clients_per_round=2, seed=3)
-    handout = copy_of(federation.site.handout)
+    handout = copy_of(federation.template.common_start)
     run(federation)
     received = {m.round: m.tensors for m, _ in wire if isinstance(m, Download) and m.client == 0 and m.round}
     first_visits = {index: min(number for number, other in begun if other == index) for _, index in begun}
@@ -379,7 +380,7 @@ def test_all_clients_begin_each_fit_alike(
 def test_more_tasks_than_slots_are_refused_before_training(make: Make, deep: FrozenViT) -> None:
     with pytest.raises(ValueError, match=r"model\.pool_size is 1, must be at least the number of tasks, 2"):
         make(client=client(pool_size=1), server=FedAvg(), vit=deep)
-    enter_client(make(client=client(pool_size=2), server=FedAvg(), vit=deep), 0)
+    restore_client(make(client=client(pool_size=2), server=FedAvg(), vit=deep), 0)
 
 
 # ---- settings and what travels
@@ -408,10 +409,10 @@ def test_the_published_blocks_as_far_as_there_are_any() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"length": -1}, r"model\.length is -1, must not be negative"),
-        ({"general_length": -1}, r"model\.general_length is -1, must not be negative"),
+        ({"length": -1}, r"model\.length is -1, must be at least 0"),
+        ({"general_length": -1}, r"model\.general_length is -1, must be at least 0"),
         ({"pool_size": 0}, r"model\.pool_size is 0, must be at least 1"),
-        ({"pull": -1.0}, r"model\.pull is -1\.0, must not be negative"),
+        ({"pull": -1.0}, r"model\.pull is -1\.0, must be at least 0"),
         ({"expert_blocks": [2, 4]}, r"model\.expert_blocks holds 4, but the ViT has the blocks 0 to 3"),
         ({"general_blocks": [-1]}, r"model\.general_blocks holds -1, but the ViT has the blocks 0 to 3"),
         ({"expert_blocks": []}, r"model\.expert_blocks is \[\] for a ViT of 4 blocks, must name one or more"),

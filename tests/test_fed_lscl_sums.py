@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Recorder, copy_of, enter_client, make_client, run
+from helpers import Recorder, copy_of, make_client, restore_client, run
 from torch import Tensor
 
 from fedlscl.federation.algorithm import Federation
@@ -20,7 +20,7 @@ Make = Callable[..., Federation]
 
 
 def generators(federation: Federation) -> list[dict[str, Tensor]]:
-    return [copy_of(enter_client(federation, index).shared()) for index in range(federation.clients)]
+    return [copy_of(restore_client(federation, index).shared()) for index in range(federation.clients)]
 
 
 def first_round(federation: Federation) -> Any:

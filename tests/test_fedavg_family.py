@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import copy_of, enter_client, fit, make_client, outcome, parameters, run, same
+from helpers import copy_of, fit, make_client, outcome, parameters, restore_client, run, same
 from torch import Tensor, nn
 
 from fedlscl.client import Client
@@ -51,14 +51,14 @@ def test_after_a_round_all_clients_are_the_weighted_mean(make: Make, wire: list[
     run(federation)
     last = [m for m, _ in wire if isinstance(m, Upload) and m.round == 2]
     weights = torch.tensor([float(m.samples) for m in last])
-    for name, tensor in enter_client(federation, 0).shared().items():
+    for name, tensor in restore_client(federation, 0).shared().items():
         sent = torch.stack([m.tensors[name] for m in last])
         if sent.is_floating_point():
             mean = (weights.view(-1, *[1] * (sent.ndim - 1)) * sent).sum(0) / weights.sum()
             torch.testing.assert_close(tensor.detach(), mean, rtol=1e-5, atol=1e-6)
         else:
             assert torch.equal(tensor, sent.amax(0))
-    states = [copy_of(enter_client(federation, index).shared()) for index in range(3)]
+    states = [copy_of(restore_client(federation, index).shared()) for index in range(3)]
     assert same(states[0], states[1])
     assert same(states[0], states[2])
 
@@ -68,7 +68,7 @@ def test_without_its_term_fedprox_is_fedavg_to_the_last_bit(make: Make) -> None:
     two = make(client=client(FedProxClient, mu=0.0), server=FedAvg())
     assert outcome(run(one)) == outcome(run(two))
     for index in range(3):
-        assert same(enter_client(one, index).state(), copy_of(enter_client(two, index).state()))
+        assert same(restore_client(one, index).state(), copy_of(restore_client(two, index).state()))
 
 
 def test_the_gradient_of_the_proximal_term_is_the_way_back() -> None:
@@ -85,7 +85,7 @@ def test_the_gradient_of_the_proximal_term_is_the_way_back() -> None:
 def test_a_strong_pull_keeps_the_model_near_where_the_round_began(make: Make) -> None:
     moved = []
     for mu in (0.0, 100.0):
-        body = enter_client(make(client=client(FedProxClient, mu=mu, epochs=4), server=FedAvg()), 0)
+        body = restore_client(make(client=client(FedProxClient, mu=mu, epochs=4), server=FedAvg()), 0)
         before = parameters(body)
         fit(body, 1, 1)
         moved.append(float(proximal(list(body.parameters()), list(before.values())).detach()))
@@ -93,21 +93,21 @@ def test_a_strong_pull_keeps_the_model_near_where_the_round_began(make: Make) ->
 
 
 def test_a_negative_mu_is_named() -> None:
-    with pytest.raises(ValueError, match=r"model\.mu is -1, must not be negative"):
+    with pytest.raises(ValueError, match=r"model\.mu is -1, must be at least 0"):
         client(FedProxClient, mu=-1)
 
 
 def test_joint_training_sees_every_image_and_every_class(make: Make, wire: list[tuple[Message, bytes]]) -> None:
     federation = make(client=client(JointClient), server=Isolated())
-    everything = [part for one in federation.site.data.split.clients for part in one.tasks]
+    everything = [part for one in federation.template.data.split.clients for part in one.tasks]
     wanted = sorted(index for part in everything for index in part.train.tolist())
     for index, task in ((0, 1), (2, 2)):
-        body = enter_client(federation, index)
+        body = restore_client(federation, index)
         body.begin_round(Round(task, task, False, 0))
         seen: list[int] = [i for batch in body.train_dataloader() for i in batch.images.indices.tolist()]
         assert sorted(seen) == wanted
         assert bool(body.seen_mask.all())
-    body = enter_client(federation, 0)
+    body = restore_client(federation, 0)
     fit(body, 1, 1)
     head: Tensor = body.head.weight.detach().clone()
     fit(body, 1, 2)

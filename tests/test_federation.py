@@ -16,10 +16,10 @@ from helpers import (
     Recorder,
     contents,
     copy_of,
-    enter_client,
     make_client,
     make_federation,
     outcome,
+    restore_client,
     run,
     same,
 )
@@ -41,7 +41,7 @@ Make = Callable[..., Federation]
 
 def states(federation: Federation) -> list[dict[str, Tensor]]:
     """A copy of every client's state."""
-    return [copy_of(enter_client(federation, index).state()) for index in range(federation.clients)]
+    return [copy_of(restore_client(federation, index).state()) for index in range(federation.clients)]
 
 
 # ---- what must not matter
@@ -81,11 +81,11 @@ def test_mixed_precision_runs_to_the_same_numbers_again(make: Make) -> None:
     outcomes = []
     for _ in range(2):
         federation = make()
-        federation.site.trainer = trainer
+        federation.template.trainer = trainer
         outcomes.append(outcome(run(federation)))
         assert all(result[4] == {} for result in outcomes[-1])  # nobody was left out
-        assert federation.site.precomputed._belongs_to == (torch.device("cpu"), torch.bfloat16)
-        assert enter_client(federation, 0).generator.weight.dtype == torch.float32
+        assert federation.transport.worker.precomputed._belongs_to == (torch.device("cpu"), torch.bfloat16)
+        assert restore_client(federation, 0).generator.weight.dtype == torch.float32
     assert outcomes[0] == outcomes[1]
     assert outcomes[0] != outcome(run(make()))
 
@@ -140,7 +140,7 @@ def test_all_start_with_one_generator_and_their_own_models(make: Make) -> None:
 
 
 def test_the_common_start_is_that_of_the_seed(make: Make) -> None:
-    one, same_seed, other = (make(seed=seed).site.handout for seed in (0, 0, 1))
+    one, same_seed, other = (make(seed=seed).template.common_start for seed in (0, 0, 1))
     assert same(one, same_seed)
     assert not same(one, other)
 
@@ -152,7 +152,7 @@ def private_values(federation: Federation) -> dict[str, bytes]:
     """The contents, as bytes, of everything in the clients' states that is not to travel."""
     found = {}
     for index in range(federation.clients):
-        body = enter_client(federation, index)
+        body = restore_client(federation, index)
         shared = {tensor.data_ptr() for tensor in body.shared().values()}
         for name, tensor in body.state_dict(keep_vars=True).items():
             if tensor.data_ptr() not in shared and tensor.numel() > 1 and tensor.unique().numel() > 1:
@@ -164,7 +164,6 @@ def test_nothing_private_travels(make: Make, wire: list[tuple[Message, bytes]], 
     federation = make(rounds=2)
     private: dict[str, bytes] = {}
     for result in federation.run(Recorder()):
-        federation.store.commit({"round": result.round})
         private |= {f"round {result.round} {name}": value for name, value in private_values(federation).items()}
     assert len({name.split(" ", 4)[4] for name in private}) > 20  # all of CNN and head were looked at
     images = torch.from_numpy(data.dataset.train.images)
@@ -222,7 +221,6 @@ def test_without_exchange_nothing_travels(
     monkeypatch.setattr(FedLSCL, "on_train_end", spy)
     federation = make(server=Isolated())
     for result in federation.run(Recorder()):
-        federation.store.commit({"round": result.round})
         assert (result.bytes_down, result.bytes_up, result.skipped) == ({}, {}, {})
         for index, state in enumerate(states(federation)):
             for name, tensor in fitted[index, result.round].items():
@@ -247,7 +245,7 @@ def test_the_weights_of_the_mean_are_the_numbers_of_images(make: Make, wire: lis
     federation = make(client=make_client(FrozenViTClient, share="head"), server=FedAvg())
     next(federation.run(Recorder()))
     uploads = {m.client: m for m, _ in wire if isinstance(m, Upload)}
-    images = {i: len(client.tasks[0].train) for i, client in enumerate(federation.site.data.split.clients)}
+    images = {i: len(client.tasks[0].train) for i, client in enumerate(federation.template.data.split.clients)}
     assert {i: m.samples for i, m in uploads.items()} == images
     assert len(set(images.values())) > 1
     wanted = sum(m.tensors["bias"] * images[i] for i, m in uploads.items()) / sum(images.values())
@@ -303,7 +301,7 @@ def test_clients_may_have_different_cnns(make: Make) -> None:
     result = next(federation.run(Recorder()))
     assert result.skipped == {}
     assert sorted(result.bytes_down) == [0, 1, 2]
-    kinds = [enter_client(federation, index).cnn.backbone.__class__.__name__ for index in range(3)]
+    kinds = [restore_client(federation, index).cnn.backbone.__class__.__name__ for index in range(3)]
     assert kinds == ["ResNet", "MobileNetV3", "ResNet"]
 
 
@@ -332,9 +330,9 @@ def test_parameters_and_operations_of_a_frozen_vit_by_hand(make: Make) -> None:
     """4 patches of 3 x 8 x 8 and a class token, width 32, two heads, two blocks; then a linear head."""
     federation = make(client=make_client(FrozenViTClient), server=Isolated())
     run(federation)
-    classes = federation.site.data.num_classes
+    classes = federation.template.data.num_classes
     qkv, attention, out, mlp = 5 * 32 * 96, 2 * (2 * 5 * 5 * 16), 5 * 32 * 32, 2 * (5 * 32 * 128)
-    assert federation.compute() == {
+    assert federation.cost() == {
         "resnet18": {
             "trained_parameters": 33 * classes,
             "flops_frozen": 2 * (4 * 32 * 192 + 2 * (qkv + attention + out + mlp)),
@@ -349,8 +347,8 @@ def test_counting_changes_no_client_and_the_cache_has_no_say(make: Make) -> None
         federation = make(vit=FrozenViT(**VIT, cache_mib=cache_mib))
         run(federation)
         before = states(federation)
-        counts.append(federation.compute())
-        assert counts[-1] == federation.compute()
+        counts.append(federation.cost())
+        assert counts[-1] == federation.cost()
         for old, new in zip(before, states(federation), strict=True):
             assert same(old, new)
     assert counts[0] == counts[1]
@@ -361,7 +359,7 @@ def test_operations_move_from_each_time_to_once_with_the_block_and_cnns_are_coun
     for block in (0, 1):
         federation = make(client=make_client(block=block), cnn=DIFFERENT)
         next(federation.run(Recorder()))
-        found.append(federation.compute())
+        found.append(federation.cost())
     assert set(found[0]) == {"resnet18", "mobilenetv3_small_050"}
     moved = {name: found[1][name]["flops_frozen"] - found[0][name]["flops_frozen"] for name in found[0]}
     assert set(moved.values()) == {2 * (5 * 32 * 96 + 2 * (2 * 5 * 5 * 16) + 5 * 32 * 32 + 2 * (5 * 32 * 128))}
@@ -381,12 +379,16 @@ def test_a_resumed_federation_equals_an_uninterrupted_one(
     expected = outcome(run(whole))
     options: dict[str, Any] = {"rounds": 2, "clients_per_round": 2}
     first = make_federation(tmp_path / "cut", data, vit, **options)
-    results = []
-    for result in first.run(Recorder()):
-        if result.round > stop:
-            break  # its states are written, but not committed
-        first.store.commit({"round": result.round})
-        results.append(result)
+    commit, results = first.store.commit, []
+
+    def stopped(progress: dict[str, Any]) -> None:
+        if progress["round"] > stop:
+            raise KeyboardInterrupt  # its states are written, but not committed
+        commit(progress)
+
+    first.store.commit = stopped  # type: ignore[method-assign, assignment]
+    with pytest.raises(KeyboardInterrupt):
+        results.extend(first.run())
     again = make_federation(tmp_path / "cut", data, vit, **options)
     results += run(again)
     assert outcome(results) == expected

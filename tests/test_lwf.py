@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CNN, copy_of, enter_client, fit, make_client, outcome, output_of, run, same
+from helpers import CNN, copy_of, fit, make_client, outcome, output_of, restore_client, run, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -123,10 +123,10 @@ def test_the_weights_are_those_of_replay() -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "value", "wanted"),
     [
-        (LwF, "strength", -1, "must not be negative"),
+        (LwF, "strength", -1, "must be at least 0"),
         (LwF, "temperature", 0, "must be positive"),
-        (GeneratedLwF, "lambda_e", -1, "must not be negative"),
-        (GeneratedLwF, "lambda_w", -1, "must not be negative"),
+        (GeneratedLwF, "lambda_e", -1, "must be at least 0"),
+        (GeneratedLwF, "lambda_w", -1, "must be at least 0"),
     ],
 )
 def test_a_bad_setting_is_named(kind: Any, name: str, value: float, wanted: str) -> None:
@@ -138,7 +138,7 @@ def test_a_bad_setting_is_named(kind: Any, name: str, value: float, wanted: str)
 
 
 def test_the_strategy_for_generated_weights_refuses_a_model_without(make: Make) -> None:
-    body = enter_client(make(client=client(FedAvgClient, GeneratedLwF()), server=FedAvg()), 0)
+    body = restore_client(make(client=client(FedAvgClient, GeneratedLwF()), server=FedAvg()), 0)
     with pytest.raises(ValueError, match=r"generates nothing .* take fedlscl\.methods\.lwf\.LwF"):
         fit(body, 1, 1)
 
@@ -151,11 +151,11 @@ def test_the_snapshot_is_of_the_received_model_on_current_images(
     make: Make, kind: type[Client], continual: Continual, names: set[str]
 ) -> None:
     federation = make(client=client(kind, continual), server=FedAvg() if kind is FedAvgClient else ExactO2D())
-    body = enter_client(federation, 0)
+    body = restore_client(federation, 0)
     fit(body, 1, 1)
     assert body.memory.snapshot == {}
     body.eval()
-    pixels, _ = body.data.batch("train", torch.as_tensor(body.data.split.clients[0].tasks[1].train))
+    pixels, _ = body.data.batch("train", torch.as_tensor(body.data.tasks[1].train))
     with torch.no_grad():
         output = output_of(body, pixels)
     wanted = {"logits": output.logits, **output.generated}
@@ -172,7 +172,7 @@ def test_the_snapshot_is_of_the_received_model_on_current_images(
 def test_the_old_classes_are_the_clients_own(make: Make) -> None:
     """Rows of the head for classes that are neither learned nor current are left alone, learned ones are not."""
     for continual in (LwF(), NoReplay()):
-        body: Any = enter_client(make(client=client(FedAvgClient, continual), server=FedAvg()), 0)
+        body: Any = restore_client(make(client=client(FedAvgClient, continual), server=FedAvg()), 0)
         fit(body, 1, 1)
         before = body.head.weight.detach().clone()
         fit(body, 2, 2)
@@ -191,8 +191,8 @@ def test_without_its_term_nothing_changes_to_the_last_bit(make: Make, kind: type
     two = make(client=client(kind, continual), server=server())
     assert outcome(run(one)) == outcome(run(two))
     for index in range(3):
-        plain = copy_of(enter_client(one, index).state())
-        kept = copy_of(enter_client(two, index).state())
+        plain = copy_of(restore_client(one, index).state())
+        kept = copy_of(restore_client(two, index).state())
         assert same(plain, {name: tensor for name, tensor in kept.items() if ".snapshot." not in name})
 
 
@@ -203,7 +203,7 @@ def test_a_strong_term_keeps_the_generated_weights_in_place(make: Make) -> None:
     for strength in (0.0, 100.0):
         started = client(FedLSCL, GeneratedLwF(strength, strength), epochs=6)
         federation = make(client=started, server=ExactO2D(), cnn=cnn)
-        body: Any = enter_client(federation, 0)
+        body: Any = restore_client(federation, 0)
         fit(body, 1, 1)
         fit(body, 2, 2)
         body.eval()

@@ -17,6 +17,7 @@ from fedlscl.messages import Upload
 from fedlscl.methods.fed_lscl import ExactO2D, IterativeO2D
 from fedlscl.methods.o2d import Generator, Student, Sums, matrix, ridge, second_moments, total
 from fedlscl.schedule import Round
+from fedlscl.server import Context
 
 FEATURES, OUTPUTS = 6, 5
 Federation = dict[int, Generator]
@@ -154,27 +155,26 @@ def test_gradient_descent_with_the_trainer_never_gets_below_it_and_comes_close()
     iterative = IterativeO2D(strength, epochs=10, learning_rate=0.02, batch_size=8)
     closed = ExactO2D(strength)
     now = Round(1, 1, True, 7)
-    answers = {server: dict(server.aggregate(uploads, 3, now, trainer)) for server in (iterative, closed)}
+    answers = {server: dict(server.aggregate(uploads, Context(3, now, trainer))[0]) for server in (iterative, closed)}
     for index in clients:
         start, descended, solved = (
             objective(clients, index, solution, strength)
             for solution in (
                 (clients[index].weight, clients[index].bias),
-                (answers[iterative][index]["weight"], answers[iterative][index]["bias"]),
-                (answers[closed][index]["weight"], answers[closed][index]["bias"]),
+                (answers[iterative][index].tensors["weight"], answers[iterative][index].tensors["bias"]),
+                (answers[closed][index].tensors["weight"], answers[closed][index].tensors["bias"]),
             )
         )
         assert solved < descended < start
         assert descended - solved < 0.5 * (start - solved)
-    assert closed.metrics["objective_before"] == pytest.approx(iterative.metrics["objective_before"])
-    assert closed.metrics["objective_after"] < iterative.metrics["objective_after"]
-    values = [objective(clients, index, (answers[closed][index]["weight"], answers[closed][index]["bias"]), strength)
-              for index in clients]  # fmt: skip
-    assert closed.metrics["objective_after"] == pytest.approx(sum(values) / len(values), rel=1e-5)
+        exact, descent = (answers[server][index].metrics for server in (closed, iterative))
+        assert exact["objective_before"] == pytest.approx(descent["objective_before"])
+        assert exact["objective_after"] < descent["objective_after"]
+        assert exact["objective_after"] == pytest.approx(solved, rel=1e-5)
 
     server = IterativeO2D(strength, epochs=10, learning_rate=0.02, batch_size=8)
-    again = dict(server.aggregate(uploads, 3, now, trainer))
-    assert all(torch.equal(again[k]["weight"], answers[iterative][k]["weight"]) for k in clients)
+    again = dict(server.aggregate(uploads, Context(3, now, trainer))[0])
+    assert all(torch.equal(again[k].tensors["weight"], answers[iterative][k].tensors["weight"]) for k in clients)
     for index, upload in uploads.items():  # what the clients sent is as it was
         assert torch.equal(upload.tensors["weight"], clients[index].weight)
 
@@ -342,5 +342,5 @@ def test_ridge_by_hand() -> None:
 
 def test_a_negative_strength_is_named() -> None:
     for server in (ExactO2D, IterativeO2D):
-        with pytest.raises(ValueError, match=r"server\.strength is -0\.1, must not be negative"):
+        with pytest.raises(ValueError, match=r"server\.strength is -0\.1, must be at least 0"):
             server(-0.1)

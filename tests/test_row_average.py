@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import copy_of, enter_client, make_client, run
+from helpers import copy_of, make_client, restore_client, run
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -55,15 +55,15 @@ def test_a_class_of_one_client_is_adopted_and_untouched_ones_stay(
     make: Make, wire: list[tuple[Message, bytes]]
 ) -> None:
     fed = federation(make)
-    before = copy_of(enter_client(fed, 0).shared())
+    before = copy_of(restore_client(fed, 0).shared())
     results = run(fed)
     assert all(not result.skipped for result in results)
     uploads = {m.client: m for m, _ in wire if isinstance(m, Upload) and m.round == 1}
     answer = next(m for m, _ in wire if isinstance(m, Download) and m.round == 1)
     counts = torch.stack([uploads[client].tensors[COUNTS] for client in sorted(uploads)])
-    for client, split in enumerate(fed.site.data.split.clients):
-        labels = fed.site.data.dataset.train.labels[split.tasks[0].train]
-        assert counts[client].tolist() == [int((labels == c).sum()) for c in range(fed.site.data.num_classes)]
+    for client, split in enumerate(fed.template.data.split.clients):
+        labels = fed.template.data.dataset.train.labels[split.tasks[0].train]
+        assert counts[client].tolist() == [int((labels == c).sum()) for c in range(fed.template.data.num_classes)]
     owners = (counts > 0).sum(0)
     assert (owners == 0).any()
     assert (owners == 1).any()
@@ -76,7 +76,7 @@ def test_a_class_of_one_client_is_adopted_and_untouched_ones_stay(
 
 
 def test_the_bytes_of_the_formula(make: Make) -> None:
-    body = enter_client(federation(make), 0)
+    body = restore_client(federation(make), 0)
     width, classes = body.vit.width, body.num_classes
     assert sum(spec.max_bytes for spec in body.download_schema().values()) == 4 * (width + 1) * classes
     assert sum(spec.max_bytes for spec in body.upload_schema().values()) == 4 * (width + 1) * classes + 8 * classes

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedlscl.messages import TensorSpec, Upload
 from fedlscl.schedule import Round
-from fedlscl.server import FedAvg, Isolated, OnDemand, Server, Sum, average
+from fedlscl.server import Answer, Context, FedAvg, Isolated, OnDemand, Server, Sum, average
 
 
 def no_model() -> nn.Module:
@@ -27,6 +27,10 @@ def no_trainer() -> Trainer:
 
 def upload(client: int, samples: int, **tensors: Tensor) -> Upload:
     return Upload(client, 1, 1, samples, tensors)
+
+
+def context(clients: int) -> Context:
+    return Context(clients, Round(1, 1, True, 0), no_trainer)
 
 
 UPLOADS = {
@@ -107,46 +111,47 @@ def test_fedavg_averages_what_clients_take_back_and_needs_something_to_average()
     schema = {name: TensorSpec.like(tensor) for name, tensor in UPLOADS[0].tensors.items()}
     server = FedAvg()
     server.begin(schema, {"weight": schema["weight"]}, no_model)
-    assert set(server.aggregate(UPLOADS, 1, Round(1, 1, True, 0), no_trainer)[0]) == {"weight"}
+    assert set(server.aggregate(UPLOADS, context(1))[0][0].tensors) == {"weight"}
     with pytest.raises(ValueError, match="nothing to average"):
         server.begin(schema, {}, no_model)
 
 
 def test_fedavg_answers_everyone_with_the_mean_absent_clients_included() -> None:
-    answers = fedavg().aggregate(UPLOADS, 4, Round(1, 1, True, 0), no_trainer)
+    answers, metrics = fedavg().aggregate(UPLOADS, context(4))
+    assert metrics == {}
     assert sorted(answers) == [0, 1, 2, 3]
     for answer in answers.values():
-        assert answer["weight"].tolist() == [[4.0, -1.0]]
-        assert answer["steps"] == 7
-    uniform = fedavg("uniform").aggregate(UPLOADS, 4, Round(1, 1, True, 0), no_trainer)
+        assert answer.tensors["weight"].tolist() == [[4.0, -1.0]]
+        assert answer.tensors["steps"] == 7
+    uniform, _ = fedavg("uniform").aggregate(UPLOADS, context(4))
     assert sorted(uniform) == [0, 1, 2, 3]
-    assert uniform[1]["weight"].tolist() == [[3.0, 0.0]]
+    assert uniform[1].tensors["weight"].tolist() == [[3.0, 0.0]]
     assert UPLOADS[0].tensors["weight"].tolist() == [[1.0, 2.0]]
 
 
 def test_the_mean_of_one_upload_is_that_upload() -> None:
-    answers = fedavg().aggregate({2: UPLOADS[2]}, 3, Round(1, 1, True, 0), no_trainer)
-    assert torch.equal(answers[0]["weight"], UPLOADS[2].tensors["weight"])
+    answers, _ = fedavg().aggregate({2: UPLOADS[2]}, context(3))
+    assert torch.equal(answers[0].tensors["weight"], UPLOADS[2].tensors["weight"])
 
 
 def test_isolated_clients_send_nothing_and_get_no_answer() -> None:
     assert not Isolated.listens
     assert FedAvg.listens
     with pytest.raises(NotImplementedError, match="send nothing"):
-        Isolated().aggregate(UPLOADS, 4, Round(1, 1, True, 0), no_trainer)
+        Isolated().aggregate(UPLOADS, context(4))
 
 
-def test_a_server_has_no_numbers_of_its_own_before_it_has_worked() -> None:
+def test_a_server_must_say_how_it_aggregates_and_wants_no_images_of_its_own() -> None:
     assert inspect.isabstract(Server)
-    assert FedAvg().metrics == Isolated().metrics == {}
+    assert FedAvg().server_images == Isolated().server_images == 0
 
 
 def test_answers_on_demand_are_computed_when_asked_for() -> None:
     computed = []
 
-    def answer(client: int) -> dict[str, Tensor]:
+    def answer(client: int) -> Answer:
         computed.append(client)
-        return {"x": torch.tensor(client)}
+        return Answer({"x": torch.tensor(client)})
 
     answers = OnDemand([4, 2], answer)
     assert list(answers) == [4, 2]
@@ -154,7 +159,7 @@ def test_answers_on_demand_are_computed_when_asked_for() -> None:
     assert 3 not in answers
     assert 4 in answers
     assert computed == []
-    assert answers[2]["x"] == 2
+    assert answers[2].tensors["x"] == 2
     assert computed == [2]
 
 
@@ -180,10 +185,10 @@ def test_sums_are_for_clients_that_expect_them() -> None:
     server = Sum()
     server.begin(schema, sums, no_model)
     uploads = {index: upload(index, 1, x=torch.tensor([1.0, 2.0**-30 * index])) for index in (0, 1, 3)}
-    answers = server.aggregate(uploads, 5, Round(1, 1, True, 0), no_trainer)
+    answers, _ = server.aggregate(uploads, context(5))
     assert set(answers) == {0, 1, 3}
-    assert answers[1]["x_sum"].tolist() == [3.0, 2.0**-30 * 4]
-    assert answers[1]["x_sum"].dtype == torch.float32
+    assert answers[1].tensors["x_sum"].tolist() == [3.0, 2.0**-30 * 4]
+    assert answers[1].tensors["x_sum"].dtype == torch.float32
     for downloads in (schema, {}, {**sums, "y_sum": TensorSpec((1,))}, {"x_sum": TensorSpec((3,))}):
         with pytest.raises(ValueError, match="not what model takes back"):
             server.begin(schema, downloads, no_model)

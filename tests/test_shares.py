@@ -75,11 +75,11 @@ def test_the_server_holds_public_images_alone(whole: FederatedDataModule, tmp_pa
     *_, folder = deal(whole, 2, tmp_path)
     server = opened(folder)
     assert server.split.present == ()
-    for one, other in zip(server.public(2), whole.public(2), strict=True):
+    for one, other in zip(server.server_images(2), whole.server_images(2), strict=True):
         assert torch.equal(one, other)
     assert len(server.dataset.test.labels) == 0
-    with pytest.raises(ValueError, match="server holds 2 public images of each class, server wants 3"):
-        server.public(3)
+    with pytest.raises(ValueError, match="server holds 2 images of each class for the server, server wants 3"):
+        server.server_images(3)
     *_, folder = deal(whole, 0, tmp_path / "none")
     assert len(opened(folder).dataset.train.labels) == 0
     assert opened(folder).dataset.train.images.shape[1:] == whole.dataset.train.images.shape[1:]

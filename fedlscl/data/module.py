@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlscl import seeds
+from fedlscl.checks import at_least
 from fedlscl.data.device import CPU, DeviceImages
 from fedlscl.data.source import Dataset, Part, Source
 from fedlscl.data.splits import Split, SplitSpec, make_split
@@ -45,8 +46,7 @@ class FederatedDataModule(LightningDataModule):
                 batch. On a CPU none is needed.
         """
         super().__init__()
-        if not device_mib >= 0:
-            raise ValueError(f"data.device_mib is {device_mib}, must not be negative")
+        at_least(0, "data", device_mib=device_mib)
         self.source = source
         self.split_spec = split
         self.seed = seed
@@ -113,7 +113,7 @@ class FederatedDataModule(LightningDataModule):
             self._resident = DeviceImages(self._gather, sizes, self.device_mib, device)
         return self._resident(part, positions)
 
-    def public(self, per_class: int) -> tuple[Tensor, Tensor]:
+    def server_images(self, per_class: int) -> tuple[Tensor, Tensor]:
         """Training images that a server may hold, of each class up to `per_class`, drawn from the run's seed.
 
         Images that no client has come first. Where the split leaves too few, as when all images are dealt out, clients

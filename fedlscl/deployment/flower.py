@@ -38,9 +38,11 @@ from fedlscl.deployment.node import End, Known, Node
 from fedlscl.deployment.shares import LocalShare
 from fedlscl.evaluation import MASKS
 from fedlscl.federation.algorithm import MOST_SAID
-from fedlscl.federation.site import COUNTS, Site
+from fedlscl.federation.callback import FederationCallback
 from fedlscl.federation.store import Store
-from fedlscl.federation.transport import LEDGER, Accuracy, Fitted, Listener
+from fedlscl.federation.template import Template
+from fedlscl.federation.transport import LEDGER, Fitted
+from fedlscl.federation.worker import COUNTS, Accuracy, Worker
 from fedlscl.messages import Download
 from fedlscl.run.experiment import Experiment
 from fedlscl.schedule import Round
@@ -49,7 +51,7 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1  # at first, and after each reply; more and more up to
 SLOWEST_POLL_SECONDS = 2.0
-FIT, END, WHO, COMPUTE = "train", "evaluate", "query.who", "query.compute"
+FIT, END, WHO, COST = "train", "evaluate", "query.who", "query.cost"
 
 server_app = ServerApp()
 client_app = ClientApp()
@@ -85,7 +87,7 @@ class FlowerTransport:
     server that continues a run sends every client back to the same round.
 
     Args:
-        site: what the clients' models look like.
+        template: what the clients' models look like.
         store: the federation's.
         grid: Flower's way to the nodes.
         configuration: hash of the run's configuration, which every node must have as well.
@@ -95,8 +97,8 @@ class FlowerTransport:
         ValueError: if the store is that of a run in one process.
     """
 
-    def __init__(self, site: Site, store: Store, *, grid: Grid, configuration: str, timeout: float) -> None:
-        self.site, self.store, self.grid, self.timeout = site, store, grid, timeout
+    def __init__(self, template: Template, store: Store, *, grid: Grid, configuration: str, timeout: float) -> None:
+        self.template, self.store, self.grid, self.timeout = template, store, grid, timeout
         self.configuration = configuration
         if store.progress and LEDGER not in store.files:
             raise ValueError(
@@ -108,18 +110,20 @@ class FlowerTransport:
         self._refused: set[int] = set()  # nodes
         self._absent: set[int] = set()  # clients without a node at the end of the last exchange
         ledger = store.read(LEDGER) or {
-            "since": torch.zeros(site.clients, dtype=torch.int64),
+            "since": torch.zeros(template.clients, dtype=torch.int64),
             "missed": torch.zeros((0, len(_COLUMNS)), dtype=torch.int64),
         }
         self._since: list[int] = ledger["since"].tolist()
         self._missed: list[list[int]] = ledger["missed"].tolist()
 
-    def fit(self, round: Round, clients: Sequence[int], uploads: bool, listener: Listener) -> Iterator[Fitted]:
+    def fit(
+        self, round: Round, clients: Sequence[int], uploads: bool, callback: FederationCallback
+    ) -> Iterator[Fitted]:
         """Let them train, all at the same time."""
         for client, reply in self._exchange(FIT, round, clients, {"uploads": uploads, "ends_task": round.ends_task}):
-            logger = listener.visiting(round.task, round.number, client)
+            logger = callback.on_fit_start(round.task, round.number, client)
             yield self._fitted(client, reply, uploads, logger)
-            listener.visited()
+            callback.on_fit_end()
 
     def _fitted(self, client: int, reply: RecordDict | str, uploads: bool, logger: Logger | None) -> Fitted:
         if isinstance(reply, str):
@@ -137,14 +141,17 @@ class FlowerTransport:
         """Put it on record: until the client confirms it, it has missed this end."""
         if message is not None:
             # the values are checked where they are read; here they only have to be the same bytes again
-            tensors = Download.from_bytes(message, self.site.body(client).download_schema()).tensors
+            tensors = Download.from_bytes(message, self.template.model_of(client).download_schema()).tensors
             self.store.write(_missed(client, round.number), tensors)
         self._missed.append([client, round.task, round.number, int(accepted), int(message is not None)])
+
+    def evaluate(self, round: Round, client: int) -> None:
+        """The client does it when it hears the end."""
 
     def evaluations(self, round: Round) -> Mapping[int, Accuracy]:
         """Tell all clients what they have not heard yet."""
         found: dict[int, Accuracy] = {}
-        for client, reply in self._exchange(END, round, range(self.site.clients), {}):
+        for client, reply in self._exchange(END, round, range(self.template.clients), {}):
             if not isinstance(reply, str):
                 try:
                     found[client] = _accuracy(reply, round.task)
@@ -161,13 +168,13 @@ class FlowerTransport:
         self.store.write(LEDGER, {"since": torch.tensor(self._since), "missed": missed})
         return found
 
-    def compute(self, client: int) -> dict[str, int]:
+    def cost(self, client: int) -> dict[str, int]:
         """Ask the client."""
-        for _, reply in self._exchange(COMPUTE, Round(0, 0, True, 0), [client], {}):
+        for _, reply in self._exchange(COST, Round(0, 0, True, 0), [client], {}):
             problem = reply
             if not isinstance(reply, str):
                 try:
-                    counts = {name: int(value) for name, value in _numbers(reply, "compute").items()}
+                    counts = {name: int(value) for name, value in _numbers(reply, "cost").items()}
                     if set(counts) == set(COUNTS) and min(counts.values()) >= 0:
                         return counts
                     problem = f"it counts {sorted(counts)}"
@@ -183,7 +190,7 @@ class FlowerTransport:
         waiting, sent, deadline = list(clients), dict[str, int](), time.monotonic() + self.timeout
         self._asked = {message_id: asked for message_id, asked in self._asked.items() if asked[1] > time.monotonic()}
         self._refused.clear()  # what was wrong with a node may have been put right
-        answered = kind == COMPUTE  # the run is over, and whoever is there will do
+        answered = kind == COST  # the run is over, and whoever is there will do
         pause = POLL_SECONDS
         while waiting or sent:
             late = time.monotonic() >= deadline  # a reply that took long to fetch must not cost others theirs
@@ -235,7 +242,7 @@ class FlowerTransport:
         entries = sorted(entry for entry in self._missed if entry[0] == client)
         since, messages = self._since[client], dict[str, bytes]()
         if since == 0 and not any(accepted for _, _, _, accepted, _ in entries[:1]):
-            messages["0"] = self.site.start(client)
+            messages["0"] = self.template.start_message(client)
         for _, task, number, _, there in entries:
             if there:
                 tensors = self.store.read(_missed(client, number))
@@ -274,15 +281,15 @@ class FlowerTransport:
     def _meet(self, node: int, content: RecordDict) -> str | None:
         who = content.config_records.get("who", ConfigRecord())
         client = who.get("client")
-        if type(client) is not int or not 0 <= client < self.site.clients:
+        if type(client) is not int or not 0 <= client < self.template.clients:
             said = client if type(client) is int else str(client)[:40]
-            return f"it says that it is client {said!r}, of which there are {self.site.clients}, numbered from 0"
-        data = self.site.data
+            return f"it says that it is client {said!r}, of which there are {self.template.clients}, numbered from 0"
+        data = self.template.data
         for name, own in (
             ("split", data.split_sha256),
             ("list of classes", _names_sha256(data)),
             ("configuration", self.configuration),
-            ("file of weights", self.site.vit.weights_sha256 or "none"),
+            ("file of weights", self.template.vit.weights_sha256 or "none"),
         ):
             if who.get(name) != own:
                 return f"client {client} has another {name} ({str(who.get(name))[:12]}) than this run ({own[:12]})"
@@ -305,7 +312,7 @@ def who(message: Message, context: Context) -> Message:
     Its own words may name the weights by another path.
     """
     index, folder = _client(context), str(context.node_config.get("data", ""))
-    data = LocalShare(Path(folder)) if folder else _own(context)[1].data
+    data = LocalShare(Path(folder)) if folder else _own(context)[1].template.data
     data.setup()
     words, own_words = str(context.run_config["words"]), str(context.node_config.get("words", ""))
     with _as_error():
@@ -323,7 +330,9 @@ def fit(message: Message, context: Context) -> Message:
     """Train in a round, and reply with the upload and what training logged."""
     numbers, metrics = message.content.config_records["round"], _Metrics()
     with _node(message, context) as node:
-        round = Round(_integer(numbers, "task"), _integer(numbers, "round"), bool(numbers["ends_task"]), node.site.seed)
+        round = Round(
+            _integer(numbers, "task"), _integer(numbers, "round"), bool(numbers["ends_task"]), node.worker.template.seed
+        )
         upload = node.fit(round, _known(message.content), bool(numbers["uploads"]), metrics)
     records: dict[str, Any] = {"metrics": MetricRecord({**metrics.values})}
     if upload is not None:
@@ -339,38 +348,40 @@ def end(message: Message, context: Context) -> Message:
     return _reply(message, accuracy=MetricRecord({**accuracy}))
 
 
-@client_app.query("compute")
-def compute(message: Message, context: Context) -> Message:
+@client_app.query("cost")
+def cost(message: Message, context: Context) -> Message:
     """Count what this client trains and computes."""
     with _node(message, context) as node:
-        counts = node.compute(_known(message.content))
-    return _reply(message, compute=MetricRecord({**counts}))
+        counts = node.cost(_known(message.content))
+    return _reply(message, cost=MetricRecord({**counts}))
 
 
 @contextmanager
 def _node(message: Message, context: Context) -> Iterator[Node]:
     """This client and its disk; waits for a simulation's worker that still answers a message that has timed out."""
-    index, site, folder = _own(context)
+    index, worker, folder = _own(context)
     meant = _integer(message.content.config_records["round"], "client")
     if meant != index:
         raise ValueError(f"the message is for client {meant}, and this is client {index}")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f".client-{index}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield Node(site, index, folder / f"client-{index}")
+        yield Node(worker, index, folder / f"client-{index}")
 
 
-def _own(context: Context) -> tuple[int, Site, Path]:
+def _own(context: Context) -> tuple[int, Worker, Path]:
     """Which client this is, what it trains with, and where its state is.
 
     In the node's configuration: ``client``, its number; ``data``, its share as `fedlscl deal` writes it; ``words``,
     what is different on this machine, such as ``--trainer.accelerator gpu``. In a simulation all is that of the run.
     """
     config, index = context.node_config, _client(context)
-    site, folder = _site(str(context.run_config["words"]), str(config.get("words", "")), str(config.get("data", "")))
-    if not 0 <= index < site.clients or not site.data.split.clients[index].tasks:
+    worker, folder = _worker(
+        str(context.run_config["words"]), str(config.get("words", "")), str(config.get("data", ""))
+    )
+    if not 0 <= index < worker.template.clients or not worker.template.data.split.clients[index].tasks:
         raise ValueError(f"client is {index} in the node's configuration, but the data there are not of that client")
-    return index, site, folder
+    return index, worker, folder
 
 
 def _client(context: Context) -> int:
@@ -381,11 +392,11 @@ def _client(context: Context) -> int:
 
 
 @cache
-def _site(words: str, own_words: str, data: str) -> tuple[Site, Path]:
+def _worker(words: str, own_words: str, data: str) -> tuple[Worker, Path]:
     """What clients train with, and their folder; a process that answers several messages builds it once."""
     with _as_error():
         folder = Path(run_dir_of(shlex.split(words)))
-    return _experiment(f"{words} {own_words}", data).site(), folder
+    return Worker(_experiment(f"{words} {own_words}", data).template()), folder
 
 
 class _Metrics(Logger):

@@ -14,9 +14,8 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from fedlscl.client import Client
-from fedlscl.federation.site import Site
 from fedlscl.federation.store import Store
-from fedlscl.federation.transport import Accuracy
+from fedlscl.federation.worker import Accuracy, Worker
 from fedlscl.schedule import Round
 
 
@@ -41,13 +40,13 @@ class Node:
     """One client and its disk.
 
     Args:
-        site: what it trains with.
+        worker: what it trains with.
         index: which client it is.
         folder: where its states are; no other process may use it at the same time.
     """
 
-    def __init__(self, site: Site, index: int, folder: Path) -> None:
-        self.site, self.index, self.store = site, index, Store(folder)
+    def __init__(self, worker: Worker, index: int, folder: Path) -> None:
+        self.worker, self.index, self.store = worker, index, Store(folder)
 
     def fit(self, round: Round, known: Known, uploads: bool, logger: Logger | None) -> bytes | None:
         """Train in a round.
@@ -60,9 +59,9 @@ class Node:
             FloatingPointError: if training diverged.
         """
         self._catch_up(known)
-        body = self._enter(known, known.ends[-1].round if known.ends else known.since)
-        state = self.site.fit(body, round, logger)
-        message = body.upload().to_bytes() if uploads else None
+        client = self._restore(known, known.ends[-1].round if known.ends else known.since)
+        state = self.worker.fit(client, round, logger)
+        message = client.upload().to_bytes() if uploads else None
         self.store.write(_fitted(round.number), state)
         self.store.commit({})
         return message
@@ -81,22 +80,22 @@ class Node:
         self.store.commit({})
         return accuracy
 
-    def compute(self, known: Known) -> dict[str, int]:
-        """See `Site.compute`."""
-        return self.site.compute(self._enter(known, known.since))
+    def cost(self, known: Known) -> dict[str, int]:
+        """See `Worker.cost`."""
+        return self.worker.cost(self._restore(known, known.since))
 
     def _catch_up(self, known: Known) -> Accuracy:
-        """Go through all ends, each with its test: a client may make up its mind about an answer there."""
+        """Go through all ends, and be tested at the last of them."""
         accuracy: Accuracy = {}
         before = known.since
         for end in known.ends:
             state = self._read(_fitted(end.round)) if end.accepted else None
-            body = self._enter(known, before) if state is None else self.site.enter(self.index, state, None)
-            if end.message is None:
-                self.store.write(_end(end.round), body.state())
-            accuracy = self.site.answer(body, end.task, end.message)
+            client = self._restore(known, before) if state is None else self.worker.restore(self.index, state, None)
             if end.message is not None:
-                self.store.write(_end(end.round), body.state())
+                self.worker.apply(client, end.message)
+            self.store.write(_end(end.round), client.state())
+            if end is known.ends[-1]:
+                accuracy = self.worker.evaluate(client, end.task)
             before = end.round
         for name in [*self.store.files]:
             kind, _, number = name.partition("-")
@@ -104,9 +103,9 @@ class Node:
                 self.store.forget(name)
         return accuracy
 
-    def _enter(self, known: Known, round: int) -> Client:
+    def _restore(self, known: Known, round: int) -> Client:
         """The client as it was at the end of a round."""
-        return self.site.enter(self.index, self._read(_end(round)) if round else None, known.start)
+        return self.worker.restore(self.index, self._read(_end(round)) if round else None, known.start)
 
     def _read(self, name: str) -> dict[str, Tensor]:
         state = self.store.read(name)

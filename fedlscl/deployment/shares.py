@@ -20,7 +20,7 @@ from fedlscl.data.splits import ClientSplit, Split, TaskSplit
 from fedlscl.files import replacing, sync, write_atomically
 
 PARTS = ("train", "test")
-FIELDS = {"data", "classes", "sha256", "public_per_class", "split"}
+FIELDS = {"data", "classes", "sha256", "server_images", "split"}
 """What `share.json` holds."""
 
 
@@ -74,10 +74,12 @@ class LocalShare(FederatedDataModule):
         """The hash of the split that this is a share of."""
         return str(self._content["sha256"])
 
-    def public(self, per_class: int) -> tuple[Tensor, Tensor]:
-        """The public images, which are all that the server's share holds."""
-        if (there := self._content["public_per_class"]) != per_class:
-            raise ValueError(f"{self.folder} holds {there} public images of each class, server wants {per_class}")
+    def server_images(self, per_class: int) -> tuple[Tensor, Tensor]:
+        """The server's images, which are all that the server's share holds."""
+        if (there := self._content["server_images"]) != per_class:
+            raise ValueError(
+                f"{self.folder} holds {there} images of each class for the server, server wants {per_class}"
+            )
         return self.batch("train", np.arange(len(self.dataset.train.labels)))
 
 
@@ -97,12 +99,12 @@ class _Arrays(Source):
         return Dataset(content["data"], train, test, tuple(content["classes"]), complete=False)
 
 
-def deal(data: FederatedDataModule, public_per_class: int, folder: Path) -> Iterator[Path]:
+def deal(data: FederatedDataModule, per_class: int, folder: Path) -> Iterator[Path]:
     """Write every place's share, bit for bit the images that it has in a federation in one process.
 
     Args:
         data: the whole data set, set up.
-        public_per_class: how many labelled images of each class the server holds.
+        per_class: how many labelled images of each class the server holds.
         folder: gets ``client-0``, ``client-1`` and so on, and ``server``.
 
     Yields:
@@ -139,15 +141,13 @@ def deal(data: FederatedDataModule, public_per_class: int, folder: Path) -> Iter
         )
     nothing = ImageSet(np.empty((0, *size), np.uint8), np.empty(0, np.int64))
     public = nothing
-    if public_per_class:
-        images, labels = data.public(public_per_class)
+    if per_class:
+        images, labels = data.server_images(per_class)
         public = ImageSet(images.numpy(), labels.numpy())
-    yield _write(data, folder / "server", data.split.only([]), {"train": public, "test": nothing}, public_per_class)
+    yield _write(data, folder / "server", data.split.only([]), {"train": public, "test": nothing}, per_class)
 
 
-def _write(
-    data: FederatedDataModule, folder: Path, split: Split, sets: dict[str, ImageSet], public_per_class: int
-) -> Path:
+def _write(data: FederatedDataModule, folder: Path, split: Split, sets: dict[str, ImageSet], per_class: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for part, images in sets.items():
         _save(folder / f"{part}-images.npy", images.images)
@@ -156,7 +156,7 @@ def _write(
         "data": data.dataset.name,
         "classes": list(data.class_names),
         "sha256": data.split_sha256,
-        "public_per_class": public_per_class,
+        "server_images": per_class,
         "split": json.loads(split.to_json()),
     }
     write_atomically(folder / "share.json", json.dumps(content).encode())  # last: without it there is no share

@@ -7,64 +7,24 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
+import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger
 
 from fedlscl import seeds
-from fedlscl.evaluation import MASKS
-from fedlscl.federation.site import Site
+from fedlscl.federation.callback import FederationCallback, RoundResult
 from fedlscl.federation.store import Store
+from fedlscl.federation.template import Template
 from fedlscl.federation.trainer import StepCount
 from fedlscl.federation.transport import Fitted, Transport
-from fedlscl.federation.transport import Listener as ClientListener
 from fedlscl.messages import Download, MessageError, Received, Upload
 from fedlscl.schedule import Round, Schedule
-from fedlscl.server import Answers, Server
+from fedlscl.server import Answers, Context, Metrics, Server
 
 log = logging.getLogger(__name__)
 MOST_SAID = 500  # characters on record of why a client is left out, of which a client may determine some
-
-
-class Listener(ClientListener, Protocol):
-    """Who wants to know what the federation does."""
-
-    def serving(self, task: int, round: int) -> Logger | None:
-        """The server begins to aggregate; returns where the metrics of its fits go."""
-
-    def served(self, step: int, steps: float) -> None:
-        """A fit of the server has done so many of its steps, infinitely many if nobody knows."""
-
-
-@dataclass
-class RoundResult:
-    """One round: what was exchanged and how good every client's global model is now.
-
-    `round` counts over all tasks; task and round are 1-based. Accuracies are in %, for each mask a list per client
-    with a value for each task learned so far, NaN where a client could not be asked. Bytes are those of the serialised
-    messages.
-    """
-
-    task: int
-    round: int
-    bytes_up: dict[int, int] = field(default_factory=dict)
-    bytes_down: dict[int, int] = field(default_factory=dict)
-    skipped: dict[int, str] = field(default_factory=dict)
-    accuracy: dict[str, list[list[float]]] = field(default_factory=lambda: {mask: [] for mask in MASKS})
-    server: dict[str, float] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the time spent inside to `seconds[phase]`."""
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 @dataclass
@@ -74,64 +34,101 @@ class Federation:
     Args:
         schedule: who takes part when.
         server: fuses what the clients send.
-        site: what the clients' models and messages look like, and the server's own data.
+        template: what the clients' models and messages look like, and the server's own data.
         store: the server's state and the run's progress.
         transport: leads to the clients.
     """
 
     schedule: Schedule
     server: Server
-    site: Site
+    template: Template
     store: Store
     transport: Transport
 
     def __post_init__(self) -> None:
         """Check that all fits together, and tell the server what it will hear."""
-        self.clients = self.site.clients
+        self.clients = self.template.clients
         self.schedule.check(self.clients)
-        first, name = self.site.first, self.site.cnn.name_of(0)
-        self.server.begin(first.upload_schema(), first.download_schema(), lambda: self.site.new_body(name))
-        if self.server.public_images:
-            self.server.hold(*self.site.data.public(self.server.public_images))
-        self.setup_bytes = sum(tensor.nbytes for tensor in self.site.handout.values())
+        first, name = self.template.first, self.template.cnn.name_of(0)
+        self.server.begin(first.upload_schema(), first.download_schema(), lambda: self.template.new_model(name))
+        if self.server.server_images:
+            self.server.hold(*self.template.data.server_images(self.server.server_images))
+        self.setup_bytes = sum(tensor.nbytes for tensor in self.template.common_start.values())
 
-    def run(self, listener: Listener) -> Iterator[RoundResult]:
-        """Algorithm 1 from the first round that `store` does not hold; commit the store after each result."""
-        done = self.store.progress.get("round", 0)
-        for round in self.schedule.after(done, self.site.data.split.spec.tasks, self.site.seed):
-            result = RoundResult(round.task, round.number)
-            uploads = Received()
-            participants = self.schedule.participants(self.clients, round)
-            with result.timed("fit"):
-                for fitted in self.transport.fit(round, participants, self.server.listens, listener):
-                    self._receive(fitted, result, uploads)
-            if len(result.skipped) == len(participants):
-                raise RuntimeError(f"no client finished round {round.number}: {result.skipped}")
-            answers: Answers = {}
-            if uploads:
-                with result.timed("aggregate"):
-                    answers = self._aggregate(uploads, round, listener)
-            accepted = set(participants) - set(result.skipped)
-            for index in range(self.clients):
-                message = None
-                if index in answers:
-                    with result.timed("aggregate"):
-                        message = Download(index, result.task, result.round, 0, answers[index]).to_bytes()
-                    result.bytes_down[index] = len(message)
-                with result.timed("evaluate"):
-                    self.transport.answer(round, index, message, index in accepted)
-            with result.timed("evaluate"):
-                found = self.transport.evaluations(round)
-            if not found and round.ends_task:
-                raise RuntimeError(
-                    f"no client has ended round {round.number}, the last of its task, so that nobody knows how good "
-                    "the models are; start the run again to repeat the round"
-                )
-            for index in range(self.clients):
-                for mask, by_client in result.accuracy.items():
-                    by_client.append(found[index][mask] if index in found else [math.nan] * round.task)
-            result.server = dict(self.server.metrics) if uploads else {}
+    @property
+    def history(self) -> list[RoundResult]:
+        """The rounds that are in the store."""
+        return [RoundResult.from_json(entry) for entry in self.store.progress.get("history", [])]
+
+    def run(self, callback: FederationCallback | None = None) -> Iterator[RoundResult]:
+        """Algorithm 1 from the first round that the store does not hold; each is in the store when it is yielded.
+
+        Raises:
+            RuntimeError: if nobody takes part in a round to its end; what was done before is in the store.
+        """
+        callback = callback or FederationCallback()
+        history = self.history
+        tasks, seed = self.template.data.split.spec.tasks, self.template.seed
+        for round in self.schedule.after(len(history), tasks, seed):
+            result = self._round(round, callback)
+            history.append(result)
+            callback.on_round_end(result)
+            entries = [entry.to_json() for entry in history]
+            self.store.commit({"round": round.number, "history": entries, **callback.state_dict()})
             yield result
+
+    def _round(self, round: Round, callback: FederationCallback) -> RoundResult:
+        """Clients fit, the server answers, all evaluate."""
+        result = RoundResult(round.task, round.number)
+        participants = self.schedule.participants(self.clients, round)
+        uploads = self._fit(round, participants, result, callback)
+        answers: Answers = {}
+        if uploads:
+            with result.timed("aggregate"):
+                answers, metrics = self._aggregate(uploads, round, callback)
+                result.server = dict(metrics)
+        self._answer(round, answers, set(participants) - set(result.skipped), result)
+        with result.timed("evaluate"):
+            found = self.transport.evaluations(round)
+        if not found and round.ends_task:
+            raise RuntimeError(
+                f"no client has ended round {round.number}, the last of its task, so that nobody knows how good "
+                "the models are; start the run again to repeat the round"
+            )
+        for index in range(self.clients):
+            for mask, by_client in result.accuracy.items():
+                by_client.append(found[index][mask] if index in found else [math.nan] * round.task)
+        return result
+
+    def _fit(
+        self, round: Round, participants: list[int], result: RoundResult, callback: FederationCallback
+    ) -> Received:
+        """Let the clients train; the uploads that can be used."""
+        uploads = Received()
+        with result.timed("fit"):
+            for fitted in self.transport.fit(round, participants, self.server.listens, callback):
+                self._receive(fitted, result, uploads)
+        if len(result.skipped) == len(participants):
+            raise RuntimeError(f"no client finished round {round.number}: {result.skipped}")
+        return uploads
+
+    def _answer(self, round: Round, answers: Answers, accepted: set[int], result: RoundResult) -> None:
+        """Tell every client the end of the round, and let it be tested."""
+        of_answers: dict[str, list[float]] = {}
+        for index in range(self.clients):
+            message = None
+            if index in answers:
+                with result.timed("aggregate"):
+                    answer = answers[index]
+                    message = Download(index, round.task, round.number, 0, answer.tensors).to_bytes()
+                for name, value in answer.metrics.items():
+                    of_answers.setdefault(name, []).append(value)
+                result.bytes_down[index] = len(message)
+            with result.timed("download"):
+                self.transport.answer(round, index, message, index in accepted)
+            with result.timed("evaluate"):
+                self.transport.evaluate(round, index)
+        result.server |= {n: float(torch.tensor(v, dtype=torch.float64).mean()) for n, v in of_answers.items()}
 
     def _receive(self, fitted: Fitted, result: RoundResult, uploads: Received) -> None:
         """Put an upload among the others; a client that sends what cannot be used is left out, the reason on record."""
@@ -147,36 +144,35 @@ class Federation:
 
     def _take(self, client: int, message: bytes, result: RoundResult, uploads: Received) -> None:
         result.bytes_up[client] = len(message)
-        schema = self.site.body(client).upload_schema()
-        upload = Upload.from_bytes(message, schema)
+        upload = Upload.from_bytes(message, self.template.model_of(client).upload_schema())
         if (upload.client, upload.round) != (client, result.round):
             raise MessageError(f"upload claims to be of client {upload.client}, round {upload.round}")
         if upload.samples < 1:
             raise MessageError("upload claims that no sample is behind it")
         self.server.check(upload)
-        uploads.add(client, self.store.put_aside(f"upload-{client}", message), schema)
+        uploads.add(upload, self.store.put_aside(f"upload-{client}", message))
 
-    def _aggregate(self, uploads: Received, round: Round, listener: Listener) -> Answers:
+    def _aggregate(self, uploads: Received, round: Round, callback: FederationCallback) -> tuple[Answers, Metrics]:
         if (state := self.store.read("server")) is not None:
             self.server.load(state)
-        logger = listener.serving(round.task, round.number)
+        logger = callback.on_aggregate_start(round.task, round.number)
 
         def trainer() -> Trainer:
-            made = self.site.trainer(logger)
-            made.callbacks.append(StepCount(listener.served))  # type: ignore[attr-defined]
+            made = self.template.trainer(logger)
+            made.callbacks.append(StepCount(callback.on_aggregate_step))  # type: ignore[attr-defined]
             return made
 
-        with seeds.seeded(self.site.seed, "aggregate", round.number):
-            answers = self.server.aggregate(uploads, self.clients, round, trainer)
+        with seeds.seeded(self.template.seed, "aggregate", round.number):
+            aggregated = self.server.aggregate(uploads, Context(self.clients, round, trainer))
         if state := self.server.state():
             self.store.write("server", state)
-        return answers
+        return aggregated
 
-    def compute(self) -> dict[str, dict[str, int]]:
-        """For the CNN of each name what a client with it trains and computes, see `Site.compute`; none if none says."""
+    def cost(self) -> dict[str, dict[str, int]]:
+        """For the CNN of each name what a client with it trains and computes, see `Worker.cost`; none if none says."""
         counts: dict[str, dict[str, int]] = {}
         for index in range(self.clients):
-            name = self.site.cnn.name_of(index)
-            if name not in counts and (found := self.transport.compute(index)):
+            name = self.template.cnn.name_of(index)
+            if name not in counts and (found := self.transport.cost(index)):
                 counts[name] = found
         return counts

@@ -9,15 +9,13 @@ from typing import NamedTuple, Protocol
 from lightning.pytorch.loggers import Logger
 
 from fedlscl.client import Client
-from fedlscl.federation.site import Site
+from fedlscl.federation.callback import FederationCallback
 from fedlscl.federation.store import Store, client_name
+from fedlscl.federation.template import Template
+from fedlscl.federation.worker import Accuracy, Worker
 from fedlscl.schedule import Round
 
 log = logging.getLogger(__name__)
-
-Accuracy = Mapping[str, list[float]]
-"""For each mask a client's accuracy in % on every task learned so far."""
-
 
 LEDGER = "clients"
 """The name under which a store holds what it knows of clients that are elsewhere."""
@@ -31,16 +29,6 @@ class Fitted(NamedTuple):
     problem: str | None  # why the client is left out of the round, if it is
 
 
-class Listener(Protocol):
-    """Who wants to know what clients do."""
-
-    def visiting(self, task: int, round: int, client: int) -> Logger | None:
-        """A client's fit begins; returns where its metrics go."""
-
-    def visited(self) -> None:
-        """A client's turn is over, in whatever way."""
-
-
 class Transport(Protocol):
     """What a federation needs of whatever stands between it and its clients.
 
@@ -48,7 +36,9 @@ class Transport(Protocol):
     come to the end of the round.
     """
 
-    def fit(self, round: Round, clients: Sequence[int], uploads: bool, listener: Listener) -> Iterator[Fitted]:
+    def fit(
+        self, round: Round, clients: Sequence[int], uploads: bool, callback: FederationCallback
+    ) -> Iterator[Fitted]:
         """Let clients train; whether they upload anything is the server's to say. In any order, each once."""
 
     def answer(self, round: Round, client: int, message: bytes | None, accepted: bool) -> None:
@@ -61,37 +51,46 @@ class Transport(Protocol):
             accepted: whether what the client did in this round counts; if not, it goes on from the end of the last.
         """
 
+    def evaluate(self, round: Round, client: int) -> None:
+        """Let the client that was told the end of a round last be tested, where that is the server's to say."""
+
     def evaluations(self, round: Round) -> Mapping[int, Accuracy]:
         """The accuracies of all clients that were told the end of this round, by client; some may be missing."""
 
-    def compute(self, client: int) -> dict[str, int]:
-        """See `Site.compute`; empty if the client does not say."""
+    def cost(self, client: int) -> dict[str, int]:
+        """See `Worker.cost`; empty if the client does not say."""
 
 
 class InProcess:
     """Clients of this process, one after another, their states in the federation's own store.
 
+    Args:
+        template: what they are like.
+        store: the federation's.
+
     Raises:
         ValueError: if the store is that of a run whose clients are elsewhere.
     """
 
-    def __init__(self, site: Site, store: Store) -> None:
+    def __init__(self, template: Template, store: Store) -> None:
         if LEDGER in store.files:
             raise ValueError(f"{store.folder} holds a run on Flower; go on with `flwr run`, or give another run_dir")
-        self.site, self.store = site, store
+        self.worker, self.store = Worker(template), store
         self._accuracy: dict[int, Accuracy] = {}
 
-    def fit(self, round: Round, clients: Sequence[int], uploads: bool, listener: Listener) -> Iterator[Fitted]:
+    def fit(
+        self, round: Round, clients: Sequence[int], uploads: bool, callback: FederationCallback
+    ) -> Iterator[Fitted]:
         """Train them in turn."""
         for index in clients:
-            yield self._fit(index, round, uploads, listener.visiting(round.task, round.number, index))
-            listener.visited()
+            yield self._fit(index, round, uploads, callback.on_fit_start(round.task, round.number, index))
+            callback.on_fit_end()
 
     def _fit(self, index: int, round: Round, uploads: bool, logger: Logger | None) -> Fitted:
         try:
-            body = self._enter(index)
-            state = self.site.fit(body, round, logger)
-            message = body.upload().to_bytes() if uploads else None
+            client = self._restore(index)
+            state = self.worker.fit(client, round, logger)
+            message = client.upload().to_bytes() if uploads else None
         except Exception as error:
             # One client must not stop the others; its state of the last round is still in the store
             log.warning("client %d is left out of round %d", index, round.number, exc_info=error)
@@ -100,30 +99,34 @@ class InProcess:
         return Fitted(index, message, None)
 
     def answer(self, round: Round, client: int, message: bytes | None, accepted: bool) -> None:
-        """Let the client take the answer over and test it at once."""
+        """Let the client take the answer over."""
         name = client_name(client)
         if accepted:
             self.store.rename(_fitted(client), name)
         else:
             self.store.forget(_fitted(client))
-        body = self._enter(client)
-        self._accuracy[client] = self.site.answer(body, round.task, message)
+        self._answered = self._restore(client)
         if message is not None:
-            self.store.amend(name, body.state())
+            self.worker.apply(self._answered, message)
+            self.store.amend(name, self._answered.state())
+
+    def evaluate(self, round: Round, client: int) -> None:
+        """Test it at once."""
+        self._accuracy[client] = self.worker.evaluate(self._answered, round.task)
 
     def evaluations(self, round: Round) -> Mapping[int, Accuracy]:
         """All of them."""
         found, self._accuracy = self._accuracy, {}
         return found
 
-    def compute(self, client: int) -> dict[str, int]:
+    def cost(self, client: int) -> dict[str, int]:
         """Count it here."""
-        return self.site.compute(self._enter(client))
+        return self.worker.cost(self._restore(client))
 
-    def _enter(self, index: int) -> Client:
+    def _restore(self, index: int) -> Client:
         """The client in its last state."""
         state = self.store.read(client_name(index))
-        return self.site.enter(index, state, self.site.start(index) if state is None else None)
+        return self.worker.restore(index, state, self.worker.template.start_message(index) if state is None else None)
 
 
 def _fitted(index: int) -> str:

@@ -22,6 +22,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from fedlscl.checks import at_least, positive
 from fedlscl.continual import Continual, Step
 
 
@@ -38,12 +39,10 @@ class EWC(Continual):
     def __init__(
         self, strength: float = 1000.0, gamma: float = 1.0, clamp: float = 1e-4, samples: int | None = 200
     ) -> None:
-        if not strength >= 0:
-            raise ValueError(f"continual.strength is {strength}, must not be negative")
+        at_least(0, "continual", strength=strength)
         if not 0 <= gamma <= 1:
             raise ValueError(f"continual.gamma is {gamma}, must be between 0 and 1")
-        if not clamp > 0:
-            raise ValueError(f"continual.clamp is {clamp}, must be positive")
+        positive("continual", clamp=clamp)
         if samples is not None and samples < 1:
             raise ValueError(f"continual.samples is {samples}, must be at least 1, or null for all images")
         self.strength, self.gamma, self.clamp, self.samples = strength, gamma, clamp, samples

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlscl.batches import Output
+from fedlscl.checks import at_least
 from fedlscl.data.splits import Split
 from fedlscl.messages import Download
 from fedlscl.methods.fed_l2p import PromptClient, similarities
@@ -61,9 +62,7 @@ class FedDualPromptClient(PromptClient):
         **kwargs: Any,
     ) -> None:
         super().__init__(pool_size, pull, **kwargs)
-        for name, value in (("length", length), ("general_length", general_length)):
-            if value < 0:
-                raise ValueError(f"model.{name} is {value}, must not be negative")
+        at_least(0, "model", length=length, general_length=general_length)
         self.length, self.general_length, self.legacy_reshape = length, general_length, legacy_reshape
         self.general_blocks, self.expert_blocks = general_blocks, expert_blocks
 

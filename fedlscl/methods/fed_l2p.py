@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlscl.batches import Batch, Output
+from fedlscl.checks import at_least
 from fedlscl.client import Client
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
@@ -44,10 +45,8 @@ class PromptClient(Client):
 
     def __init__(self, pool_size: int, pull: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if pool_size < 1:
-            raise ValueError(f"model.pool_size is {pool_size}, must be at least 1")
-        if not pull >= 0:
-            raise ValueError(f"model.pull is {pull}, must not be negative")
+        at_least(1, "model", pool_size=pool_size)
+        at_least(0, "model", pull=pull)
         self.pool_size, self.pull = pool_size, pull
 
     @abstractmethod
@@ -84,8 +83,7 @@ class FedL2PClient(PromptClient):
 
     def __init__(self, pool_size: int = 10, length: int = 5, top_k: int = 5, pull: float = 0.1, **kwargs: Any) -> None:
         super().__init__(pool_size, pull, **kwargs)
-        if length < 1:
-            raise ValueError(f"model.length is {length}, must be at least 1")
+        at_least(1, "model", length=length)
         if not 1 <= top_k <= pool_size:
             raise ValueError(f"model.top_k is {top_k}, must be between 1 and model.pool_size {pool_size}")
         self.length, self.top_k = length, top_k

@@ -21,21 +21,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from fedlscl import seeds
 from fedlscl.batches import Output
+from fedlscl.checks import at_least
 from fedlscl.client import Client
 from fedlscl.federation.trainer import fit_once
-from fedlscl.messages import AtMost, Schema, TensorSpec, Upload
+from fedlscl.messages import AtMost, Schema, TensorSpec, Upload, schema_of
 from fedlscl.methods import o2d as distillation
 from fedlscl.methods.o2d import Generator, Student
 from fedlscl.models.adapters import LowRank, ParameterGenerator
 from fedlscl.models.cnn import SmallModel, SmallModelSpec
 from fedlscl.models.vit import FrozenViT
-from fedlscl.schedule import Round
-from fedlscl.server import Answers, OnDemand, Server
+from fedlscl.server import Answer, Answers, Context, Metrics, OnDemand, Server
 
 
 class FedLSCL(Client):
@@ -50,8 +50,7 @@ class FedLSCL(Client):
 
     def __init__(self, block: int = 3, rank: int = 4, alpha: float | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if rank < 1:
-            raise ValueError(f"model.rank is {rank}, must be at least 1")
+        at_least(1, "model", rank=rank)
         if self.buffer_size < 1:
             raise ValueError("model.buffer_size is 0, but the uploaded features are those of the buffer: at least 1")
         self.block, self.rank = block, rank
@@ -88,7 +87,7 @@ class FedLSCL(Client):
     def on_train_end(self) -> None:
         """Also compute FS, the features of the buffered samples and of those that would enter the buffer now."""
         super().on_train_end()
-        features = self.observe(self.remembered, lambda images: {"features": self.cnn(images.pixels)})
+        features = self.observe(self.memory.remembered, lambda images: {"features": self.cnn(images.pixels)})
         self.feature_set = features["features"]
 
     def outgoing(self) -> dict[str, Tensor]:
@@ -100,7 +99,7 @@ class FedLSCL(Client):
     def upload_schema(self) -> Schema:
         """FS holds at most M features of each class."""
         features = TensorSpec((AtMost(self.buffer_size * self.num_classes), self.generator.in_features))
-        return {**self.shared_schema(), "features": features}
+        return {**schema_of(self.shared()), "features": features}
 
 
 class O2D(Server):
@@ -112,8 +111,7 @@ class O2D(Server):
 
     def __init__(self, strength: float = 0.5) -> None:
         super().__init__()
-        if not strength >= 0:
-            raise ValueError(f"server.strength is {strength}, must not be negative")
+        at_least(0, "server", strength=strength)
         self.strength = strength
 
     def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
@@ -126,28 +124,23 @@ class O2D(Server):
 
     @abstractmethod
     def fuse(
-        self, index: int, uploads: Mapping[int, Upload], student: Student, round: Round, trainer: Callable[[], Trainer]
+        self, index: int, uploads: Mapping[int, Upload], student: Student, context: Context
     ) -> tuple[Tensor, Tensor]:
         """Weight and bias for one student."""
 
-    def aggregate(
-        self, uploads: Mapping[int, Upload], clients: int, round: Round, trainer: Callable[[], Trainer]
-    ) -> Answers:
+    def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:
         """A generator for each client that sent one; about the absent ones the server knows nothing."""
         everyone = distillation.total(_generator(upload) for upload in uploads.values())
-        objectives = []
 
-        def answer(index: int) -> dict[str, Tensor]:
+        def answer(index: int) -> Answer:
             own = _generator(uploads[index])
             moments = distillation.second_moments(own.features)
             student = Student(own.weight, own.bias, moments, everyone, self.strength)
-            weight, bias = self.fuse(index, uploads, student, round, trainer)
-            objectives.append([student.start, student.objective(weight, bias)])
-            before, after = torch.tensor(objectives, dtype=torch.float64).mean(dim=0).tolist()
-            self.metrics = {"objective_before": before, "objective_after": after}
-            return {"weight": weight, "bias": bias}
+            weight, bias = self.fuse(index, uploads, student, context)
+            objectives = {"objective_before": student.start, "objective_after": student.objective(weight, bias)}
+            return Answer({"weight": weight, "bias": bias}, objectives)
 
-        return OnDemand(uploads, answer)
+        return OnDemand(uploads, answer), {}
 
 
 def _generator(upload: Upload) -> Generator:
@@ -158,7 +151,7 @@ class ExactO2D(O2D):
     """O2D solved as the ridge regression that it is."""
 
     def fuse(
-        self, index: int, uploads: Mapping[int, Upload], student: Student, round: Round, trainer: Callable[[], Trainer]
+        self, index: int, uploads: Mapping[int, Upload], student: Student, context: Context
     ) -> tuple[Tensor, Tensor]:
         """The minimiser of Eq. 5."""
         return student.exact()
@@ -178,24 +171,19 @@ class IterativeO2D(O2D):
         self, strength: float = 0.5, epochs: int = 20, learning_rate: float = 1e-3, batch_size: int = 32
     ) -> None:
         super().__init__(strength)
-        for name, value, least in (
-            ("epochs", epochs, 1),
-            ("learning_rate", learning_rate, 0.0),
-            ("batch_size", batch_size, 1),
-        ):
-            if not value >= least:
-                raise ValueError(f"server.{name} is {value}, must be at least {least}")
+        at_least(1, "server", epochs=epochs, batch_size=batch_size)
+        at_least(0, "server", learning_rate=learning_rate)
         self.epochs, self.learning_rate, self.batch_size = epochs, learning_rate, batch_size
 
     def fuse(
-        self, index: int, uploads: Mapping[int, Upload], student: Student, round: Round, trainer: Callable[[], Trainer]
+        self, index: int, uploads: Mapping[int, Upload], student: Student, context: Context
     ) -> tuple[Tensor, Tensor]:
         """What the student is after its fit; a client without teachers keeps its own generator."""
         teachers = [_generator(upload) for other, upload in uploads.items() if other != index]
-        rng = seeds.generator(round.seed, "distillation", index, round.number)
+        rng = seeds.generator(context.round.seed, "distillation", index, context.round.number)
         fit = Distillation(_generator(uploads[index]), teachers, self, rng)
         if teachers:
-            fit_once(trainer(), fit)
+            fit_once(context.trainer(), fit)
         fit.teachers = []
         return fit.weight.detach(), fit.bias.detach()
 

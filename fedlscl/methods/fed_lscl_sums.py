@@ -93,12 +93,10 @@ class FedLSCLSums(FedLSCL):
         """Keep S and T until the device is at hand."""
         self.answer = message.tensors
 
-    def on_test_start(self) -> None:
-        """Solve for the generator before its first use."""
-        super().on_test_start()
-        if self.answer:
-            self._solve(Sums(self.answer["gram_sum"].double(), self.answer["target_sum"].double(), torch.zeros(())))
-            self.answer = {}
+    def on_download_end(self) -> None:
+        """Solve for the generator."""
+        self._solve(Sums(self.answer["gram_sum"].double(), self.answer["target_sum"].double(), torch.zeros(())))
+        self.answer = {}
 
     def _solve(self, everyone: Sums) -> None:
         weight, bias = self.generator.weight.detach().cpu(), self.generator.bias.detach().cpu()
@@ -123,6 +121,6 @@ class FedLSCLSums(FedLSCL):
 
     def _loss(self) -> float:
         """Mean cross-entropy among the seen classes on the buffer and on what would enter it now."""
-        logits = self.observe(self.remembered, self._classify)["logits"]
-        seen = self._class_mask(0, self.memory.begun)
-        return float(masked_cross_entropy(logits, self._labels(self.remembered), seen))
+        logits = self.observe(self.memory.remembered)["logits"]
+        seen = self.data.class_mask(0, self.memory.begun)
+        return float(masked_cross_entropy(logits, self.data.labels(self.memory.remembered), seen))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fedlscl.batches import Batch, Output
+from fedlscl.checks import at_least
 from fedlscl.methods.fedavg import FedAvgClient
 
 
@@ -29,8 +30,7 @@ class FedProxClient(FedAvgClient):
 
     def __init__(self, mu: float = 0.01, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not mu >= 0:
-            raise ValueError(f"model.mu is {mu}, must not be negative")
+        at_least(0, "model", mu=mu)
         self.mu = mu
 
     def on_train_start(self) -> None:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedlscl.data.local import LocalData
+from fedlscl.data.module import FederatedDataModule
 from fedlscl.data.splits import Split
 from fedlscl.methods.fedavg import FedAvgClient
 
@@ -26,11 +28,16 @@ class JointClient(FedAvgClient):
                 "joint training needs the images of all clients in one place, and here are not all of them"
             )
 
+    def see(self, data: FederatedDataModule, index: int) -> LocalData:
+        """Also everybody's training images."""
+        parts = [torch.as_tensor(task.train) for client in data.split.clients for task in client.tasks]
+        self.everyone = torch.cat(parts)
+        return super().see(data, index)
+
     def training_set(self) -> tuple[Tensor, Tensor, Tensor]:
         """Every image of every client and task is current, every class competes."""
-        everyone = [torch.as_tensor(part.train) for client in self.data.split.clients for part in client.tasks]
         everything = torch.ones(self.num_classes, dtype=torch.bool)
-        return torch.cat(everyone), everything, everything
+        return self.everyone, everything, everything
 
     def on_train_end(self) -> None:
         """No sample needs to be remembered."""

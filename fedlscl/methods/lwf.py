@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fedlscl.batches import Output
+from fedlscl.checks import at_least, positive
 from fedlscl.continual import Continual, Step
 from fedlscl.losses import continual_penalty
 
@@ -35,10 +36,8 @@ class LwF(Continual):
     observes = "current"
 
     def __init__(self, strength: float = 3.0, temperature: float = 2.0) -> None:
-        if not strength >= 0:
-            raise ValueError(f"continual.strength is {strength}, must not be negative")
-        if not temperature > 0:
-            raise ValueError(f"continual.temperature is {temperature}, must be positive")
+        at_least(0, "continual", strength=strength)
+        positive("continual", temperature=temperature)
         self.strength, self.temperature = strength, temperature
 
     def preserved(self, output: Output) -> dict[str, Tensor]:
@@ -65,9 +64,7 @@ class GeneratedLwF(Continual):
     observes = "current"
 
     def __init__(self, lambda_e: float = 0.1, lambda_w: float = 0.01) -> None:
-        for name, value in (("lambda_e", lambda_e), ("lambda_w", lambda_w)):
-            if not value >= 0:
-                raise ValueError(f"continual.{name} is {value}, must not be negative")
+        at_least(0, "continual", lambda_e=lambda_e, lambda_w=lambda_w)
         self.weights = {"features": lambda_e, "weights": lambda_w}
 
     def preserved(self, output: Output) -> dict[str, Tensor]:

@@ -19,14 +19,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from fedlscl.continual import Continual, NoReplay
-from fedlscl.messages import Schema, TensorSpec, Upload
+from fedlscl.messages import Schema, TensorSpec, Upload, schema_of
 from fedlscl.methods.frozen_vit import FrozenViTClient
-from fedlscl.schedule import Round
-from fedlscl.server import Answers, FedAvg
+from fedlscl.server import Answer, Answers, Context, FedAvg, Metrics
 
 COUNTS = "class_counts"
 
@@ -41,11 +39,11 @@ class CountingFrozenViTClient(FrozenViTClient):
 
     def outgoing(self) -> dict[str, Tensor]:
         """What is shared, and the images of each class (K,)."""
-        return {**self.shared(), COUNTS: torch.bincount(self._labels(self.current), minlength=self.num_classes)}
+        return {**self.shared(), COUNTS: torch.bincount(self.data.labels(self.current), minlength=self.num_classes)}
 
     def upload_schema(self) -> Schema:
         """What is shared, and a number for each class."""
-        return {**self.shared_schema(), COUNTS: TensorSpec((self.num_classes,), torch.int64)}
+        return {**schema_of(self.shared()), COUNTS: TensorSpec((self.num_classes,), torch.int64)}
 
 
 class RowAverage(FedAvg):
@@ -70,14 +68,12 @@ class RowAverage(FedAvg):
                 fitting = [n for n in self.names if uploads[n].shape[:1] == uploads[COUNTS].shape]
                 raise ValueError(f"server.rows names '{name}', must name tensors with a row for each class: {fitting}")
 
-    def aggregate(
-        self, uploads: Mapping[int, Upload], clients: int, round: Round, trainer: Callable[[], Trainer]
-    ) -> Answers:
+    def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:
         """One mean for all clients."""
-        answers = super().aggregate(uploads, clients, round, trainer)
-        mean = dict(answers[0])
+        answers, metrics = super().aggregate(uploads, context)
+        mean = dict(answers[0].tensors)
         mean |= row_means({name: mean[name] for name in self.rows}, [upload.tensors for upload in uploads.values()])
-        return dict.fromkeys(range(clients), mean)
+        return dict.fromkeys(answers, Answer(mean)), metrics
 
 
 def row_means(plain: Mapping[str, Tensor], models: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from fedlscl import seeds
+from fedlscl.checks import at_least
 from fedlscl.models.adapters import Injection
 from fedlscl.models.create import _create, resize
 
@@ -58,8 +59,7 @@ class FrozenViT(nn.Module):
         cache_mib: float = 4096,
     ) -> None:
         super().__init__()
-        if not cache_mib >= 0:
-            raise ValueError(f"backbone.cache_mib is {cache_mib}, must not be negative")
+        at_least(0, "backbone", cache_mib=cache_mib)
         self.cache_mib = cache_mib
         with seeds.seeded(0, "backbone"):  # untrained weights too are the same in every run, and when predicting
             vit = _create(
@@ -103,6 +103,11 @@ class FrozenViT(nn.Module):
     def train(self, mode: bool = True) -> FrozenViT:
         """Stay in evaluation mode, whatever is asked."""
         return super().train(False)
+
+    def move_to(self, device: torch.device) -> None:
+        """Be on this device, which costs nothing where that is so already."""
+        if self.mean.device != device:
+            self.to(device)
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) to normalised float (B, 3, S, S)."""

@@ -7,37 +7,32 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import platform
-import resource
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
-from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
 from fedlscl.client import Client
 from fedlscl.data.module import FederatedDataModule
-from fedlscl.evaluation import MASKS, FloatArray, measured_mean, summarise
-from fedlscl.federation.algorithm import Federation, RoundResult
-from fedlscl.federation.site import MakeTrainer, Site
+from fedlscl.evaluation import MASKS, summarise
+from fedlscl.federation.algorithm import Federation
 from fedlscl.federation.store import Store
+from fedlscl.federation.template import MakeTrainer, Template
 from fedlscl.federation.transport import InProcess, Transport
 from fedlscl.files import write_atomically
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 from fedlscl.run import plots
+from fedlscl.run.callback import RunCallback, accuracy_arrays, scalars
 from fedlscl.run.console import FederationProgress, summary_table
-from fedlscl.run.tracking import ClientLogger, Tracker, WandbMode
+from fedlscl.run.tracking import Tracker, WandbMode
 from fedlscl.schedule import Schedule
 from fedlscl.server import Server
 
@@ -88,7 +83,7 @@ class Experiment:
     cnn: SmallModelSpec
     trainer: MakeTrainer
     tracking: Tracking
-    transport: Callable[[Site, Store], Transport] = InProcess
+    transport: Callable[[Template, Store], Transport] = InProcess
 
     def load(self) -> None:
         """Fetch and split the data, which must be there before anything else."""
@@ -142,12 +137,12 @@ class Experiment:
 
     def federation(self) -> Federation:
         """Everything that takes part, as far as the run folder's checkpoint has come."""
-        store, site = Store(self.run_dir / "checkpoint"), self.site()
-        return Federation(self.schedule, self.server, site, store, self.transport(site, store))
+        store, template = Store(self.run_dir / "checkpoint"), self.template()
+        return Federation(self.schedule, self.server, template, store, self.transport(template, store))
 
-    def site(self) -> Site:
-        """What the clients of this process need."""
-        return Site(self.client, self.data, self.vit, self.cnn, self.seed, self.trainer)
+    def template(self) -> Template:
+        """What all clients are like."""
+        return Template(self.client, self.data, self.vit, self.cnn, self.seed, self.trainer)
 
     def _tracker(self, progress: Mapping[str, Any]) -> Tracker:
         return Tracker(
@@ -183,42 +178,20 @@ class Experiment:
         write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(dict(self.config), sort_keys=False).encode())
 
     def _go_on(self, federation: Federation, tracker: Tracker, console: Console) -> dict[str, Any]:
-        started = time.perf_counter()
         self._save_beginning()
-        progress: dict[str, Any] = federation.store.progress or {
-            "round": 0,
-            "history": [],
-            "seconds": {"total": 0.0},
-            "memory": 0.0,
-        }
-        if progress["round"]:
-            console.print(f"Continuing after round {progress['round']}.")
+        behind = len(federation.history)
+        if behind:
+            console.print(f"Continuing after round {behind}.")
         tasks, rounds = self.data.split.spec.tasks, self.schedule.rounds
         taking_part = self.schedule.clients_per_round or len(self.data.split.clients)
-        behind = progress["round"] * taking_part
-        with FederationProgress(tasks, rounds, taking_part, completed=behind, console=console) as bar:
-            listener = _Listener(tracker, bar, rounds)
-            for result in federation.run(listener):
-                progress["history"].append(asdict(result))
-                progress["round"] = result.round
-                acc = accuracy_arrays(progress["history"], tasks, rounds)
-                _record(tracker, result, acc if result.round % rounds == 0 else None)
-                now = time.perf_counter()
-                for phase, seconds in {**result.seconds, "total": now - started}.items():
-                    progress["seconds"][phase] = progress["seconds"].get(phase, 0.0) + seconds
-                started = now
-                progress["memory"] = max(progress["memory"], _peak_memory_mib())
-                progress |= {"wandb_id": tracker.run_id, "metrics_bytes": tracker.flush()}
-                federation.store.commit(progress)
-                seen = _mean_of_clients(result.accuracy["seen"])
-                left_out = f", without clients {sorted(result.skipped)}" if result.skipped else ""
-                bar.round_done(
-                    f"task {result.task}/{tasks}  round {(result.round - 1) % rounds + 1}/{rounds}  "
-                    f"accuracy on the classes seen so far {seen:.1f} %{left_out}"
-                )
+        with FederationProgress(tasks, rounds, taking_part, completed=behind * taking_part, console=console) as bar:
+            callback = RunCallback(tracker, bar, tasks, rounds, federation.store.progress)
+            for result in federation.run(callback):
+                bar.round_done(callback.in_a_line(result))
+        progress = federation.store.progress
         summary = self._summarise(progress, federation)
         self._draw(summary, progress["history"], tracker)
-        tracker.summary({f"{mask}/{k}": v for mask in MASKS for k, v in _scalars(summary["accuracy"][mask]).items()})
+        tracker.summary({f"{mask}/{k}": v for mask in MASKS for k, v in scalars(summary["accuracy"][mask]).items()})
         write_atomically(self.run_dir / "summary.json", json.dumps(summary, indent=1).encode())
         return summary
 
@@ -238,7 +211,7 @@ class Experiment:
             "bytes_up": _traffic([entry["bytes_up"] for entry in history], clients),
             "bytes_down": _traffic([entry["bytes_down"] for entry in history], clients),
             "bytes_setup_per_client": federation.setup_bytes,
-            "compute": federation.compute(),
+            "compute": federation.cost(),
             "skipped": [
                 {"round": entry["round"], "client": int(client), "reason": reason}
                 for entry in history
@@ -266,39 +239,6 @@ class Experiment:
             tracker.table(f"accuracy/{mask}", ["client", "after task", *(f"task {n + 1}" for n in range(tasks))], rows)
 
 
-@dataclass
-class _Listener:
-    tracker: Tracker
-    bar: FederationProgress
-    rounds: int
-
-    def visiting(self, task: int, round: int, client: int) -> Logger:
-        self.bar.update(task, (round - 1) % self.rounds + 1, client)
-        return ClientLogger(self.tracker, f"client/{client}", task=task, round=round)
-
-    def visited(self) -> None:
-        self.bar.advance()
-
-    def serving(self, task: int, round: int) -> Logger:
-        return ClientLogger(self.tracker, "server", task=task, round=round)
-
-    def served(self, step: int, steps: float) -> None:
-        self.bar.serve(step, steps)
-
-
-def accuracy_arrays(history: list[dict[str, Any]], tasks: int, rounds: int) -> dict[str, FloatArray]:
-    """For each mask the accuracy (clients, after task, on task) in %, of the last round of every finished task."""
-    arrays = {}
-    for mask in MASKS:
-        clients = len(history[0]["accuracy"][mask])
-        arrays[mask] = np.full((clients, tasks, tasks), np.nan)
-        for entry in history:
-            if entry["round"] % rounds == 0:
-                for client, values in enumerate(entry["accuracy"][mask]):
-                    arrays[mask][client, entry["task"] - 1, : len(values)] = values
-    return arrays
-
-
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """The settings in which two configurations differ, as text."""
     found = []
@@ -311,36 +251,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return found
 
 
-def _record(tracker: Tracker, result: RoundResult, acc: Mapping[str, FloatArray] | None) -> None:
-    """Log one round; `acc` once a task is finished."""
-    metrics: dict[str, float] = {f"server/{name}": value for name, value in result.server.items()}
-    metrics |= {f"server/seconds/{phase}": seconds for phase, seconds in result.seconds.items()}
-    metrics |= {f"client/{client}/bytes_up": count for client, count in result.bytes_up.items()}
-    metrics |= {f"client/{client}/bytes_down": count for client, count in result.bytes_down.items()}
-    metrics |= {f"client/{client}/skipped": 1 for client in result.skipped}
-    for mask, by_client in result.accuracy.items():
-        for client, values in enumerate(by_client):
-            metrics |= {
-                f"eval/{mask}/client/{client}/task/{n + 1}": value
-                for n, value in enumerate(values)
-                if not math.isnan(value)  # a client that could not be asked
-            }
-        metrics[f"eval/{mask}/mean"] = _mean_of_clients(by_client)
-    for mask, array in (acc or {}).items():
-        metrics |= {f"task/{mask}/{name}": value for name, value in _scalars(summarise(array)).items()}
-    tracker.log(metrics, task=result.task, round=result.round)
-
-
-def _mean_of_clients(accuracies: list[list[float]]) -> float:
-    return float(measured_mean(measured_mean(accuracies, 1), 0))
-
-
-def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The single numbers among the metrics of one mask, with the newest entry of Table 1."""
-    numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
-    return numbers | {"table1": metrics["table1"][-1]}
-
-
 def _traffic(rounds: list[dict[int, int]], clients: int) -> dict[str, Any]:
     """Bytes in all, by client, on average, and for each round and client (None where nothing was sent)."""
     by_round = [[entry.get(client, entry.get(str(client))) for client in range(clients)] for entry in rounds]  # type: ignore[call-overload]
@@ -351,11 +261,6 @@ def _traffic(rounds: list[dict[int, int]], clients: int) -> dict[str, Any]:
         "by_client": [sum(row[client] or 0 for row in by_round) for client in range(clients)],
         "by_round": by_round,
     }
-
-
-def _peak_memory_mib() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _device() -> str:
