@@ -140,7 +140,7 @@ class Client(ClientModel):
 
     def on_train_start(self) -> None:
         """Let `continual` keep what it needs of the finished tasks, and set the mode, which Lightning leaves alone."""
-        self.vit.move_to(self.device)
+        self.follow()
         memory = self.memory
         if len(self.finished):
             self.eval()
@@ -266,8 +266,8 @@ class Client(ClientModel):
         return ImageBatches(self.data, part, self.test_images, size, self.device)
 
     def on_test_start(self) -> None:
-        """Put the frozen model where the client is."""
-        self.vit.move_to(self.device)
+        """Put everything where the client is."""
+        self.follow()
         self.eval()
 
     def test_step(self, batch: Images, batch_idx: int) -> None:

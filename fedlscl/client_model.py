@@ -98,6 +98,7 @@ class ClientModel(LightningModule, ABC):
         self.num_classes = num_classes
         self._parts = (vit, cnn, cnn_name, num_classes)
         self.build(*self._parts)
+        self.memory = Memory()
         return self
 
     def initial_state(self, seed: int) -> dict[str, Tensor]:
@@ -125,3 +126,8 @@ class ClientModel(LightningModule, ABC):
         """Become client `index` in the state that `state` returned for it."""
         self.index, self.data, self.precomputed = index, self.see(data, index), precomputed
         self.load(state)
+
+    def follow(self) -> None:
+        """Put what is no part of the module, frozen model and archive, on the device where the client is."""
+        self.vit.move_to(self.device)
+        self.memory.archive.to(self.device)

@@ -88,9 +88,9 @@ class Archive(dict[int, dict[str, Tensor]]):
         for task, tensors in self.items():
             self[task] = {name: tensor.to(device) for name, tensor in tensors.items()}
 
-    def stacked(self, name: str) -> Tensor:
-        """(tasks, ...) the tensors of one name, in the order of the tasks."""
-        return torch.stack([self[task][name] for task in sorted(self)])
+    def stacked(self, name: str, like: Tensor) -> Tensor:
+        """(tasks, ...) the tensors of one name, which are shaped like another, in the order of the tasks."""
+        return torch.cat([like.new_zeros(0, *like.shape), *(tensors[name][None] for tensors in self.values())])
 
     def to_tensors(self) -> dict[str, Tensor]:
         """All of it as named tensors on the CPU."""

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from helpers import SETTING, Recorder, copy_of, enter_client, outcome, same
+from helpers import SETTING, Recorder, copy_of, outcome, restore_client, same
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from fedlscl.cli import main
 from fedlscl.client import Client
-from fedlscl.federation.algorithm import Federation, RoundResult
-from fedlscl.messages import Download, Message, Upload
+from fedlscl.federation.algorithm import Federation
+from fedlscl.federation.callback import RoundResult
+from fedlscl.messages import Download, Message, Upload, schema_of
 from fedlscl.run.experiment import Experiment
 from fedlscl.schedule import Schedule
 
@@ -103,7 +104,7 @@ def private_values(federation: Federation) -> dict[str, bytes]:
     """As bytes what is in the clients' states and not to travel; numbers too few to be told apart are left out."""
     found = {}
     for index in range(federation.clients):
-        body = enter_client(federation, index)
+        body = restore_client(federation, index)
         shared = {tensor.data_ptr() for tensor in body.shared().values()}
         kept = {name: tensor for name, tensor in body.memory.to_tensors().items() if "." not in name}
         for name, tensor in {**body.state_dict(keep_vars=True), **kept}.items():
@@ -127,14 +128,13 @@ def observed(federation: Federation, stop: int | None = None) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Message, "to_bytes", spy)
         for result in federation.run(Recorder()):
-            federation.store.commit({"round": result.round})
             results.append(result)
             heard = len(sent)
             private |= {f"{name} in round {result.round}": v for name, v in private_values(federation).items()}
             del sent[heard:]  # of looking on
             if result.round == stop:
                 break
-    states = [copy_of(enter_client(federation, index).state()) for index in range(federation.clients)]
+    states = [copy_of(restore_client(federation, index).state()) for index in range(federation.clients)]
     return Run(results, sent, states, private, {})
 
 
@@ -180,11 +180,11 @@ def test_at_most_one_message_each_way_and_round(whole: tuple[Experiment, Run]) -
 
 def test_only_what_is_declared_travels(whole: tuple[Experiment, Run], tmp_path: Path) -> None:
     experiment, seen = whole
-    body = enter_client(federation_of(experiment, tmp_path, {}), 0)
+    body = restore_client(federation_of(experiment, tmp_path, {}), 0)
     for message, _ in seen.sent:
         schema = body.upload_schema() if isinstance(message, Upload) else body.download_schema()
         if message.round == 0:
-            schema = body.shared_schema()  # the common start
+            schema = schema_of(body.shared())  # the common start
         assert {name for name, spec in schema.items() if not spec.optional} <= set(message.tensors) <= set(schema)
         for name, tensor in message.tensors.items():
             assert schema[name].problem(tuple(tensor.shape), tensor.dtype) is None
@@ -251,7 +251,7 @@ def test_another_seed_is_another_run(
     states = []
     for seed in (1, 2):
         federation = federation_of(replace(experiment, seed=seed), tmp_path / str(seed), {})
-        states.append(copy_of(enter_client(federation, 0).state()))
+        states.append(copy_of(restore_client(federation, 0).state()))
     assert not same(*states)
 
 

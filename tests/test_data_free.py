@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import copy_of, enter_client, make_client, make_trainer, same
+from helpers import copy_of, make_client, make_trainer, restore_client, same
 from torch import nn
 
 from fedlscl.continual import NoReplay
@@ -42,7 +42,7 @@ def test_neither_takes_what_the_other_hands_out(make: Make, client: str, server:
 @pytest.mark.parametrize("method", METHODS)
 def test_only_a_task_s_last_answer_brings_something_and_old_grows_with_every_upload(make: Make, method: str) -> None:
     federation = built(make, method, method)
-    body, server = enter_client(federation, 0), federation.server
+    body, server = restore_client(federation, 0), federation.server
     assert isinstance(server, DataFreeServer)
     model = copy_of(body.shared())
 

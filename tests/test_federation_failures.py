@@ -13,14 +13,15 @@ from helpers import (
     Recorder,
     contents,
     copy_of,
-    enter_client,
     make_client,
+    restore_client,
     run,
     same,
 )
 from torch import Tensor
 
-from fedlscl.federation.algorithm import Federation, RoundResult
+from fedlscl.federation.algorithm import Federation
+from fedlscl.federation.callback import RoundResult
 from fedlscl.federation.trainer import RoundTrainer
 from fedlscl.messages import Message, Upload
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL
@@ -70,7 +71,6 @@ def test_a_failing_client_is_left_out_and_comes_back(
     results = []
     recorder = Recorder()
     for result in federation.run(recorder):
-        federation.store.commit({"round": result.round})
         results.append(result)
         stored = federation.store.read("client-1")
         before[result.round] = stored and copy_of(stored)
@@ -111,10 +111,10 @@ def test_the_others_do_not_notice_who_failed(
 def test_a_failure_in_the_first_round_leaves_the_common_start(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Fragile, "failures", frozenset({(1, 1)}))
     federation = make(client=make_client(Fragile))
-    start = copy_of(enter_client(federation, 1).state())
+    start = copy_of(restore_client(federation, 1).state())
     result = next(federation.run(Recorder()))
     assert list(result.skipped) == [1]
-    assert same(enter_client(federation, 1).state(), start)
+    assert same(restore_client(federation, 1).state(), start)
     assert len(result.accuracy["task"]) == 3
 
 
@@ -174,12 +174,12 @@ def test_a_malformed_upload_is_refused_by_name(make: Make, monkeypatch: pytest.M
     break_upload(monkeypatch, 1, change)
     monkeypatch.setattr(RoundTrainer, "test", lambda *a, **k: [])  # the accuracy is not asked for here
     federation = make()
-    start = copy_of(enter_client(federation, 1).state())
+    start = copy_of(restore_client(federation, 1).state())
     result: RoundResult = next(federation.run(Recorder()))
     assert list(result.skipped) == [1]
     assert result.skipped[1].startswith("MessageError: upload")
     assert re.search(reason, result.skipped[1])
-    assert same(enter_client(federation, 1).state(), start)  # as after any other failure
+    assert same(restore_client(federation, 1).state(), start)  # as after any other failure
     assert seen == [{0, 2}]
     assert sorted(result.bytes_down) == [0, 2]
 

@@ -14,12 +14,12 @@ from helpers import (
     CNN,
     Recorder,
     copy_of,
-    enter_client,
     fit,
     make_client,
     make_federation,
     make_trainer,
     outcome,
+    restore_client,
     run,
     same,
 )
@@ -68,7 +68,7 @@ def assembled(vit: Any, classes: int = 8, **changes: Any) -> Any:
 @pytest.fixture
 def body(make: Make) -> Any:
     """Client 0, which has learned nothing yet."""
-    return enter_client(make(client=client(), server=server()), 0)
+    return restore_client(make(client=client(), server=server()), 0)
 
 
 def classes_of(body: Any, task: int) -> list[int]:
@@ -142,7 +142,7 @@ def test_nothing_local_travels(make: Make, wire: Wire) -> None:
     run(federation)
     private = {}
     for index in range(3):
-        body = enter_client(federation, index)
+        body = restore_client(federation, index)
         assert set(body.outgoing()) == set(dict(body.named_parameters())) - LOCAL
         own = {name: t for name, t in copy_of(body.state_dict()).items() if name in LOCAL}
         kept = {f"set.{name}": t for one in body.sets.values() for name, t in one.items()}
@@ -223,7 +223,7 @@ def test_in_tests_each_image_takes_the_slot_of_the_nearest_key(vit: FrozenViT) -
 
 
 def test_the_phases_come_one_after_the_other(make: Make) -> None:
-    body = enter_client(make(client=client(epochs=3), server=server()), 0)
+    body = restore_client(make(client=client(epochs=3), server=server()), 0)
     body.begin_round(Round(1, 1, False, 0))
     phases = [phase for phase, _ in body.plan]
     count = len(body.current)
@@ -355,7 +355,7 @@ def test_the_task_of_an_image_decides_nothing(body: Any) -> None:
 def test_every_task_and_client_begins_with_a_head_of_its_own(make: Make) -> None:
     federation, found = make(client=client(), server=server()), []
     for index in (0, 1):
-        body = enter_client(federation, index)
+        body = restore_client(federation, index)
         body.begin_round(Round(1, 1, False, 0))
         found.append(body.local_head[0].weight.detach().clone())
         body.begin_round(Round(1, 2, False, 0))
@@ -367,7 +367,7 @@ def test_every_task_and_client_begins_with_a_head_of_its_own(make: Make) -> None
 
 
 def test_who_catches_up_has_one_head_for_all_it_missed(make: Make, long_data: FederatedDataModule) -> None:
-    body = enter_client(make(client=client(), server=server(), data=long_data), 0)
+    body = restore_client(make(client=client(), server=server(), data=long_data), 0)
     assert logits_of(body, 1, 1)[:, classes_of(body, 1)].isfinite().all()  # absent so far
     fit(body, 2, 1)
     assert body.sets == {}
@@ -408,7 +408,6 @@ def test_resumption_after_every_round_changes_nothing(
     for _ in range(2):
         federation = make_federation(tmp_path / "one", data, vit, client(), server(), rounds=1, clients_per_round=2)
         result = next(federation.run(Recorder()))
-        federation.store.commit({"round": result.round})
         results.append(result)
     assert outcome(results) == outcome(whole)
     assert all(set(result.server) == {"fusion_before", "fusion_after", "head"} for result in whole)
@@ -439,8 +438,8 @@ class Fused:
         self.server = server(**changes)
         self.body = assembled(vit)
         self.server.begin(self.body.upload_schema(), self.body.download_schema(), lambda: assembled(vit))
-        if self.server.public_images:
-            self.server.hold(*data.public(self.server.public_images))
+        if self.server.server_images:
+            self.server.hold(*data.public(self.server.server_images))
 
     def uploads(self, *indices: int, spread: float = 0.3) -> dict[int, Upload]:
         """Different tensors and numbers of samples, from each client."""
@@ -541,7 +540,7 @@ def test_fusion_draws_from_the_round(fused: Callable[..., Fused]) -> None:
 
 def test_client0_is_what_published_code_does(fused: Callable[..., Fused]) -> None:
     one = fused(fusion="client0")
-    assert one.server.public_images == 0
+    assert one.server.server_images == 0
     uploads = one.uploads(2, 1)
     answer = one(uploads)
     assert same(answer, {name: uploads[1].tensors[name] for name in ("prompt", "key")})

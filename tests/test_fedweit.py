@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import copy_of, enter_client, fit, make_client, outcome, run, same
+from helpers import copy_of, fit, make_client, outcome, restore_client, run, same
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ def client(**settings: Any) -> Any:
 @pytest.fixture
 def body(make: Make) -> Any:
     """Client 0, which has learned nothing yet."""
-    return enter_client(make(client=client(), server=FedWeITServer()), 0)
+    return restore_client(make(client=client(), server=FedWeITServer()), 0)
 
 
 def give_knowledge(body: Any, vectors: Tensor) -> None:
@@ -227,7 +227,7 @@ def test_the_terms_of_the_objective(body: Any, monkeypatch: pytest.MonkeyPatch) 
 def test_the_drift_term_holds_the_shared_weights(make: Make) -> None:
     moved = []
     for strength in (0.0, 1e4):
-        body = enter_client(make(client=client(drift=strength, epochs=3), server=FedWeITServer()), 0)
+        body = restore_client(make(client=client(drift=strength, epochs=3), server=FedWeITServer()), 0)
         fit(body, 1, 1)
         before = body._flat_weights()
         fit(body, 2, 2)
@@ -327,12 +327,11 @@ def test_the_knowledge_base_is_what_the_others_had(make: Make, wire: list[tuple[
 
     def go_on() -> Any:
         result = next(rounds)
-        federation.store.commit({"round": result.round})
         return result
 
     for _ in range(2):
         result = go_on()
-        body = enter_client(federation, 1)
+        body = restore_client(federation, 1)
         assert body.attention.shape == (0, len(body.shapes))
     uploads = {m.client: m.tensors for m, _ in wire if isinstance(m, Upload) and m.round == 2}
     downloads = {m.client: m.tensors for m, _ in wire if isinstance(m, Download) and m.round == 2}
@@ -340,16 +339,16 @@ def test_the_knowledge_base_is_what_the_others_had(make: Make, wire: list[tuple[
     assert "adaptive.places" not in first
     size, count = len(body.adaptive), {i: len(tensors["adaptive.places"]) for i, tensors in uploads.items()}
     assert sum(t.nbytes for t in downloads[1].values()) == 4 * size + 8 * (count[0] + count[2]) + 4 * 2
-    trained = {index: enter_client(federation, index).adaptive.detach().clone() for index in (0, 2)}
+    trained = {index: restore_client(federation, index).adaptive.detach().clone() for index in (0, 2)}
 
     go_on()
-    body = enter_client(federation, 1)
+    body = restore_client(federation, 1)
     assert body.attention.shape == (2, len(body.shapes))
     assert torch.equal(body.knowledge, torch.stack([beyond(trained[0], 1e-3), beyond(trained[2], 1e-3)]))
     assert 0 < float((body.knowledge != 0).float().mean()) < 1
     base = body.knowledge.clone()
     go_on()  # what comes now is for the task after
-    body = enter_client(federation, 1)
+    body = restore_client(federation, 1)
     assert torch.equal(body.knowledge, base)
     assert {"places", "next.places", "reference"} <= set(body.memory.received)
     assert len(result.bytes_down) == 3
@@ -453,7 +452,7 @@ def test_images_of_several_tasks_may_be_in_one_batch(body: Any) -> None:
 
 
 def test_who_catches_up_has_one_set_for_all_it_missed(make: Make, long_data: FederatedDataModule) -> None:
-    body = enter_client(make(client=client(), server=FedWeITServer(), data=long_data), 0)
+    body = restore_client(make(client=client(), server=FedWeITServer(), data=long_data), 0)
     fit(body, 2, 1)  # absent in all rounds of the first task
     assert body.sets == {}
     both = [test_logits_of(body, task, 2) for task in (1, 2)]
@@ -467,7 +466,7 @@ def test_who_catches_up_has_one_set_for_all_it_missed(make: Make, long_data: Fed
 
 
 def test_every_finished_task_has_a_set(make: Make, long_data: FederatedDataModule) -> None:
-    body = enter_client(make(client=client(), server=FedWeITServer(), data=long_data), 0)
+    body = restore_client(make(client=client(), server=FedWeITServer(), data=long_data), 0)
     start, learned = copy_of(body.shared()), []
     for task in (1, 2, 3):
         fit(body, task, task)
@@ -498,7 +497,7 @@ def test_a_state_is_all_there_is(body: Any) -> None:
 def test_the_task_is_known_so_the_masks_agree(make: Make) -> None:
     federation = make(client=client(epochs=3), server=FedWeITServer())
     results = run(federation)
-    assert federation.site.client.task_aware == ("task", "seen", "none")
+    assert federation.template.client.task_aware == ("task", "seen", "none")
     for result in results:
         assert result.accuracy["task"] == result.accuracy["seen"] == result.accuracy["none"]
     assert outcome(results) != []

@@ -31,7 +31,8 @@ from fedlscl.cli import configuration_sha256, describe, main
 from fedlscl.deployment import flower
 from fedlscl.deployment.flower import COMPUTE, END, FIT, WHO, FlowerTransport, client_app, server_app
 from fedlscl.deployment.shares import deal
-from fedlscl.federation.algorithm import Federation, RoundResult
+from fedlscl.federation.algorithm import Federation
+from fedlscl.federation.callback import RoundResult
 from fedlscl.messages import Download, Upload
 from fedlscl.models.vit import FrozenViT
 
@@ -124,7 +125,7 @@ class Place:
         experiment = describe(self.words)
         experiment.load()
         self.experiment = experiment
-        for _ in deal(experiment.data, experiment.server.public_images, folder / "shares"):
+        for _ in deal(experiment.data, experiment.server.server_images, folder / "shares"):
             pass
         nodes = {100 + n: {"client": n, "data": str(folder / "shares" / f"client-{n}")} for n in range(3)}
         self.wire = Wire([*self.words, "--run_dir", str(folder / "nodes")], nodes)
@@ -143,7 +144,6 @@ class Place:
 def run(federation: Federation, stop: int | None = None, results: list[RoundResult] | None = None) -> list[RoundResult]:
     results = [] if results is None else results
     for result in federation.run(Recorder()):
-        federation.store.commit({"round": result.round})
         results.append(result)
         if result.round == stop:
             break
@@ -241,7 +241,7 @@ def test_nothing_crosses_the_wire_but_the_messages_and_numbers(place: Place) -> 
 def failing(place: Place, client: int, round: int, monkeypatch: pytest.MonkeyPatch) -> list[RoundResult]:
     """In one process, with a client that fails in one round."""
     federation = place.in_process()
-    fit = federation.site.fit
+    fit = federation.transport.worker.fit
 
     def broken(body: Any, now: Any, logger: Any) -> Any:
         if (body.index, now.number) == (client, round):
@@ -563,7 +563,7 @@ def test_a_download_that_was_missed_is_kept_until_it_is_heard(place: Place) -> N
     assert kept is not None
     sent = [m for m, _ in place.wire.sent if in_round(m, 1, {END})]
     told = Download.from_bytes(
-        sent[0].content.array_records["downloads"]["1"].data, federation.site.first.download_schema()
+        sent[0].content.array_records["downloads"]["1"].data, federation.template.first.download_schema()
     )
     assert same(kept, told.tensors)
     run(place.on_flower(timeout=1.0), stop=2)
@@ -577,9 +577,9 @@ def test_a_download_that_was_missed_is_kept_until_it_is_heard(place: Place) -> N
 def test_counts_of_nobody_are_none(place: Place) -> None:
     federation = place.on_flower(timeout=0.3)
     place.wire.offline = {100, 101, 102}
-    assert federation.compute() == {}
+    assert federation.cost() == {}
     place.wire.offline = set()
-    assert set(federation.compute()["resnet18"]) == {"trained_parameters", "flops_frozen", "flops"}
+    assert set(federation.cost()["resnet18"]) == {"trained_parameters", "flops_frozen", "flops"}
     assert place.wire.sent[-1][0].metadata.message_type == COMPUTE
 
 

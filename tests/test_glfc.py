@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import copy_of, enter_client, fit, make_client, make_federation, make_trainer, output_of, run, same
+from helpers import copy_of, fit, make_client, make_federation, make_trainer, output_of, restore_client, run, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ def server(**changes: Any) -> GLFCServer:
 
 @pytest.fixture
 def body(make: Make) -> Any:
-    return enter_client(make(client=client(), server=server()), 0)
+    return restore_client(make(client=client(), server=server()), 0)
 
 
 def mask(classes: list[int], count: int) -> Tensor:
@@ -181,7 +181,7 @@ def lists(body: Any, indices: Tensor) -> dict[int, list[int]]:
 
 def test_exemplars_share_the_budget(tmp_path: Path, long_data: FederatedDataModule, vit: FrozenViT) -> None:
     federation = make_federation(tmp_path, long_data, vit, client(), server())
-    body = enter_client(federation, 0)
+    body = restore_client(federation, 0)
     parts = body.data.split.clients[0].tasks
     before: dict[int, list[int]] = {}
     for task, number in ((1, 1), (1, 2), (2, 3), (3, 4)):
@@ -197,7 +197,7 @@ def test_exemplars_share_the_budget(tmp_path: Path, long_data: FederatedDataModu
         used = [index for batch in body.train_dataloader() for index in batch.images.indices.tolist()]
         assert sorted(used) == sorted(body.memory.buffer.tolist() + parts[task - 1].train.tolist())
         fit(body, task, number)
-        before = lists(body, body.remembered)
+        before = lists(body, body.memory.remembered)
 
 
 def test_the_first_exemplar_is_the_image_nearest_the_class_mean(body: Any) -> None:
@@ -223,14 +223,14 @@ def test_the_gradients_of_a_task_s_prototypes_travel_once(make: Make, wire: list
     for message in uploads:
         assert ("gradients" in message.tensors) == (message.round in (1, 3))
         if "gradients" in message.tensors:
-            classes = federation.site.data.split.clients[message.client].tasks[message.task - 1].classes
+            classes = federation.template.data.split.clients[message.client].tasks[message.task - 1].classes
             gradients = message.tensors["gradients"]
             assert gradients.shape == (len(classes), LENGTH)
             assert labels_of(gradients, 8).tolist() == sorted(classes)
 
 
 def test_without_perturbation_the_gradients_are_those_of_the_prototypes(make: Make) -> None:
-    body = enter_client(make(client=client(perturbation_steps=0), server=server()), 1)
+    body = restore_client(make(client=client(perturbation_steps=0), server=server()), 1)
     fit(body, 1, 1)
     net = encoding_net(8)
     wanted = []
@@ -241,7 +241,7 @@ def test_without_perturbation_the_gradients_are_those_of_the_prototypes(make: Ma
 
 
 def test_the_perturbation_lowers_each_image_s_loss(make: Make) -> None:
-    body = enter_client(make(client=client(perturbation_steps=10, perturbation_rate=30.0), server=server()), 0)
+    body = restore_client(make(client=client(perturbation_steps=10, perturbation_rate=30.0), server=server()), 0)
     fit(body, 1, 1)
     body.eval()
     pixels, labels = body.data.batch("train", body.memory.candidates)
@@ -259,7 +259,7 @@ def test_the_perturbation_lowers_each_image_s_loss(make: Make) -> None:
 
 
 def test_constant_entropy_is_silent(make: Make) -> None:
-    body = enter_client(make(client=client(task_detect="entropy", threshold=0.0), server=server()), 0)
+    body = restore_client(make(client=client(task_detect="entropy", threshold=0.0), server=server()), 0)
     received = copy_of(body.shared())
     signals = []
     for number in (1, 2, 3):
@@ -276,7 +276,7 @@ def test_constant_entropy_is_silent(make: Make) -> None:
 
 
 def test_what_was_not_detected_is_not_yet_learned(make: Make) -> None:
-    body = enter_client(make(client=client(task_detect="entropy", threshold=100.0), server=server()), 0)
+    body = restore_client(make(client=client(task_detect="entropy", threshold=100.0), server=server()), 0)
     fit(body, 1, 1)
     fit(body, 2, 2)
     assert not body.signal
@@ -307,7 +307,7 @@ def shifted(tensors: dict[str, Tensor], by: float) -> dict[str, Tensor]:
 
 def test_the_teacher_is_the_latest_best_after_a_signal_and_then_the_previous(make: Make) -> None:
     federation = make(client=client(), server=server())
-    body = enter_client(federation, 0)
+    body = restore_client(federation, 0)
     fit(body, 1, 1)
     assert body.targets is None
     start = copy_of(body.shared())
@@ -318,7 +318,7 @@ def test_the_teacher_is_the_latest_best_after_a_signal_and_then_the_previous(mak
     assert same(copy_of(body.shared()), start)
     for number, which in ((2, "latest"), (3, "previous")):
         fit(body, 2, number)
-        other = enter_client(make(client=client(), server=server()), 0)
+        other = restore_client(make(client=client(), server=server()), 0)
         other.adopt(models[which])
         other.eval()
         samples = torch.cat([body.current, body.memory.buffer])
@@ -333,7 +333,7 @@ def test_a_step_has_both_halves_only_with_a_teacher(body: Any) -> None:
     fit(body, 1, 1)
     batch = next(iter(body.train_dataloader()))
     body.eval()
-    output = body._output(batch.images, "train")
+    output = body.output(batch.images, "train")
     alone = body.collaborative_losses(output, batch)
     assert set(alone) == {"compensation"}
     body.targets = lambda images: torch.full((len(images.labels), 8), 0.5)
@@ -358,7 +358,7 @@ class Told(GLFCServer):
 
 def test_the_best_model_is_kept_and_starts_anew_with_new_gradients(make: Make) -> None:
     proxy = Told([0.5, 0.4, 0.5, 0.1, 0.0])
-    body = enter_client(make(client=client(), server=proxy), 0)
+    body = restore_client(make(client=client(), server=proxy), 0)
     start, empty = copy_of(body.shared()), Round(1, 1, False, 0)
     gradients = torch.zeros(2, LENGTH)
     sent, answers = [], []
@@ -381,7 +381,7 @@ def test_the_best_model_is_kept_and_starts_anew_with_new_gradients(make: Make) -
 
 def test_the_mean_is_uniform_and_scored_on_the_monitor_images(make: Make) -> None:
     proxy = server(iterations=3, monitors=2)
-    body = enter_client(make(client=client(), server=proxy), 0)
+    body = restore_client(make(client=client(), server=proxy), 0)
     start = copy_of(body.shared())
     start["head.weight"].zero_()
     start["head.bias"].copy_(torch.arange(8.0))  # it says class 7 whatever it sees
@@ -406,7 +406,7 @@ def test_the_mean_is_uniform_and_scored_on_the_monitor_images(make: Make) -> Non
 
 def test_a_gradient_that_cannot_be_inverted_gives_no_images(make: Make) -> None:
     proxy = server()
-    body = enter_client(make(client=client(), server=proxy), 0)
+    body = restore_client(make(client=client(), server=proxy), 0)
     upload = Upload(0, 1, 1, 1, {**copy_of(body.shared()), "gradients": torch.full((1, LENGTH), 1e30)})
     proxy.aggregate({0: upload}, 1, Round(1, 1, False, 0), make_trainer)
     assert all(bool(tensor.isfinite().all()) for tensor in proxy.state().values())
@@ -463,4 +463,4 @@ def test_a_client_and_a_server_that_do_not_fit_are_refused(make: Make) -> None:
     with pytest.raises(ValueError, match="GLFCServer needs the gradients"):
         make(client=make_client(FedAvgClient, continual=NoReplay()), server=server())
     federation = make(client=client(), server=FedAvg())  # GLFC without its proxy has no teacher, but is possible
-    assert isinstance(enter_client(federation, 0), nn.Module)
+    assert isinstance(restore_client(federation, 0), nn.Module)

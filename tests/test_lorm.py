@@ -15,7 +15,6 @@ from helpers import (
     VIT,
     Recorder,
     copy_of,
-    enter_client,
     fit,
     make_client,
     make_data,
@@ -23,6 +22,7 @@ from helpers import (
     make_trainer,
     outcome,
     output_of,
+    restore_client,
     run,
     same,
 )
@@ -57,7 +57,7 @@ def client(**changes: Any) -> Any:
 
 @pytest.fixture
 def body(make: Make) -> Any:
-    return enter_client(make(client=client(), server=LoRMServer()), 0)
+    return restore_client(make(client=client(), server=LoRMServer()), 0)
 
 
 # ---- merging
@@ -299,7 +299,7 @@ def test_finished_tasks_count_by_their_inputs(body: Any, vit: FrozenViT) -> None
 
 
 def test_only_the_factor_whose_turn_it_is_moves(make: Make) -> None:
-    body = enter_client(make(client=client(), server=LoRMServer()), 0)
+    body = restore_client(make(client=client(), server=LoRMServer()), 0)
     pretend(body, 0)
     for number, moving in ((1, "b"), (2, "a"), (3, "b")):
         before = copy_of(body.shared())
@@ -329,7 +329,7 @@ def measured(body: Any, vit: FrozenViT, indices: Tensor) -> dict[str, Tensor]:
 
 
 def test_the_gram_matrices_are_sums_over_all_tokens_under_the_trained_weights(make: Make, vit: FrozenViT) -> None:
-    body = enter_client(make(client=client(evaluation_batch_size=5, rank=3), server=LoRMServer()), 1)
+    body = restore_client(make(client=client(evaluation_batch_size=5, rank=3), server=LoRMServer()), 1)
     pretend(body, 2)
     fit(body, 1, 1)
     assert len(body.current) > 5
@@ -344,7 +344,7 @@ def test_the_gram_matrices_are_sums_over_all_tokens_under_the_trained_weights(ma
 def test_mixed_precision_measures_about_the_same(make: Make) -> None:
     grams = []
     for trainer in (make_trainer(), RoundTrainer("cpu", precision="bf16-mixed")):
-        body = enter_client(make(client=client(), server=LoRMServer()), 0)
+        body = restore_client(make(client=client(), server=LoRMServer()), 0)
         body.begin_round(Round(1, 1, False, 0))
         with seeds.seeded(0):
             trainer.fit(body)
@@ -390,7 +390,6 @@ def test_turns_merges_and_tasks_in_a_federation_with_absent_clients(make: Make, 
     known: set[int] = set()
     common = dict(server.a)
     for result in federation.run(Recorder()):
-        federation.store.commit({"round": result.round})
         which = "bab"[(result.round - 1) % 3]
         uploads = {m.client: m for m, _ in wire if isinstance(m, Upload) and m.round == result.round}
         assert len(uploads) == 2
@@ -410,12 +409,12 @@ def test_turns_merges_and_tasks_in_a_federation_with_absent_clients(make: Make, 
         for name in set(answers[0]) - set(wanted):
             total = torch.stack([upload.tensors[name] for upload in uploads.values()]).sum(0)
             torch.testing.assert_close(answers[0][name], total)
-        bodies = [copy_of(enter_client(federation, index).shared()) for index in range(3)]
+        bodies = [copy_of(restore_client(federation, index).shared()) for index in range(3)]
         assert same(bodies[0], bodies[1])
         assert same(bodies[0], bodies[2])
         common = {layer: bodies[0][f"a.{layer}"] for layer in LAYERS}
         assert same(common, server.a)
-        body: Any = enter_client(federation, 0)
+        body: Any = restore_client(federation, 0)
         assert body.merges == (0 if ends else (result.round - 1) % 3 + 1)
         assert all(len(tensor) == result.round // 3 for tensor in body.past.values())
     assert result.round == 6
@@ -438,14 +437,14 @@ def test_a_run_goes_on_in_the_middle_of_a_task(tmp_path: Path, data: FederatedDa
     rest = run(again := federation("other"))
     assert outcome([*first, *rest]) == outcome(wanted)
     for index in range(3):
-        assert same(copy_of(enter_client(again, index).state()), enter_client(whole, index).state())
+        assert same(copy_of(restore_client(again, index).state()), restore_client(whole, index).state())
 
 
 def test_a_finished_task_is_kept_and_the_next_begins_anew(make: Make, wire: Wire) -> None:
     federation = make(client=client(), server=LoRMServer(), rounds=2)
-    first = copy_of(enter_client(federation, 0).shared())
+    first = copy_of(restore_client(federation, 0).shared())
     run(federation)
-    body = enter_client(federation, 0)
+    body = restore_client(federation, 0)
     of_round = {m.round: m.tensors for m, _ in wire if isinstance(m, Download) and m.client == 0}
     for layer in LAYERS:
         for task, (for_b, for_a) in enumerate(((1, 2), (3, 4))):
@@ -465,7 +464,7 @@ def test_a_finished_task_is_kept_and_the_next_begins_anew(make: Make, wire: Wire
     assert torch.equal(output_of(body, images).logits, before.logits)
     # and comes back with the state
     state = body.state()
-    other = enter_client(make(client=client(), server=LoRMServer()), 0)
+    other = restore_client(make(client=client(), server=LoRMServer()), 0)
     other.load(state)
     other.eval()
     assert torch.equal(output_of(other, images).logits, before.logits)

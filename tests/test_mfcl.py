@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CNN, Recorder, copy_of, enter_client, fit, make_client, make_trainer, run, same
+from helpers import CNN, Recorder, copy_of, fit, make_client, make_trainer, restore_client, run, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -285,7 +285,7 @@ def taught(make: Make) -> MFCLClient:
     """Client 0 after a task, with what the server made of it."""
     federation = make(client=client(), server=server())
     next(federation.run(Recorder()))
-    body: MFCLClient = enter_client(federation, 0)
+    body: MFCLClient = restore_client(federation, 0)
     return body
 
 
@@ -319,10 +319,10 @@ def test_the_terms_of_replay_are_those_of_the_formula(taught: MFCLClient) -> Non
     f_old = torch.cat([teacher_cnn(pixels), teacher_cnn(made)])
     old_logits = teacher_head(f_old).masked_fill(~old, -torch.inf)
     both = torch.cat([labels, old_logits[5:].argmax(1)])
-    seen = old | body._class_mask(1, 2)
+    seen = old | body.data.class_mask(1, 2)
     h_old = [teacher_head(part)[:, old] for part in (f, f_old)]
     wanted = {
-        "cross_entropy": F.cross_entropy(body.head(f[:5]).masked_fill(~body._class_mask(1, 2), -torch.inf), labels),
+        "cross_entropy": F.cross_entropy(body.head(f[:5]).masked_fill(~body.data.class_mask(1, 2), -torch.inf), labels),
         "head": F.cross_entropy(body.head(f).masked_fill(~seen, -torch.inf), both),
         "distillation": 0.1 * ((h_old[0] - h_old[1]).square().sum(1) / int(old.sum())).mean(),
     }
@@ -368,7 +368,7 @@ def test_teacher_and_generator_stay_out_of_the_module_tree(taught: MFCLClient) -
 def test_in_the_first_task_it_is_fedavg(make: Make) -> None:
     states = []
     for kind in (MFCLClient, FedAvgClient):
-        body = enter_client(make(client=client(kind), server=server() if kind is MFCLClient else None), 0)
+        body = restore_client(make(client=client(kind), server=server() if kind is MFCLClient else None), 0)
         fit(body, 1, 1)
         states.append(copy_of(body.state_dict()))
     assert same(*states)
@@ -380,14 +380,14 @@ def test_in_the_first_task_it_is_fedavg(make: Make) -> None:
 def test_a_generator_comes_when_a_task_ends(make: Make, wire: Wire) -> None:
     federation = make(client=client(), server=server(), rounds=2)
     results = run(federation)
-    data = federation.site.data
+    data = federation.template.data
     uploads = {(m.client, m.round): m for m, _ in wire if isinstance(m, Upload)}
     for (index, round), message in uploads.items():
         mask = torch.zeros(data.num_classes, dtype=torch.bool)
         mask[list(data.split.clients[index].tasks[(round - 1) // 2].classes)] = True
         assert torch.equal(message.tensors["classes"], mask)
     learned = torch.zeros(data.num_classes, dtype=torch.bool)
-    shared = set(enter_client(federation, 0).shared())
+    shared = set(restore_client(federation, 0).shared())
     names = {f"generator.{name}" for name in ImageGenerator(16).state_dict()} | {"classes"}
     for round in (1, 2, 3, 4):
         answers = [m.tensors for m, _ in wire if isinstance(m, Download) and m.round == round]
@@ -402,7 +402,7 @@ def test_a_generator_comes_when_a_task_ends(make: Make, wire: Wire) -> None:
             assert torch.equal(answers[0]["classes"], learned)
             assert set(results[round - 1].server) == {"cross_entropy", "balance", "statistics", "smoothness", "shown"}
     for index in range(3):
-        received = enter_client(federation, index).memory.received
+        received = restore_client(federation, index).memory.received
         assert same(below(received, "teacher."), {name: answers[0][name] for name in shared})
         assert same({name: t for name, t in received.items() if name in names}, {n: answers[0][n] for n in names})
 
@@ -412,7 +412,7 @@ def test_absent_clients_get_the_generator_too(make: Make) -> None:
     results = run(federation)
     assert all(result.skipped == {} for result in results)
     assert all(set(result.bytes_down) == {0, 1, 2} for result in results)
-    assert all("generator.layers.0.weight" in enter_client(federation, i).memory.received for i in range(3))
+    assert all("generator.layers.0.weight" in restore_client(federation, i).memory.received for i in range(3))
 
 
 def test_the_generator_goes_on_from_where_it_stopped(make: Make, wire: Wire) -> None:

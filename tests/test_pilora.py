@@ -17,13 +17,13 @@ from helpers import (
     CNN,
     Recorder,
     copy_of,
-    enter_client,
     fit,
     make_client,
     make_data,
     make_federation,
     output_of,
     parameters,
+    restore_client,
     run,
     same,
 )
@@ -57,7 +57,7 @@ def client(**changes: Any) -> Any:
 @pytest.fixture
 def body(make: Make) -> Any:
     """Client 0, which has learned nothing yet."""
-    return enter_client(make(client=client(), server=PILoRAServer()), 0)
+    return restore_client(make(client=client(), server=PILoRAServer()), 0)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -108,7 +108,7 @@ def test_the_products_of_all_tasks_are_added_to_q_and_v_alone(body: Any) -> None
 
 
 def test_the_block_is_the_one_that_was_asked_for(make: Make) -> None:
-    body = enter_client(make(client=client(block=1)), 0)
+    body = restore_client(make(client=client(block=1)), 0)
     with torch.no_grad():
         body.b.copy_(random(*body.b.shape))
     vit, images = copy.deepcopy(body.vit), torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
@@ -158,7 +158,7 @@ def losses_of(body: Any, output: Output, labels: Tensor) -> dict[str, float]:
 
 
 def test_the_terms_are_those_of_the_formulas(make: Make) -> None:
-    body = enter_client(make(client=client(compactness=0.2, sparsity=0.3, orthogonality=0.7)), 0)
+    body = restore_client(make(client=client(compactness=0.2, sparsity=0.3, orthogonality=0.7)), 0)
     labels = torch.tensor([1, 1, 0])
     delta = random(3, body.num_classes).abs()
     output = Output(-delta, torch.zeros(3, 1))
@@ -189,7 +189,7 @@ def test_the_published_weights_are_the_defaults() -> None:
 
 def test_pair_and_prototypes_may_have_rates_of_their_own(make: Make) -> None:
     for own, wanted in (({}, [0.5, 0.5]), ({"lora_learning_rate": 0.0, "prototype_learning_rate": 2.0}, [0.0, 2.0])):
-        body = enter_client(make(client=client(learning_rate=0.5, **own)), 0)
+        body = restore_client(make(client=client(learning_rate=0.5, **own)), 0)
         groups = body.configure_optimizers().param_groups
         assert [group["lr"] for group in groups] == wanted
         assert [[id(p) for p in group["params"]] for group in groups] == [
@@ -363,10 +363,10 @@ def test_messages_have_the_bytes_of_the_formulas(classes: int, monkeypatch: pyte
 def test_a_client_sends_its_current_classes_and_their_means(make: Make, wire: Wire) -> None:
     federation = make(client=client(), server=PILoRAServer(), rounds=2)
     run(federation)
-    width = federation.site.vit.width
+    width = federation.template.vit.width
     for round, task in ((2, 1), (3, 2)):
         for index, message in sent(wire, Upload, round).items():
-            classes = current(federation.site.data, index, task)
+            classes = current(federation.template.data, index, task)
             assert message.tensors["classes"].tolist() == classes
             assert message.tensors["prototypes"].shape == message.tensors["means"].shape == (2, width)
             size = sum(tensor.nbytes for tensor in message.tensors.values())
@@ -379,7 +379,7 @@ def test_a_mean_is_that_of_the_features_after_training(body: Any) -> None:
     fit(body, 1, 1)
     body.eval()
     images = images_of(body, 1)
-    labels = body._labels(torch.as_tensor(body.data.split.clients[0].tasks[0].train))
+    labels = body.data.labels(torch.as_tensor(body.data.split.clients[0].tasks[0].train))
     with torch.no_grad():
         features = output_of(body, images).representation
     tensors = body.outgoing()
@@ -396,14 +396,14 @@ def test_after_a_round_the_pair_is_the_mean_by_hand(make: Make, wire: Wire) -> N
     for name in ("a", "b"):
         mean = sum(m.samples * m.tensors[name].double() for m in messages.values()) / total
         for index in range(3):
-            torch.testing.assert_close(enter_client(federation, index).shared()[name].double(), mean)
+            torch.testing.assert_close(restore_client(federation, index).shared()[name].double(), mean)
 
 
 # ---- tasks
 
 
 def test_a_round_trains_the_current_pair_and_prototypes_alone(make: Make) -> None:
-    body = enter_client(make(client=client(epochs=2)), 0)
+    body = restore_client(make(client=client(epochs=2)), 0)
     fit(body, 1, 1)
     first = parameters(body)
     fit(body, 2, 2)
@@ -422,9 +422,9 @@ def test_a_new_pair_changes_nothing_at_first_and_is_the_same_for_all(make: Make)
     results = federation.run(Recorder())
     next(results)
     federation.store.commit({"round": 1})
-    images, opened = images_of(enter_client(federation, 0), 1), []
+    images, opened = images_of(restore_client(federation, 0), 1), []
     for index in range(3):
-        body = enter_client(federation, index)
+        body = restore_client(federation, index)
         body.eval()
         before, last = output_of(body, images).representation.detach(), body.a.detach().clone()
         body.begin_round(Round(2, 2, True, 0))
@@ -449,7 +449,7 @@ def test_everyone_has_the_pairs_as_they_were_answered_last(
     run(federation)
     ends = [sent(wire, Download, round) for round in (2, 4, 6)]
     for index in range(3):
-        body = enter_client(federation, index)
+        body = restore_client(federation, index)
         assert torch.equal(body.earlier_a, torch.cat([end[index].tensors["a"] for end in ends[:2]], 1))
         assert torch.equal(body.earlier_b, torch.cat([end[index].tensors["b"] for end in ends[:2]], 2))
         assert torch.equal(body.a, ends[2][index].tensors["a"])
@@ -462,8 +462,7 @@ def test_what_a_client_has_learned_stays_though_others_train_it(
     federation = make(data=long_data, client=client(), server=PILoRAServer(), rounds=2)
     after: list[list[Tensor]] = []
     for result in federation.run(Recorder()):
-        federation.store.commit({"round": result.round})
-        after.append([enter_client(federation, index).prototypes.detach().clone() for index in range(3)])
+        after.append([restore_client(federation, index).prototypes.detach().clone() for index in range(3)])
     shared = 0
     for index in range(3):
         for task in (1, 2, 3):
@@ -488,12 +487,12 @@ def test_those_who_train_a_class_now_get_the_same_prototype(make: Make, wire: Wi
     for round in (1, 2):
         for index, message in sent(wire, Download, round).items():
             for label, row in zip(
-                current(federation.site.data, index, round), message.tensors["prototypes"], strict=True
+                current(federation.template.data, index, round), message.tensors["prototypes"], strict=True
             ):
                 met += (round, label) in seen
                 assert torch.equal(seen.setdefault((round, label), row), row)
                 if round == 2:
-                    assert torch.equal(enter_client(federation, index).prototypes[label], row)
+                    assert torch.equal(restore_client(federation, index).prototypes[label], row)
     assert met > 0
 
 
@@ -513,7 +512,7 @@ def test_a_class_without_images_is_answered_and_not_voted_on(
     message = sent(wire, Upload, 1)[poor]
     assert message.tensors["classes"].tolist()[-1] == label
     assert len(message.tensors["prototypes"]) == len(message.tensors["means"]) == 1
-    answered = enter_client(federation, poor).prototypes[label]
+    answered = restore_client(federation, poor).prototypes[label]
     trained = sent(wire, Upload, 1)[owner].tensors
     assert torch.equal(answered, trained["prototypes"][trained["classes"].tolist().index(label)])
 
@@ -541,7 +540,7 @@ def test_one_who_was_absent_learns_two_tasks_under_the_pair_of_the_second(
 def test_distances_and_gradients_are_float32_under_autocast(body: Any) -> None:
     body.begin_round(Round(1, 1, False, 0))
     images = images_of(body, 1)
-    labels = body._labels(torch.as_tensor(body.data.split.clients[0].tasks[0].train))
+    labels = body.data.labels(torch.as_tensor(body.data.split.clients[0].tasks[0].train))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = output_of(body, images)
         loss = F.cross_entropy(output.logits, labels)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Recorder, copy_of, enter_client, fit, make_client, make_trainer, outcome, run, same
+from helpers import Recorder, copy_of, fit, make_client, make_trainer, outcome, restore_client, run, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -93,14 +93,14 @@ def test_the_first_task_is_fedavg_to_the_last_bit(make: Make) -> None:
     assert results[0].accuracy == results[1].accuracy
     states = []
     for kind in (TARGETClient, FedAvgClient):
-        body = enter_client(make(client=client(kind), server=server() if kind is TARGETClient else FedAvg()), 0)
+        body = restore_client(make(client=client(kind), server=server() if kind is TARGETClient else FedAvg()), 0)
         fit(body, 1, 1)
         states.append(copy_of(body.state()))
     assert same(*states)
 
 
 def test_the_client_keeps_images_and_their_teachers_logits_unchanged(make: Make) -> None:
-    body = enter_client(make(client=client(), server=server()), 0)
+    body = restore_client(make(client=client(), server=server()), 0)
     fit(body, 1, 1)
     sent = boundary(body)
     body.eval()
@@ -122,7 +122,7 @@ def test_the_client_keeps_images_and_their_teachers_logits_unchanged(make: Make)
 
 
 def test_a_step_draws_as_many_synthetic_images_as_it_has_real_ones(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    body = enter_client(make(client=client(strength=3.0), server=server()), 0)
+    body = restore_client(make(client=client(strength=3.0), server=server()), 0)
     fit(body, 1, 1)
     boundary(body, count=40)
     seen = []
@@ -158,7 +158,7 @@ def test_a_step_draws_as_many_synthetic_images_as_it_has_real_ones(make: Make, m
 def test_distillation_holds_the_old_columns(make: Make) -> None:
     drift = []
     for strength in (0.0, 25.0):
-        body = enter_client(make(client=client(strength=strength, epochs=4), server=server()), 0)
+        body = restore_client(make(client=client(strength=strength, epochs=4), server=server()), 0)
         fit(body, 1, 1)
         boundary(body, count=40)
         fit(body, 2, 2)
@@ -175,7 +175,7 @@ def test_distillation_holds_the_old_columns(make: Make) -> None:
 
 def test_messages_have_the_bytes_of_the_formula(make: Make, wire: list[tuple[Message, bytes]], vit: FrozenViT) -> None:
     federation = make(client=client(), server=server(synthesis_rounds=3, batch_size=2), rounds=2)
-    body = enter_client(federation, 0)
+    body = restore_client(federation, 0)
     model, classes = sum(tensor.nbytes for tensor in body.shared().values()), body.num_classes
     run(federation)
     learned = torch.zeros(classes, dtype=torch.bool)
@@ -185,7 +185,7 @@ def test_messages_have_the_bytes_of_the_formula(make: Make, wire: list[tuple[Mes
             assert size == model
         elif isinstance(message, Upload):
             assert size == model + classes
-            tasks = federation.site.data.split.clients[message.client].tasks[: message.task]
+            tasks = federation.template.data.split.clients[message.client].tasks[: message.task]
             own = sorted(label for part in tasks for label in part.classes)
             assert message.tensors["classes"].nonzero().flatten().tolist() == own
             learned[own] = True
@@ -212,11 +212,11 @@ def test_old_are_the_classes_of_all_who_ever_uploaded_and_the_absent_are_told(ma
         label
         for result in results
         for index in result.bytes_up
-        for part in federation.site.data.split.clients[index].tasks[: result.task]
+        for part in federation.template.data.split.clients[index].tasks[: result.task]
         for label in part.classes
     }
     for index in range(3):
-        received = enter_client(federation, index).memory.received
+        received = restore_client(federation, index).memory.received
         assert set(received["classes"].nonzero().flatten().tolist()) == wanted
         assert received["logits"].shape == (8, len(wanted))
 
@@ -235,9 +235,9 @@ def test_the_model_that_is_inverted_is_the_one_that_travels(make: Make, monkeypa
     next(federation.run(Recorder()))
     federation.store.commit({"round": 1})
     assert len(made) == 1
-    body = enter_client(federation, 2)
+    body = restore_client(federation, 2)
     assert same(copy_of(made[0].teacher.state_dict()), copy_of(body.shared()))
-    start = enter_client(make(client=client(), server=server()), 0).shared()
+    start = restore_client(make(client=client(), server=server()), 0).shared()
     assert same(copy_of(made[0].student.state_dict()), copy_of(start))  # untrained: the warm-up is not over
 
 

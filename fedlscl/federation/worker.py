@@ -90,7 +90,7 @@ class Worker:
         client.download(Download.from_bytes(message, client.download_schema()))
         client.trainer = tester = self._test_trainer()
         client.to(tester.strategy.root_device)
-        client.vit.move_to(client.device)
+        client.follow()
         client.eval()
         with torch.no_grad():
             client.on_download_end()

@@ -22,10 +22,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from fedlscl.messages import Download, Schema, TensorSpec, Upload
+from fedlscl.messages import Download, Schema, TensorSpec, Upload, schema_of
 from fedlscl.methods.fedavg import FedAvgClient
-from fedlscl.schedule import Round
-from fedlscl.server import Answers, FedAvg
+from fedlscl.server import Answer, Answers, Context, FedAvg, Metrics
 
 
 class DataFreeClient(FedAvgClient):
@@ -49,12 +48,12 @@ class DataFreeClient(FedAvgClient):
 
     def upload_schema(self) -> Schema:
         """Also a mask over the classes."""
-        return {**self.shared_schema(), "classes": TensorSpec((self.num_classes,), torch.bool)}
+        return {**schema_of(self.shared()), "classes": TensorSpec((self.num_classes,), torch.bool)}
 
     def download_schema(self) -> Schema:
         """After a task also what was made, and the classes it stands for."""
         classes = TensorSpec((self.num_classes,), torch.bool, optional=True)
-        return {**self.shared_schema(), **self.replay_schema(), "classes": classes}
+        return {**schema_of(self.shared()), **self.replay_schema(), "classes": classes}
 
     def download(self, message: Download) -> None:
         """Take over CNN and head; what comes with them replaces what came before."""
@@ -96,25 +95,23 @@ class DataFreeServer(FedAvg):
         """Take them over."""
         self.learned = state["learned"]
 
-    def aggregate(
-        self, uploads: Mapping[int, Upload], clients: int, round: Round, trainer: Callable[[], Trainer]
-    ) -> Answers:
+    def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:
         """One mean for all clients, and with the last of a task what was made of it."""
         for upload in uploads.values():
             self.learned = self.learned | upload.tensors["classes"]
-        answers = super().aggregate(uploads, clients, round, trainer)
-        self.metrics = {}
-        if not round.ends_task:
-            return answers
-        mean = next(iter(answers.values()))
+        answers, metrics = super().aggregate(uploads, context)
+        if not context.round.ends_task:
+            return answers, metrics
+        mean = answers[0].tensors
         teacher = self.model()
         teacher.load_state_dict(dict(mean))
-        answer = {**mean, **self.make_replay(teacher, trainer), "classes": self.learned}
-        return dict.fromkeys(answers, answer)
+        made, metrics = self.make_replay(teacher, context.trainer)
+        answer = Answer({**mean, **made, "classes": self.learned})
+        return dict.fromkeys(answers, answer), metrics
 
     @abstractmethod
-    def make_replay(self, teacher: nn.Module, trainer: Callable[[], Trainer]) -> Mapping[str, Tensor]:
-        """Make what clients replay from, by name, and fill `metrics`.
+    def make_replay(self, teacher: nn.Module, trainer: Callable[[], Trainer]) -> tuple[dict[str, Tensor], Metrics]:
+        """Make what clients replay from, by name; with metrics of it.
 
         Args:
             teacher: the mean, as a model of the clients.

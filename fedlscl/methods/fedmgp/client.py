@@ -16,8 +16,7 @@ from fedlscl.checks import at_least
 from fedlscl.client import Client
 from fedlscl.continual import NoReplay
 from fedlscl.losses import masked_cross_entropy
-from fedlscl.memory import below
-from fedlscl.messages import Schema, TensorSpec
+from fedlscl.messages import Schema, TensorSpec, schema_of
 from fedlscl.methods.fed_l2p import similarities
 from fedlscl.methods.frozen_vit import make_head
 from fedlscl.models.adapters import Prefixes
@@ -81,8 +80,6 @@ class FedMGPClient(Client):
         self.slot_keys = uniform(num_classes, vit.width)
         self.local_head = make_head(vit.width, self.hidden, num_classes)
         self.register_buffer("owner", torch.zeros(num_classes, dtype=torch.int64))
-        # local heads of finished tasks, by the number of the last task that each is for
-        self.sets: dict[int, dict[str, Tensor]] = {}
 
     # ---- the two passes
 
@@ -113,7 +110,7 @@ class FedMGPClient(Client):
         slots = nearest(self.pooled(self.vit.encode(entering, 0)), self.slot_keys, self.owner > 0)
         features = self.prefixed(entering, slots)
         logits: Tensor = self.local_head(features)
-        for last, one in self.sets.items():
+        for last, one in self.memory.archive.items():
             logits = torch.where(self.owner == last, functional_call(self.local_head, one, (features,)), logits)
         return Output(logits, features)
 
@@ -159,24 +156,11 @@ class FedMGPClient(Client):
         """Also put the local head away, and begin with a new one, when a task is new."""
         last = self.memory.begun
         if 0 < last < round.task:
-            self.sets[last] = {name: t.detach().clone() for name, t in self.local_head.state_dict().items()}
+            self.memory.archive.keep(last, self.local_head.state_dict())
             with seeds.seeded(round.seed, "local head", self.index, round.number):
                 self.local_head = make_head(self.vit.width, self.hidden, self.num_classes).to(self.device)
         super().begin_round(round)
         self.owner[self.current_mask.to(self.owner.device)] = round.task
-
-    def state(self) -> dict[str, Tensor]:
-        """Also the heads of finished tasks."""
-        sets = {f"set.{last}.{name}": t.cpu() for last, one in self.sets.items() for name, t in one.items()}
-        return {**super().state(), **sets}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Also the heads of finished tasks."""
-        super().load(state)
-        self.sets = {}
-        for name, tensor in below(state, "set.").items():
-            last, own = name.split(".", 1)
-            self.sets.setdefault(int(last), {})[own] = tensor
 
     # ---- messages
 
@@ -187,15 +171,10 @@ class FedMGPClient(Client):
 
     def download_schema(self) -> Schema:
         """The head may be missing: then the client goes on with its own."""
-        schema = {name: TensorSpec(s.shape, s.dtype, optional=True) for name, s in self.shared_schema().items()}
+        schema = {name: TensorSpec(s.shape, s.dtype, optional=True) for name, s in schema_of(self.shared()).items()}
         return {**schema, "prompt": TensorSpec.like(self.prompt), "key": TensorSpec.like(self.key)}
 
     # ---- evaluation
-
-    def on_test_start(self) -> None:
-        """Also put the heads of finished tasks where the client is."""
-        super().on_test_start()
-        self.sets = {last: {name: t.to(self.device) for name, t in one.items()} for last, one in self.sets.items()}
 
     def test_logits(self, batch: Images, tasks: Tensor) -> Tensor:
         """Logits of all heads, minus infinity for classes that this client has not seen; the task decides nothing."""

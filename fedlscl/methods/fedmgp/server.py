@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from fedlscl import seeds
@@ -15,8 +14,7 @@ from fedlscl.federation.trainer import fit_once
 from fedlscl.messages import Schema, Upload
 from fedlscl.methods.fedmgp.client import FedMGPClient
 from fedlscl.methods.fedmgp.fits import Distillation, HeadTraining, Steps
-from fedlscl.schedule import Round
-from fedlscl.server import Answers, Server, average
+from fedlscl.server import Answer, Answers, Context, Metrics, Server, average
 
 
 class FedMGPServer(Server):
@@ -44,7 +42,7 @@ class FedMGPServer(Server):
         at_least(1, "server", surrogates=surrogates, epochs=epochs, batch_size=batch_size)
         at_least(0, "server", learning_rate=learning_rate)
         self.fusion, self.epochs, self.batch_size, self.learning_rate = fusion, epochs, batch_size, learning_rate
-        self.public_images = surrogates if fusion == "distil" else 0
+        self.server_images = surrogates if fusion == "distil" else 0
 
     def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
         """Only for clients with a global prompt."""
@@ -59,28 +57,26 @@ class FedMGPServer(Server):
         """Keep the surrogate images."""
         self.images, self.labels = images, labels
 
-    def aggregate(
-        self, uploads: Mapping[int, Upload], clients: int, round: Round, trainer: Callable[[], Trainer]
-    ) -> Answers:
+    def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:
         """The same for all clients."""
         if self.fusion == "client0":
             sent = uploads[min(uploads)].tensors
-            answer = {name: sent[name] for name in ("prompt", "key")}
-            return dict.fromkeys(range(clients), answer)
+            answer = Answer({name: sent[name] for name in ("prompt", "key")})
+            return dict.fromkeys(range(context.clients), answer), {}
         student, *teachers = [uploads[index].tensors["prompt"] for index in sorted(uploads)]
         mean = average((upload.tensors, upload.samples) for upload in uploads.values())
         model = self.model()
         assert isinstance(model, FedMGPClient)  # `begin` has looked
         model.adopt({**mean, "prompt": student})
-        rng = seeds.generator(round.seed, "fusion", round.number)
+        rng = seeds.generator(context.round.seed, "fusion", context.round.number)
         distillation = Distillation(model, self._steps(rng), teachers)
-        fit_once(trainer(), distillation)
+        fit_once(context.trainer(), distillation)
         training = HeadTraining(model, self._steps(rng))
-        fit_once(trainer(), training)
+        fit_once(context.trainer(), training)
         before, after = distillation.before, distillation.after
-        self.metrics = {"fusion_before": before, "fusion_after": after, "head": training.after}
-        answer = {name: tensor.detach().cpu() for name, tensor in model.shared().items()}
-        return dict.fromkeys(range(clients), answer)
+        metrics = {"fusion_before": before, "fusion_after": after, "head": training.after}
+        answer = Answer({name: tensor.detach().cpu() for name, tensor in model.shared().items()})
+        return dict.fromkeys(range(context.clients), answer), metrics
 
     def _steps(self, rng: torch.Generator) -> Steps:
         """The surrogates and their labels in random order, in parts of nearly equal size."""

@@ -16,7 +16,7 @@ from fedlscl.client import Client
 from fedlscl.continual import NoReplay
 from fedlscl.evaluation import MASKS
 from fedlscl.memory import below
-from fedlscl.messages import AtMost, Download, Schema, TensorSpec
+from fedlscl.messages import AtMost, Download, Schema, TensorSpec, schema_of
 from fedlscl.methods.fedweit.decomposition import (
     Sparse,
     attended,
@@ -79,9 +79,6 @@ class FedWeITClient(Client):
         self.mask = nn.Parameter(torch.zeros(sum(self.channels)))
         self.attention = nn.Parameter(torch.zeros(0, len(self.shapes)))
         self.register_buffer("knowledge", torch.zeros(0, sum(self.sizes)), persistent=False)
-        # of finished tasks, by the number of the last one that a set is for: mask, added and, by their names, what
-        # else the CNN has
-        self.sets: dict[int, dict[str, Tensor]] = {}
 
     # ---- weights
 
@@ -127,9 +124,10 @@ class FedWeITClient(Client):
 
     @torch.no_grad()
     def _freeze(self, last: int) -> None:
+        """Keep mask and added, and by their names what else the CNN has."""
         rest = {name: t for name, t in self.cnn.state_dict().items() if name not in self.shapes}
         mine = {"mask": self.mask, "added": self._added(training=False), **rest}
-        self.sets[last] = {name: tensor.detach().clone() for name, tensor in mine.items()}
+        self.memory.archive.keep(last, mine)
 
     @torch.no_grad()
     def _start_set(self) -> None:
@@ -137,7 +135,7 @@ class FedWeITClient(Client):
         weights = self._flat_weights()
         self.adaptive.copy_(weights / 3)
         self.mask.copy_(torch.cat([torch.randn(c, generator=rng) / math.sqrt(c) for c in self.channels]))
-        reference = {"reference": weights.cpu()} if self.sets else {}
+        reference = {"reference": weights.cpu()} if self.memory.archive else {}
         self.memory.received = {**reference, **below(self.memory.received, "next.")}
         self.knowledge = self._knowledge().to(self.device)
         others = len(self.knowledge)
@@ -151,41 +149,32 @@ class FedWeITClient(Client):
             return torch.zeros(0, size)
         return dense(Sparse(*(received[name] for name in Sparse._fields)), size)
 
-    def state(self) -> dict[str, Tensor]:
-        """Also the parameters of finished tasks."""
-        sets = {f"set.{last}.{name}": t.cpu() for last, one in self.sets.items() for name, t in one.items()}
-        return {**super().state(), **sets}
-
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Also the parameters of finished tasks; the knowledge base has its size from the state."""
+        """The knowledge base has its size from the state."""
         self.attention = nn.Parameter(torch.zeros_like(state["model.attention"], device=self.device))
         super().load(state)
         self.knowledge = self._knowledge().to(self.device)
-        self.sets = {}
-        for name, tensor in below(state, "set.").items():
-            last, own = name.split(".", 1)
-            self.sets.setdefault(int(last), {})[own] = tensor
 
     # ---- training
 
     def on_train_start(self) -> None:
         """Also fetch what the drift is measured by."""
         super().on_train_start()
-        if self.sets:
+        if self.memory.archive:
             self.reference = self.memory.received["reference"].to(self.device)
-            gates = [one["mask"].to(self.device).sigmoid().square() for one in self.sets.values()]
+            gates = [one["mask"].sigmoid().square() for one in self.memory.archive.values()]
             self.held = torch.stack(gates).sum(0)
 
     def collaborative_losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy and the terms on the weights."""
         weights = list(self._weights().values())
-        decayed = [self.adaptive, self.mask, *([] if self.sets else weights)]
+        decayed = [self.adaptive, self.mask, *([] if self.memory.archive else weights)]
         terms = {
             **super().collaborative_losses(output, batch),
             "decay": self.decay / 2 * torch.stack([tensor.square().sum() for tensor in decayed]).sum(),
             "sparsity": self.sparsity * self.adaptive.abs().sum(),
         }
-        if self.sets:
+        if self.memory.archive:
             parts = torch.split(self.reference, self.sizes)
             before = [part.view_as(w) for part, w in zip(parts, weights, strict=True)]
             terms["drift"] = self.drift * drift(weights, before, torch.split(self.held, self.channels))
@@ -237,7 +226,7 @@ class FedWeITClient(Client):
         """W, and perhaps the A of all others."""
         limit = AtMost(CLIENTS * sum(self.sizes))
         return {
-            **self.shared_schema(),
+            **schema_of(self.shared()),
             "others.places": TensorSpec((limit,), torch.int32, optional=True),
             "others.values": TensorSpec((limit,), optional=True),
             "others.counts": TensorSpec((AtMost(CLIENTS),), torch.int32, optional=True),
@@ -245,24 +234,19 @@ class FedWeITClient(Client):
 
     # ---- evaluation
 
-    def on_test_start(self) -> None:
-        """Also put the parameters of finished tasks where the client is."""
-        super().on_test_start()
-        self.sets = {last: {name: t.to(self.device) for name, t in one.items()} for last, one in self.sets.items()}
-
     def test_logits(self, batch: Images, tasks: Tensor) -> Tensor:
         """Logits under the parameters of each image's task, minus infinity outside the task's classes."""
         logits = torch.zeros(len(tasks), self.num_classes, device=self.device)
         for task in torch.unique(tasks).tolist():
             rows = tasks == task
             logits[rows] = self._classify_as(batch.pixels[rows], task + 1).float()
-        return logits.masked_fill(~self.task_masks[tasks], -torch.inf)
+        return logits.masked_fill(~self.accuracy.task_masks[tasks], -torch.inf)
 
     def _classify_as(self, images: Tensor, task: int) -> Tensor:
         """Logits under the parameters of the set that learned `task`, from 1; of the newest if none has."""
-        ends = [last for last in self.sets if last >= task]
+        ends = [last for last in self.memory.archive if last >= task]
         if not ends:
             return self._run(images, self._theta(self.mask, self._added(training=False))).logits
-        one = self.sets[min(ends)]
+        one = self.memory.archive[min(ends)]
         rest = {name: tensor for name, tensor in one.items() if name not in ("mask", "added")}
         return self._run(images, {**self._theta(one["mask"], one["added"]), **rest}).logits

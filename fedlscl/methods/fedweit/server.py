@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from fedlscl.messages import AtMost, MessageError, Schema, Upload
 from fedlscl.methods.fedweit.decomposition import join, per_channel
-from fedlscl.schedule import Round
-from fedlscl.server import Answers, OnDemand, Server
+from fedlscl.server import Answer, Answers, Context, Metrics, OnDemand, Server
 
 
 class FedWeITServer(Server):
@@ -45,9 +43,7 @@ class FedWeITServer(Server):
                 f"upload: 'adaptive.places' must be a number from 0 to {self.entries - 1} for each of 'adaptive.values'"
             )
 
-    def aggregate(
-        self, uploads: Mapping[int, Upload], clients: int, round: Round, trainer: Callable[[], Trainer]
-    ) -> Answers:
+    def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:
         """One W for all clients, absent ones included, and to each the others' A."""
         adaptives: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -60,14 +56,14 @@ class FedWeITServer(Server):
 
         merged = merge(channels())
 
-        def answer(index: int) -> dict[str, Tensor]:
+        def answer(index: int) -> Answer:
             others = [part for other, part in adaptives.items() if other != index]
             if not others:
-                return merged
+                return Answer(merged)
             joined = join(others)
-            return {**merged, **{f"others.{name}": tensor for name, tensor in joined._asdict().items()}}
+            return Answer({**merged, **{f"others.{name}": tensor for name, tensor in joined._asdict().items()}})
 
-        return OnDemand(range(clients), answer)
+        return OnDemand(range(context.clients), answer), {}
 
 
 def merge(clients: Iterable[Mapping[str, tuple[Tensor, Tensor]]]) -> dict[str, Tensor]:

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlscl import checks
-from fedlscl.batches import Batch, Images, Output
+from fedlscl.batches import Batch, Images, Output, make_plan
 from fedlscl.memory import below, herding
-from fedlscl.messages import AtMost, Download, Schema, TensorSpec
+from fedlscl.messages import AtMost, Download, Schema, TensorSpec, schema_of
 from fedlscl.methods.fedavg import FedAvgClient
 from fedlscl.methods.glfc.gradients import SIDE, encoded, encoding_net
 from fedlscl.methods.glfc.losses import binary, entropy, gradient_compensation, one_hot, relation_distillation
@@ -61,8 +61,8 @@ class GLFCClient(FedAvgClient):
         """Shorten the lists of exemplars if others are about to join them."""
         self.signal = round.task > self.memory.begun
         if self.signal:
-            buffer, learned = self.memory.buffer, self._class_mask(0, self.memory.begun)
-            self.memory.buffer = buffer[first_of_each(self._labels(buffer), self._per_class(learned))]
+            buffer, learned = self.memory.buffer, self.data.class_mask(0, self.memory.begun)
+            self.memory.buffer = buffer[first_of_each(self.data.labels(buffer), self._per_class(learned))]
         self.gradients: dict[str, Tensor] = {}
         super().begin_round(round)
 
@@ -76,18 +76,19 @@ class GLFCClient(FedAvgClient):
             received["entropy"] = now
             if self.signal:
                 received["tasks"] = torch.tensor([self.memory.learned])
-            self.plan = self._plan()
+            rng = self.rng("order")  # as if the round had begun with this
+            self.plan = make_plan(self.passes(rng), self.batch_size, rng)
             self.train()
 
     def _old_mask(self) -> Tensor:
         """(K,) true for the classes that the client knows it has learned."""
         if self.task_detect == "oracle":
-            return self._class_mask(0, self.memory.learned)
-        return self._class_mask(0, int(self.memory.received.get("tasks", torch.zeros(1))))
+            return self.data.class_mask(0, self.memory.learned)
+        return self.data.class_mask(0, int(self.memory.received.get("tasks", torch.zeros(1))))
 
     def epoch(self, buffered: int, current: int) -> Tensor:
         """The exemplars of learned classes and all current images."""
-        exemplars = self._old_mask()[self._labels(self.memory.buffer)].nonzero().squeeze(1)
+        exemplars = self._old_mask()[self.data.labels(self.memory.buffer)].nonzero().squeeze(1)
         return torch.cat([exemplars, torch.arange(buffered, buffered + current)])
 
     # ---- training
@@ -110,17 +111,17 @@ class GLFCClient(FedAvgClient):
             soft = self.targets(batch.images)
             terms["relation"] = relation_distillation(logits, labels, self.seen_mask, self.old, soft)
             terms = {name: term / 2 for name, term in terms.items()}
-        return {**terms, **self.continual.collaborative_losses(self._step(output, batch))}
+        return {**terms, **self.continual.collaborative_losses(self.step_of(output, batch))}
 
     def on_train_end(self) -> None:
         """Herd the current images, and after a signal prepare the gradients of the prototypes."""
-        features = self.observe(self.current, self._classify)["representation"]
-        labels, rng = self._labels(self.current), self.rng("selection")
+        features = self.observe(self.current)["representation"]
+        labels, rng = self.data.labels(self.current), self.rng("selection")
         ranked = []
         for label in torch.unique(labels):
             members = (labels == label).nonzero().squeeze(1)
             ranked.append(self.current[members[herding(torch.empty(0), features[members], rng)]])
-        seen = self._class_mask(0, self.memory.begun)
+        seen = self.data.class_mask(0, self.memory.begun)
         self.memory.candidates = torch.cat([members[: self._per_class(seen)] for members in ranked])
         if self.signal:  # the first that herding takes is the image nearest the class mean
             self.gradients = {"gradients": self._share(torch.stack([members[0] for members in ranked]))}
@@ -149,7 +150,7 @@ class GLFCClient(FedAvgClient):
         return self.memory_size // max(1, int(classes.sum()))
 
     def _logits(self, images: Images) -> Tensor:
-        return self._output(images, "train").logits
+        return self.output(images).logits
 
     # ---- messages
 
@@ -161,7 +162,7 @@ class GLFCClient(FedAvgClient):
         """One gradient at most of each class."""
         length = sum(parameter.numel() for parameter in encoding_net(self.num_classes).parameters())
         gradients = TensorSpec((AtMost(self.num_classes), length), optional=True)
-        return {**self.shared_schema(), "gradients": gradients}
+        return {**schema_of(self.shared()), "gradients": gradients}
 
     def download(self, message: Download) -> None:
         """Take over the model, and keep the teachers that have changed."""
@@ -170,7 +171,7 @@ class GLFCClient(FedAvgClient):
 
     def download_schema(self) -> Schema:
         """The model, and perhaps either teacher."""
-        model = self.shared_schema()
+        model = schema_of(self.shared())
         teachers = {
             f"teacher.{which}.{name}": replace(spec, optional=True)
             for which in TEACHERS

@@ -16,8 +16,7 @@ from fedlscl.messages import AtMost, Schema, Upload
 from fedlscl.methods.glfc.client import TEACHERS
 from fedlscl.methods.glfc.gradients import SIDE
 from fedlscl.methods.glfc.reconstruction import Reconstruction
-from fedlscl.schedule import Round
-from fedlscl.server import Answers, FedAvg
+from fedlscl.server import Answer, Answers, Context, FedAvg, Metrics
 
 
 class GLFCServer(FedAvg):
@@ -63,38 +62,36 @@ class GLFCServer(FedAvg):
         self.teachers = {which: below(state, f"{which}.") for which in TEACHERS}
         self.images, self.labels, self.best = state["monitor.images"], state["monitor.labels"], state["best"]
 
-    def aggregate(
-        self, uploads: Mapping[int, Upload], clients: int, round: Round, trainer: Callable[[], Trainer]
-    ) -> Answers:
+    def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:
         """The mean for everyone, and the teachers that have changed."""
-        (mean, *_) = super().aggregate(uploads, clients, round, trainer).values()
-        self.metrics = {}
+        answers, _ = super().aggregate(uploads, context)
+        mean, metrics = answers[0].tensors, dict[str, float]()
         changed: dict[str, Mapping[str, Tensor]] = {}
         sent = (upload.tensors.get("gradients") for upload in uploads.values())
         if pool := [gradients for gradients in sent if gradients is not None]:
-            self._reconstruct(torch.cat(pool), seeds.generator(round.seed, "proxy", round.number), trainer)
+            rng = seeds.generator(context.round.seed, "proxy", context.round.number)
+            metrics |= self._reconstruct(torch.cat(pool), rng, context.trainer)
             self.best = torch.zeros(1)
             if self.teachers["latest"]:
                 changed["previous"] = self.teachers["latest"]
         if len(self.labels):
-            score = self._score(mean, trainer)
-            self.metrics["score"] = 100 * float(score)
+            score = self._score(mean, context.trainer)
+            metrics["score"] = 100 * float(score)
             if score >= self.best:
                 self.best, changed["latest"] = score, {name: tensor.clone() for name, tensor in mean.items()}
         self.teachers |= changed
         news = {f"teacher.{which}.{name}": t for which, model in changed.items() for name, t in model.items()}
-        answer = {**mean, **news}
-        return dict.fromkeys(range(clients), answer)
+        return dict.fromkeys(answers, Answer({**mean, **news})), metrics
 
-    def _reconstruct(self, gradients: Tensor, rng: torch.Generator, trainer: Callable[[], Trainer]) -> None:
-        """Make monitor images of gradients (n, P)."""
+    def _reconstruct(self, gradients: Tensor, rng: torch.Generator, trainer: Callable[[], Trainer]) -> Metrics:
+        """Make monitor images of gradients (n, P); with metrics of it."""
         fit = Reconstruction(gradients, self.classes, self.iterations, self.learning_rate, self.monitors, rng)
         fit_once(trainer(), fit)
         images, labels = torch.cat([torch.cat(list(last)) for last in fit.last]), fit.labels.cpu()
         sound = images.flatten(1).isfinite().all(dim=1)  # L-BFGS without a line search can diverge
         self.images, self.labels = images[sound].clamp(0, 1), labels.repeat_interleave(self.monitors)[sound]
-        if finite := [value for value in fit.mismatches if math.isfinite(value)]:
-            self.metrics["mismatch"] = sum(finite) / len(finite)
+        finite = [value for value in fit.mismatches if math.isfinite(value)]
+        return {"mismatch": sum(finite) / len(finite)} if finite else {}
 
     def _score(self, model: Mapping[str, Tensor], trainer: Callable[[], Trainer]) -> Tensor:
         """The accuracy (1,) of a model on the monitor images, in 0..1."""

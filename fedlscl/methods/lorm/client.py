@@ -71,8 +71,6 @@ class LoRMClient(Client):
         self.a = nn.ParameterList(torch.zeros(vit.depth, self.rank, size) for size in inputs)
         self._begin_factors(1)
         self.head = nn.Linear(vit.width, num_classes)
-        # of finished tasks, (tasks, ...) each by name
-        self.past = {name: torch.zeros(0, *tensor.shape) for name, tensor in self._of_a_task().items()}
         self.merges = 0  # answers since the current task began
 
     @torch.no_grad()
@@ -85,11 +83,6 @@ class LoRMClient(Client):
     def _factors(self, which: Factor) -> dict[str, Tensor]:
         parameters = self.a if which == "a" else self.b
         return {f"{which}.{layer}": parameter for layer, parameter in zip(LAYERS, parameters, strict=True)}
-
-    def _of_a_task(self) -> dict[str, Tensor]:
-        """What is kept of a task, by name; in place of the Gram diagonals zeros."""
-        grams = {f"gram.{layer}": torch.zeros_like(a[:, 0]) for layer, a in zip(LAYERS, self.a, strict=True)}
-        return {**self._factors("a"), **self._factors("b"), **grams}
 
     # ---- the adapted ViT
 
@@ -108,14 +101,14 @@ class LoRMClient(Client):
 
     def _deployed(self, current: bool) -> list[LoRA]:
         """For each layer finished tasks as one LoRA, or the plain mean of them and the current one."""
-        self.past = {name: tensor.to(self.device) for name, tensor in self.past.items()}
-        pairs = []
+        archive, pairs = self.memory.archive, []
         for layer, own_a, own_b in zip(LAYERS, self.a, self.b, strict=True):
-            a, b, grams = (self.past[f"{kind}.{layer}"] for kind in ("a", "b", "gram"))
+            a, b = archive.stacked(f"a.{layer}", own_a), archive.stacked(f"b.{layer}", own_b)
             if current:
                 a, b = torch.cat([a, own_a[None]]), torch.cat([b, own_b[None]])
                 pairs.append(joined(a, b, a.new_full((len(a), 1, 1), 1 / len(a))))
             else:
+                grams = archive.stacked(f"gram.{layer}", own_a[:, 0])
                 pairs.append(joined(a, b, divided(grams, grams.sum(0))))
         return pairs
 
@@ -147,14 +140,13 @@ class LoRMClient(Client):
     # ---- state
 
     def state(self) -> dict[str, Tensor]:
-        """Also the finished tasks, and where in the current one the federation is."""
-        past = {f"past.{name}": tensor.cpu() for name, tensor in self.past.items()}
-        return {**super().state(), **past, "merges": torch.tensor(self.merges)}
+        """Also where in the current task the federation is."""
+        return {**super().state(), "merges": torch.tensor(self.merges)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Also these."""
+        """Also that."""
         super().load(state)
-        self.past, self.merges = below(state, "past."), int(state["merges"])
+        self.merges = int(state["merges"])
 
     # ---- messages
 
@@ -179,8 +171,7 @@ class LoRMClient(Client):
         self.adopt(below(message.tensors, "merged."))
         self.merges += 1
         if grams := {name: tensor for name, tensor in message.tensors.items() if name.startswith("gram.")}:
-            finished = {name: tensor.detach().cpu() for name, tensor in {**self._of_a_task(), **grams}.items()}
-            self.past = {name: torch.cat([self.past[name].cpu(), tensor[None]]) for name, tensor in finished.items()}
+            self.memory.archive.keep(message.task, {**self._factors("a"), **self._factors("b"), **grams})
             self._begin_factors(message.task + 1)
             self.merges = 0
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from fedlscl.memory import below
 from fedlscl.messages import Schema, Upload
 from fedlscl.methods.lorm.client import LAYERS, LoRMClient, initial, turn
 from fedlscl.methods.lorm.merging import merge, projected, shrunk
-from fedlscl.schedule import Round
-from fedlscl.server import Answers, Server
+from fedlscl.server import Answer, Answers, Context, Metrics, Server
 
 
 class LoRMServer(Server):
@@ -50,9 +48,7 @@ class LoRMServer(Server):
         """Take over both."""
         self.merges, self.a = int(state["merges"]), below(state, "a.")
 
-    def aggregate(
-        self, uploads: Mapping[int, Upload], clients: int, round: Round, trainer: Callable[[], Trainer]
-    ) -> Answers:
+    def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:
         """The merged factor and head for everyone, absent clients included, and at a task's end its Gram diagonals."""
         which = turn(self.merges)
         grams = {layer: torch.zeros((), dtype=torch.float64) for layer in LAYERS}
@@ -76,8 +72,10 @@ class LoRMServer(Server):
         self.merges += 1
         if which == "a":
             self.a = {layer: merged[f"a.{layer}"] for layer in LAYERS}
-        if round.ends_task:
+        if context.round.ends_task:
             answer |= {f"gram.{layer}": gram.float() for layer, gram in grams.items()}
-            self.a = {layer: initial(a.shape, self.origin, round.task + 1, layer) for layer, a in self.a.items()}
+            self.a = {
+                layer: initial(a.shape, self.origin, context.round.task + 1, layer) for layer, a in self.a.items()
+            }
             self.merges = 0
-        return dict.fromkeys(range(clients), answer)
+        return dict.fromkeys(range(context.clients), Answer(answer)), {}

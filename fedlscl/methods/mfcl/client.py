@@ -52,7 +52,7 @@ class MFCLClient(DataFreeClient):
 
     def uploaded_classes(self) -> Tensor:
         """The classes of the current task."""
-        return self._class_mask(self.memory.learned, self.memory.begun)
+        return self.data.class_mask(self.memory.learned, self.memory.begun)
 
     def replay_schema(self) -> Schema:
         """A generator."""

@@ -14,6 +14,7 @@ from fedlscl.messages import Schema
 from fedlscl.methods.data_free import DataFreeServer
 from fedlscl.methods.mfcl.client import MFCLClient
 from fedlscl.methods.mfcl.generator import GeneratorSettings, GeneratorTraining, named
+from fedlscl.server import Metrics
 
 
 class MFCLServer(DataFreeServer):
@@ -44,7 +45,7 @@ class MFCLServer(DataFreeServer):
         super().load(state)
         self.generator = below(state, "generator.")
 
-    def make_replay(self, teacher: nn.Module, trainer: Callable[[], Trainer]) -> Mapping[str, Tensor]:
+    def make_replay(self, teacher: nn.Module, trainer: Callable[[], Trainer]) -> tuple[dict[str, Tensor], Metrics]:
         """The generator, trained on from where it stopped."""
         assert isinstance(teacher, MFCLClient)  # nobody else takes a generator
         training = GeneratorTraining(teacher, self.learned, self.settings)
@@ -53,5 +54,4 @@ class MFCLServer(DataFreeServer):
         fit_once(trainer(), training)
         state = training.generator.state_dict()
         self.generator = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        self.metrics = {name: float(value) for name, value in training.record.items()}
-        return named(self.generator)
+        return named(self.generator), {name: float(value) for name, value in training.record.items()}

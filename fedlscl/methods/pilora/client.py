@@ -15,7 +15,7 @@ from fedlscl.batches import Batch, Images, Output
 from fedlscl.checks import at_least
 from fedlscl.client import Client
 from fedlscl.continual import NoReplay
-from fedlscl.messages import AtMost, Download, Schema, TensorSpec
+from fedlscl.messages import AtMost, Download, Schema, TensorSpec, schema_of
 from fedlscl.methods.pilora.prototypes import distances
 from fedlscl.models.adapters import LoRA, LowRank
 from fedlscl.models.cnn import SmallModelSpec
@@ -108,17 +108,16 @@ class PILoRAClient(Client):
             return False
         self.opened.fill_(task)
         if opened:
-            joined = torch.cat([self.earlier_a, self.a.detach()], 1), torch.cat([self.earlier_b, self.b.detach()], 2)
-            self.memory.received |= {name: tensor.cpu() for name, tensor in zip(PAIR, joined, strict=True)}
+            self.memory.archive.keep(opened, {"a": self.a, "b": self.b})
             self._fetch()
         return opened > 0
 
     def _fetch(self) -> None:
-        """Take the pairs of finished tasks from the memory."""
-        if self.memory.received:
-            self.earlier_a, self.earlier_b = (self.memory.received[name].to(self.a.device) for name in PAIR)
-        else:
-            self.earlier_a, self.earlier_b = self.earlier_a[:, :0], self.earlier_b[:, :, :0]
+        """Join the pairs of finished tasks."""
+        self.memory.archive.to(self.a.device)
+        pairs = [(one["a"], one["b"]) for one in self.memory.archive.values()]
+        self.earlier_a = torch.cat([self.a.detach()[:, :0], *(a for a, _ in pairs)], 1)
+        self.earlier_b = torch.cat([self.b.detach()[:, :, :0], *(b for _, b in pairs)], 2)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Also fetch the pairs of finished tasks."""
@@ -128,8 +127,8 @@ class PILoRAClient(Client):
     def _classes(self) -> tuple[Tensor, Tensor]:
         """Numbers of the current classes, ascending: those of which there are images, and the others."""
         first, last = self.memory.learned, self.memory.begun
-        held = torch.unique(self._labels(self._images_of(first, last)))
-        rest = self._class_mask(first, last)
+        held = torch.unique(self.data.labels(self.data.train_images(first, last)))
+        rest = self.data.class_mask(first, last)
         rest[held] = False
         return held, rest.nonzero().squeeze(1)
 
@@ -157,11 +156,11 @@ class PILoRAClient(Client):
     def on_train_end(self) -> None:
         """Compute the class means; no sample needs to be remembered."""
         features = self.observe(self.current, self._features)["features"]
-        labels = self._labels(self.current)
+        labels = self.data.labels(self.current)
         self.means = torch.stack([features[labels == label].mean(0) for label in torch.unique(labels)])
 
     def _features(self, images: Images) -> dict[str, Tensor]:
-        return {"features": self._output(images, "train").representation}
+        return {"features": self.output(images).representation}
 
     # ---- messages
 
@@ -177,7 +176,7 @@ class PILoRAClient(Client):
 
     def upload_schema(self) -> Schema:
         """Any number of classes."""
-        shared = self.shared_schema()
+        shared = schema_of(self.shared())
         rows = TensorSpec((AtMost(self.num_classes), self.vit.width))
         numbers = TensorSpec((AtMost(self.num_classes),), torch.int64)
         return {**shared, "prototypes": rows, "means": rows, "classes": numbers}
@@ -194,7 +193,7 @@ class PILoRAClient(Client):
     def download_schema(self) -> Schema:
         """The pair, and perhaps prototypes of any number of classes."""
         rows = TensorSpec((AtMost(self.num_classes), self.vit.width), optional=True)
-        return {**self.shared_schema(), "prototypes": rows}
+        return {**schema_of(self.shared()), "prototypes": rows}
 
 
 def overlap(a: Tensor, earlier: Tensor) -> Tensor:

@@ -7,15 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from fedlscl.checks import positive
 from fedlscl.messages import MessageError, Schema, Upload
 from fedlscl.methods.pilora.client import PAIR
 from fedlscl.methods.pilora.prototypes import weights
-from fedlscl.schedule import Round
-from fedlscl.server import Answers, Server, average
+from fedlscl.server import Answer, Answers, Context, Metrics, Server, average
 
 
 class PILoRAServer(Server):
@@ -59,9 +57,7 @@ class PILoRAServer(Server):
         """Take over the prototypes."""
         self.prototypes = state["prototypes"].clone()
 
-    def aggregate(
-        self, uploads: Mapping[int, Upload], clients: int, round: Round, trainer: Callable[[], Trainer]
-    ) -> Answers:
+    def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:
         """The mean pair for everyone, absent clients included, and to each sender the prototypes of its classes."""
         classes: dict[int, Tensor] = {}
         candidates: dict[int, list[Tensor]] = defaultdict(list)
@@ -80,11 +76,9 @@ class PILoRAServer(Server):
         pair = average(pairs())
         for label, copies in candidates.items():
             if self.proto_clients == "all":
-                copies += [self.prototypes[label]] * (clients - len(copies))
+                copies += [self.prototypes[label]] * (context.clients - len(copies))
             stacked = torch.stack(copies)
             u = weights(stacked, torch.stack(means[label]), self.temperature)
             self.prototypes[label] = u @ stacked.double()
-        return {
-            index: {**pair, "prototypes": self.prototypes[classes[index]]} if index in classes else pair
-            for index in range(clients)
-        }
+        own = {index: {"prototypes": self.prototypes[numbers]} for index, numbers in classes.items()}
+        return {index: Answer({**pair, **own.get(index, {})}) for index in range(context.clients)}, {}

@@ -33,20 +33,18 @@ class TARGETClient(DataFreeClient):
 
     def uploaded_classes(self) -> Tensor:
         """The classes learned."""
-        return self._class_mask(0, self.memory.begun)
+        return self.data.class_mask(0, self.memory.begun)
 
     def replay_schema(self) -> Schema:
         """Synthetic images, no larger than the CNN takes them."""
         side = AtMost(self.cnn.image_size)
         return {"images": TensorSpec((AtMost(LARGEST_SET), 3, side, side), torch.uint8, optional=True)}
 
-    def on_test_start(self) -> None:
+    def on_download_end(self) -> None:
         """The model that came with synthetic images is their teacher: note its logits."""
-        super().on_test_start()
         received = self.memory.received
         if received and "logits" not in received:
-            # training will use what is computed here, so it must not come of the test's inference mode
-            with torch.inference_mode(False), torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            with self.trainer.precision_plugin.forward_context():
                 parts = [self._old(batch) for batch in torch.split(received["images"], self.evaluation_batch_size)]
             received["logits"] = torch.cat([part.cpu() for part in parts])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from fedlscl.federation.trainer import fit_once
 from fedlscl.messages import AtMost, Schema
 from fedlscl.methods.data_free import DataFreeServer
 from fedlscl.methods.target.synthesis import Inversion, InversionSettings
+from fedlscl.server import Metrics
 
 
 class TARGETServer(DataFreeServer):
@@ -40,11 +41,10 @@ class TARGETServer(DataFreeServer):
                 f"above the {most} images that a client takes"
             )
 
-    def make_replay(self, teacher: nn.Module, trainer: Callable[[], Trainer]) -> Mapping[str, Tensor]:
+    def make_replay(self, teacher: nn.Module, trainer: Callable[[], Trainer]) -> tuple[dict[str, Tensor], Metrics]:
         """Images that the mean is inverted into."""
         inversion = Inversion(teacher, self.model(), self.learned, self.settings, self.image_size)
         fit_once(trainer(), inversion)
-        self.metrics = inversion.means()
         images = torch.cat(inversion.images)
         inversion.images = []  # the Trainer holds the module for some time
-        return {"images": images}
+        return {"images": images}, inversion.means()
