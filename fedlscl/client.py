@@ -243,7 +243,8 @@ class Client(LightningModule, ABC):
         nothing = self.current[:0]
         observed = {"nothing": nothing, "buffer": self.memory.buffer, "current": self.current}[self.continual.observes]
         if self.memory.learned and len(observed) and not self.memory.snapshot:
-            self.memory.snapshot = self.observe(observed, self._preserved)
+            # in place: Lightning has asked for this round's batches before, and they look it up here
+            self.memory.snapshot.update(self.observe(observed, self._preserved))
         self.kept = {name: tensor.to(self.device) for name, tensor in self.memory.kept.items()}
         self.train()
 
