@@ -99,7 +99,7 @@ class Scale:
     features: int = 800
     product: int = 3072
     words: tuple[str, ...] = ()
-    federation: tuple[str, ...] = ()  # words for whole federations
+    federation: tuple[str, ...] = ()  # words for federations and clients with the images of a setting
 
 
 TINY = Scale(
@@ -115,7 +115,10 @@ TINY = Scale(
         *("--cnn.image_size=16", "--cnn.features=8"),
         "--cnn.model_args={channels: [4, 4, 8, 8], norm_layer: groupnorm1}",
     ),
-    federation=("--data.split.clients=2", "--federation.rounds=1"),
+    federation=(
+        *("--data.split.clients=2", "--data.split.min_public_images=2", "--federation.rounds=1"),
+        *("--data.split.train_per_class=8", "--data.split.test_per_class=3", "--model.batch_size=16"),
+    ),
 )
 scale = Scale()
 
@@ -135,7 +138,7 @@ class Bench:
 
     def __init__(self, *words: str) -> None:
         self.folder = tempfile.TemporaryDirectory()
-        described = experiment([*CIFAR, *words], self.folder.name)
+        described = experiment([*CIFAR, *scale.federation, *words], self.folder.name)
         self.site = described.site()
         self.client = self.site.enter(0, None, self.site.start(0))
         self.client.begin_round(Round(1, 1, True, 0))

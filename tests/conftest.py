@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+
+# Byte code is kept even where the environment says otherwise: some 40 processes start here, and what they import takes
+# each of them 10 s to compile. This is read before the workers start
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# ruff: noqa: E402
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +31,15 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # the models are tiny: a second thread would only wait for the first
     # LightningCLI 2.6 calls a function that newer releases of jsonargparse deprecate
     config.addinivalue_line("filterwarnings", "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+
+
+# A worker takes file after file: the long ones first, and none waits at the end for another's
+LONGEST = ("contract", "flower", "deployment", "bench", "wandb_server", "sweep", "killed", "report")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(scope="session")

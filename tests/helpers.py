@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from fedlscl.messages import Message
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
+from fedlscl.run.experiment import Experiment
 from fedlscl.schedule import Round, Schedule
 from fedlscl.server import Isolated, Server
 
@@ -134,6 +137,12 @@ def make_federation(
     template, store = Template(client, data, vit, SmallModelSpec(**cnn), seed, make_trainer), Store(folder)
     server = server or (ExactO2D() if isinstance(client, FedLSCL) else Isolated())
     return Federation(Schedule(rounds, clients_per_round), server, template, store, InProcess(template, store))
+
+
+def fresh(experiment: Experiment) -> Experiment:
+    """The same experiment of objects of its own, as if its words had been parsed again, which takes much longer."""
+    made: Any = None  # it makes new Trainers and keeps nothing, but holds the whole parser
+    return replace(deepcopy(replace(experiment, trainer=made)), trainer=experiment.trainer)
 
 
 def run(federation: Federation, callback: FederationCallback | None = None) -> list[RoundResult]:

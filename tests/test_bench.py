@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-BENCH = Path(__file__).parent.parent / "experiments" / "bench.py"
+import pytest
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 
-def test_every_part_runs(tmp_path: Path) -> None:
+def test_every_part_runs(
+    command_line: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     report = tmp_path / "bench.json"
-    words = [sys.executable, str(BENCH), "--tiny", "--threads", "1", "--json", str(report)]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+    importlib.import_module("bench").run(["--tiny", "--threads", "1", "--json", str(report)])
     found = json.loads(report.read_text())
     assert set(found) == {
         *("machine", "prefix", "replay", "throughput", "hardware"),
@@ -32,4 +34,4 @@ def test_every_part_runs(tmp_path: Path) -> None:
         assert row["steps"] > row["fits and tests"] == 4
         untouched = ("moves of the ViT", "tensors of it elsewhere", "copies of its weights", "waits in steps")
         assert [row[name] for name in untouched] == [0, 0, 0, 0]
-    assert "| ViT | block |" in done.stdout
+    assert "| ViT | block |" in capsys.readouterr().out

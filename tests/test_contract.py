@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from helpers import SETTING, Recorder, copy_of, outcome, restore_client, same
+from helpers import SETTING, Recorder, copy_of, fresh, outcome, restore_client, same
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
@@ -26,7 +26,7 @@ from fedlscl.schedule import Schedule
 METHODS = sorted((Path(__file__).parent.parent / "experiments" / "methods").glob("*.yaml"))
 BUDGET = {"epochs": 2, "batch_size": 8, "buffer_size": 3}
 SERVER_BUDGET: dict[str, dict[str, int]] = {  # of the servers that train
-    "glfc": {"iterations": 3, "monitors": 2},
+    "glfc": {"iterations": 2, "monitors": 2},
     "target": {"synthesis_rounds": 3, "steps": 3, "batch_size": 8},
     "mfcl": {"steps": 6, "batch_size": 8},
 }
@@ -145,12 +145,17 @@ def method(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(method: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Run]:
-    """Two tasks of two rounds with everyone in them."""
-    folder = tmp_path_factory.mktemp(method.stem)
+def described(method: Path, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """What is run here, by `fresh` copies."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["fedlscl"])
-        experiment = experiment_of(method, folder, patch)
+        return experiment_of(method, tmp_path_factory.mktemp(method.stem), patch)
+
+
+@pytest.fixture(scope="module")
+def whole(described: Experiment, tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Run]:
+    """Two tasks of two rounds with everyone in them."""
+    folder, experiment = tmp_path_factory.mktemp("whole"), fresh(described)
     still: dict[int, set[str]] = {}
     return experiment, observed(federation_of(experiment, folder / "store", still))._replace(still=still)
 
@@ -221,14 +226,11 @@ def test_the_vit_is_not_part_of_a_state(whole: tuple[Experiment, Run]) -> None:
         assert not any(tensor.contiguous().numpy().tobytes() in vit for tensor in state.values())
 
 
-def test_absence_repetition_and_resumption(
-    method: Path, tmp_path: Path, command_line: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_absence_repetition_and_resumption(described: Experiment, tmp_path: Path) -> None:
     """With one client absent in each round: equal seeds give equal runs, though one of the two is taken up again."""
 
     def federation(store: str) -> Federation:
-        experiment = experiment_of(method, tmp_path, monkeypatch)
-        experiment = replace(experiment, schedule=Schedule(1, clients_per_round=2))
+        experiment = replace(fresh(described), schedule=Schedule(1, clients_per_round=2))
         return federation_of(experiment, tmp_path / store, {})
 
     one = observed(federation("one"))
@@ -244,11 +246,8 @@ def test_absence_repetition_and_resumption(
         assert same(a.tensors, b.tensors)
 
 
-def test_another_seed_is_another_run(
-    method: Path, tmp_path: Path, command_line: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    experiment = experiment_of(method, tmp_path, monkeypatch)
-    states = []
+def test_another_seed_is_another_run(described: Experiment, tmp_path: Path) -> None:
+    experiment, states = fresh(described), []
     for seed in (1, 2):
         federation = federation_of(replace(experiment, seed=seed), tmp_path / str(seed), {})
         states.append(copy_of(restore_client(federation, 0).state()))

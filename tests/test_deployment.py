@@ -17,6 +17,11 @@ pytest.importorskip("ray")
 
 from fedlscl.cli import main
 
+pytestmark = pytest.mark.processes
+
+LONG = 1800
+"""Seconds after which something hangs, however busy the machine is."""
+
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 DIGITS = """
@@ -50,22 +55,29 @@ def deploy() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules["deploy"] = module
     spec.loader.exec_module(module)
+    module.START_SECONDS = LONG
     return module
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the setting and of its run in one process."""
+    folder = tmp_path_factory.mktemp("one")
+    (folder / "setting.yaml").write_text(DIGITS)
+    return folder
+
+
 @pytest.fixture
-def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def setting(one: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    path = tmp_path / "setting.yaml"
-    path.write_text(DIGITS)
-    return path
+    return one / "setting.yaml"
 
 
 @pytest.fixture
-def expected(setting: Path, command_line: None) -> dict[str, Any]:
-    """The numbers of one process."""
-    main(["fit", "--config", str(setting), "--run_dir", "one"])
-    return lasting(json.loads(Path("one", "summary.json").read_text()))
+def expected(one: Path, setting: Path, command_line: None) -> dict[str, Any]:
+    """The numbers of one process, which has finished when the second test asks."""
+    main(["fit", "--config", str(setting), "--run_dir", str(one / "run")])
+    return lasting(json.loads((one / "run" / "summary.json").read_text()))
 
 
 def of_the_server(folder: Path) -> dict[str, Any]:
@@ -76,7 +88,7 @@ def of_the_server(folder: Path) -> dict[str, Any]:
 def test_separate_processes_end_with_the_numbers_of_one_and_strangers_stay_outside(
     deploy: ModuleType, setting: Path, expected: dict[str, Any], tmp_path: Path
 ) -> None:
-    with deploy.Deployment(tmp_path / "apart", ["--config", str(setting)], timeout=300) as deployed:
+    with deploy.Deployment(tmp_path / "apart", ["--config", str(setting)], timeout=LONG) as deployed:
         stranger = tmp_path / "apart" / "client-9"
         deploy.node_key(stranger / "node")  # which nobody has registered
         deployed.start_node("client-9", client=1, data=str(tmp_path / "apart" / "client-1"))
@@ -84,7 +96,8 @@ def test_separate_processes_end_with_the_numbers_of_one_and_strangers_stay_outsi
             deployed.register(f"client-{index}")
             deployed.start_node(f"client-{index}")
         status = deployed.wait(deployed.run())
-        refused, ended = deployed.log("client-9"), deployed.processes["client-9"].poll()
+        ended = deployed.processes["client-9"].wait(LONG)
+        refused = deployed.log("client-9")
     assert of_the_server(tmp_path / "apart") == expected
     assert not (stranger / "runs").exists()
     assert "SuperNode ID" not in refused
@@ -99,6 +112,6 @@ def test_separate_processes_end_with_the_numbers_of_one_and_strangers_stay_outsi
 def test_simulated_nodes_end_with_the_numbers_of_one_process(
     deploy: ModuleType, setting: Path, expected: dict[str, Any], tmp_path: Path
 ) -> None:
-    with deploy.Deployment(tmp_path / "apart", ["--config", str(setting)], timeout=300, simulate=2) as deployed:
+    with deploy.Deployment(tmp_path / "apart", ["--config", str(setting)], timeout=LONG, simulate=2) as deployed:
         deployed.wait(deployed.run())
     assert of_the_server(tmp_path / "apart") == expected

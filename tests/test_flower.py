@@ -6,16 +6,18 @@ import json
 import logging
 import math
 import shlex
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from functools import partial
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from helpers import SETTING, Recorder, lasting, lasting_rows, outcome, same
+from helpers import SETTING, Recorder, fresh, lasting, lasting_rows, outcome, same
 from safetensors.torch import load, save, save_file
 from test_cli import METHOD
 from test_contract import METHODS, budget
@@ -27,14 +29,16 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlscl.cli import configuration_sha256, describe, main
+from fedlscl import cli
+from fedlscl.cli import configuration_sha256, main
 from fedlscl.deployment import flower
-from fedlscl.deployment.flower import COMPUTE, END, FIT, WHO, FlowerTransport, client_app, server_app
+from fedlscl.deployment.flower import COST, END, FIT, WHO, FlowerTransport, client_app, server_app
 from fedlscl.deployment.shares import deal
 from fedlscl.federation.algorithm import Federation
 from fedlscl.federation.callback import RoundResult
 from fedlscl.messages import Download, Upload
 from fedlscl.models.vit import FrozenViT
+from fedlscl.run.experiment import Experiment
 
 pytestmark = pytest.mark.usefixtures("command_line")
 
@@ -104,34 +108,105 @@ class Wire(Grid):
         raise NotImplementedError
 
 
+class Clock:
+    """Time that passes where somebody waits and nowhere else, however long this machine takes."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+_parse, _describe = cli._parsed, cli.describe
+
+
+@cache
+def parsed(words: tuple[str, ...]) -> cli.Parsed:
+    return _parse(list(words))
+
+
+@cache
+def described(words: tuple[str, ...]) -> Experiment:
+    return _describe(words)
+
+
+def describe(words: Sequence[str]) -> Experiment:
+    """As `cli.describe`, which takes longer than a round does here, and is asked the same by every node."""
+    return fresh(described(tuple(words)))
+
+
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(flower, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(flower, "SLOWEST_POLL_SECONDS", 0.01)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_parsed", lambda words: parsed(tuple(words)))
+    monkeypatch.setattr(flower, "describe", describe)
+    monkeypatch.setattr(flower, "time", Clock())
     for name in ("run_id", "task_id", "node_id"):  # as Flower sets them in the process of an app; nodes begin at 100
         monkeypatch.setattr(TaskIdentity, f"_{name}", 0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget() -> Iterator[None]:
     yield
-    flower._site.cache_clear()
+    for cached in (parsed, described, flower._worker):
+        cached.cache_clear()
+
+
+@dataclass
+class Ground:
+    """What is the same wherever one configuration runs: its files and shares, and its runs in one process."""
+
+    folder: Path
+    words: list[str]
+    known: dict[Any, list[RoundResult]] = field(default_factory=dict)
+
+
+def prepare(folder: Path, method: list[str], rounds: int = 1) -> Ground:
+    """Write the setting and deal the data."""
+    setting = {**SETTING, "data": {**SETTING["data"], "cache_dir": str(folder)}, "federation": {"rounds": rounds}}
+    (folder / "setting.yaml").write_text(yaml.safe_dump(setting))
+    words = ["--config", str(folder / "setting.yaml"), *method]
+    experiment = describe(words)
+    experiment.load()
+    for _ in deal(experiment.data, experiment.server.server_images, folder / "dealt"):
+        pass
+    return Ground(folder, words)
 
 
 class Place:
-    """One configuration, in one process and on Flower."""
+    """One configuration, in one process and on Flower; `folder` is the working directory.
 
-    def __init__(self, folder: Path, method: list[str], rounds: int = 1) -> None:
-        self.folder = folder
-        setting = {**SETTING, "data": {**SETTING["data"], "cache_dir": str(folder)}, "federation": {"rounds": rounds}}
-        (folder / "setting.yaml").write_text(yaml.safe_dump(setting))
-        self.words = ["--config", str(folder / "setting.yaml"), *method]
-        experiment = describe(self.words)
-        experiment.load()
-        self.experiment = experiment
-        for _ in deal(experiment.data, experiment.server.server_images, folder / "shares"):
-            pass
-        nodes = {100 + n: {"client": n, "data": str(folder / "shares" / f"client-{n}")} for n in range(3)}
-        self.wire = Wire([*self.words, "--run_dir", str(folder / "nodes")], nodes)
+    The nodes' words and paths are the same in every test, so that what they build from them is built once.
+    """
+
+    def __init__(self, folder: Path, ground: Ground) -> None:
+        self.folder, self.known, self.words = folder, ground.known, [*ground.words]
+        self.experiment = describe(self.words)
+        self.experiment.load()
+        shutil.copytree(ground.folder / "dealt", folder / "shares")
+        nodes = {100 + n: {"client": n, "data": f"shares/client-{n}"} for n in range(3)}
+        self.wire = Wire([*self.words, "--run_dir", "nodes"], nodes)
 
     def in_process(self) -> Federation:
         return replace(self.experiment, run_dir=self.folder / "whole").federation()
+
+    def expected(self, failure: tuple[int, int] | None = None) -> list[RoundResult]:
+        """The run in one process, where a client fails in one round if `failure` names them; made once."""
+        if failure not in self.known:
+            federation = self.in_process()
+            fit = federation.transport.worker.fit
+
+            def broken(body: Any, now: Any, logger: Any) -> Any:
+                if (body.index, now.number) == failure:
+                    raise OSError("no space left")
+                return fit(body, now, logger)
+
+            federation.transport.worker.fit = broken  # type: ignore[method-assign]
+            self.known[failure] = run(federation)
+        return deepcopy(self.known[failure])
 
     def on_flower(self, timeout: float = 5.0) -> Federation:
         """The server with its share alone, where its run folder stands."""
@@ -150,16 +225,25 @@ def run(federation: Federation, stop: int | None = None, results: list[RoundResu
     return results
 
 
-@pytest.fixture
-def method(tmp_path: Path) -> list[str]:
-    (tmp_path / "method.yaml").write_text(yaml.safe_dump(METHOD))
-    return ["--config", str(tmp_path / "method.yaml")]
+@pytest.fixture(scope="module")
+def method(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    path = tmp_path_factory.mktemp("method") / "method.yaml"
+    path.write_text(yaml.safe_dump(METHOD))
+    return ["--config", str(path)]
+
+
+@pytest.fixture(scope="module")
+def grounds() -> list[Ground]:
+    """What is common to the places, once there has been one."""
+    return []
 
 
 @pytest.fixture
-def place(tmp_path: Path, method: list[str]) -> Place:
+def place(tmp_path: Path, method: list[str], grounds: list[Ground], tmp_path_factory: pytest.TempPathFactory) -> Place:
     """Three clients, two tasks of two rounds."""
-    return Place(tmp_path, method, rounds=2)
+    if not grounds:
+        grounds.append(prepare(tmp_path_factory.mktemp("ground"), method, rounds=2))
+    return Place(tmp_path, grounds[0])
 
 
 # ---- the same numbers
@@ -168,7 +252,8 @@ def place(tmp_path: Path, method: list[str]) -> Place:
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
 def test_every_method_ends_with_the_numbers_that_it_has_in_one_process(path: Path, tmp_path: Path) -> None:
     """Every node has its own images alone; bytes, accuracies and the server's metrics are equal to the last bit."""
-    place = Place(tmp_path, ["--config", str(path), *budget(path)])
+    flower._worker.cache_clear()  # of the method before
+    place = Place(tmp_path, prepare(tmp_path, ["--config", str(path), *budget(path)]))
     if path.stem == "joint":
         with pytest.raises(ValueError, match="needs the images of all clients in one place"):
             place.on_flower()
@@ -209,18 +294,18 @@ def test_some_clients_may_be_absent_from_a_round(place: Place) -> None:
 def test_nothing_crosses_the_wire_but_the_messages_and_numbers(place: Place) -> None:
     federation = place.on_flower()
     results = run(federation)
-    site, up, down = federation.site, 0, 0
+    template, up, down = federation.template, 0, 0
     for message, data in place.wire.sent:
         content = message.content
         arrays = [array for record in content.array_records.values() for array in record.values()]
         assert {array.stype for array in arrays} <= {"safetensors"}
         for array in arrays:
             if message.metadata.src_node_id:  # of a node
-                upload = Upload.from_bytes(array.data, site.first.upload_schema())
-                assert set(upload.tensors) == set(site.first.upload_schema())
+                upload = Upload.from_bytes(array.data, template.first.upload_schema())
+                assert set(upload.tensors) == set(template.first.upload_schema())
                 up += len(array.data)
             else:
-                assert set(load(array.data)) <= set(site.first.download_schema())
+                assert set(load(array.data)) <= set(template.first.download_schema())
                 down += len(array.data)
         for record in [*content.config_records.values(), *content.metric_records.values()]:
             for name, value in record.items():
@@ -229,27 +314,13 @@ def test_nothing_crosses_the_wire_but_the_messages_and_numbers(place: Place) -> 
         # and nothing is hidden beside that: names, numbers and Flower's own account take little
         assert len(data) - sum(len(array.data) for array in arrays) < 4096
     assert up == sum(sum(result.bytes_up.values()) for result in results)
-    starts = 3 * len(site.start(0))
+    starts = 3 * len(template.start_message(0))
     assert down == sum(sum(result.bytes_down.values()) for result in results) + starts
     kinds = [message.metadata.message_type for message, _ in place.wire.sent]
     assert {kind: kinds.count(kind) for kind in kinds} == {WHO: 2 * 3, FIT: 2 * 3 * 4, END: 2 * 3 * 4}
 
 
 # ---- faults
-
-
-def failing(place: Place, client: int, round: int, monkeypatch: pytest.MonkeyPatch) -> list[RoundResult]:
-    """In one process, with a client that fails in one round."""
-    federation = place.in_process()
-    fit = federation.transport.worker.fit
-
-    def broken(body: Any, now: Any, logger: Any) -> Any:
-        if (body.index, now.number) == (client, round):
-            raise OSError("no space left")
-        return fit(body, now, logger)
-
-    monkeypatch.setattr(federation.site, "fit", broken)
-    return run(federation)
 
 
 def in_round(message: Message, round: int, kinds: Iterable[str], node: int = 101) -> bool:
@@ -267,8 +338,8 @@ NO_REPLY = "TimeoutError: no reply within 1 s"
 def test_clients_without_exchange_are_sent_back_as_well(tmp_path: Path) -> None:
     """No upload tells the server that a client has trained; here the end of round 1 is not heard by one."""
     local = next(path for path in METHODS if path.stem == "local")
-    place = Place(tmp_path, ["--config", str(local), *budget(local)], rounds=2)
-    expected = run(place.in_process())
+    place = Place(tmp_path, prepare(tmp_path, ["--config", str(local), *budget(local)], rounds=2))
+    expected = place.expected()
     place.wire.fault = lambda message, reply: None if reply and in_round(message, 1, {END}) else reply
     found = run(place.on_flower(timeout=1.0), stop=1) + run(place.on_flower())
     assert [result.accuracy for result in found[1:]] == [result.accuracy for result in expected[1:]]
@@ -281,7 +352,7 @@ def test_who_was_away_in_a_round_goes_on_as_if_the_fit_had_failed(
     place: Place, kinds: set[str], seen: bool, round: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether its node was dead or its answer came too late: what it did then does not count, and it catches up."""
-    expected = failing(place, 1, round, monkeypatch)
+    expected = place.expected(failure=(1, round))
 
     def drop(message: Message, reply: Message | None) -> Message | None:
         if reply is None:
@@ -314,7 +385,7 @@ def test_who_missed_the_end_of_a_round_keeps_what_it_learned_in_it(
     place: Place, seen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its upload counts; the answer reaches it with the next message."""
-    expected = run(place.in_process())
+    expected = place.expected()
     answer = place.wire._answer
 
     def deaf(message: Message) -> Message:
@@ -335,7 +406,7 @@ def test_who_missed_the_end_of_a_round_keeps_what_it_learned_in_it(
 @pytest.mark.parametrize("round", [1, 2, 3])
 def test_a_server_that_is_killed_in_a_round_goes_on_from_its_beginning(place: Place, kind: str, round: int) -> None:
     """The clients have gone further, and are sent back."""
-    expected = outcome(run(place.in_process()))
+    expected = outcome(place.expected())
 
     class Killed(BaseException):
         pass
@@ -510,7 +581,7 @@ def test_other_weights_are_refused_and_the_same_ones_may_lie_elsewhere(
     state = {name: tensor.contiguous() for name, tensor in FrozenViT(**SETTING["backbone"]).vit.state_dict().items()}
     for name, changed in (("own", 0.0), ("same", 0.0), ("other", 0.1)):
         save_file({**state, "pos_embed": state["pos_embed"] + changed}, tmp_path / f"{name}.safetensors")
-    place = Place(tmp_path, [*method, "--backbone.weights", str(tmp_path / "own.safetensors")])
+    place = Place(tmp_path, prepare(tmp_path, [*method, "--backbone.weights", str(tmp_path / "own.safetensors")]))
     for node, name in ((100, "same"), (101, "other")):
         place.wire.nodes[node]["words"] = shlex.join(["--backbone.weights", str(tmp_path / f"{name}.safetensors")])
     with caplog.at_level(logging.WARNING, logger="fedlscl"):
@@ -551,7 +622,7 @@ def test_in_a_simulation_the_number_is_that_of_the_partition(place: Place) -> No
     place.wire.nodes = {n: {"partition-id": n, "num-partitions": 3} for n in range(7, 10)}
     for n, config in enumerate(place.wire.nodes.values()):
         config["partition-id"] = n
-    assert outcome(run(place.on_flower(), stop=2)) == outcome(run(place.in_process(), stop=2))
+    assert outcome(run(place.on_flower(), stop=2)) == outcome(place.expected()[:2])
 
 
 def test_a_download_that_was_missed_is_kept_until_it_is_heard(place: Place) -> None:
@@ -580,7 +651,7 @@ def test_counts_of_nobody_are_none(place: Place) -> None:
     assert federation.cost() == {}
     place.wire.offline = set()
     assert set(federation.cost()["resnet18"]) == {"trained_parameters", "flops_frozen", "flops"}
-    assert place.wire.sent[-1][0].metadata.message_type == COMPUTE
+    assert place.wire.sent[-1][0].metadata.message_type == COST
 
 
 def test_config_records_hold_no_names(place: Place) -> None:
@@ -632,13 +703,13 @@ def test_what_a_node_sends_unasked_is_nobodys_reply(place: Place, monkeypatch: p
     pull = place.wire.pull_messages
     forged = Message(RecordDict(), reply_to=Message(RecordDict(), 101, FIT))
     monkeypatch.setattr(place.wire, "pull_messages", lambda ids: [forged, *pull(ids), forged])
-    assert outcome(run(place.on_flower())) == outcome(run(place.in_process()))
+    assert outcome(run(place.on_flower())) == outcome(place.expected())
 
 
 def test_a_second_reply_to_a_message_is_ignored(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     pull = place.wire.pull_messages
     monkeypatch.setattr(place.wire, "pull_messages", lambda ids: [*(replies := list(pull(ids))), *replies])
-    assert outcome(run(place.on_flower())) == outcome(run(place.in_process()))
+    assert outcome(run(place.on_flower())) == outcome(place.expected())
 
 
 def test_of_what_a_node_says_a_line_is_kept(place: Place, caplog: pytest.LogCaptureFixture) -> None:
@@ -667,7 +738,7 @@ def talkative(answer: Callable[[Message], Message]) -> Callable[[Message], Messa
 
 def test_a_task_whose_end_nobody_confirms_ends_the_run_with_the_reason(place: Place) -> None:
     """The next start repeats the round."""
-    expected = outcome(run(place.in_process()))
+    expected = outcome(place.expected())
 
     def lose(message: Message, reply: Message | None) -> Message | None:
         numbers = message.content.config_records.get("round")
@@ -684,7 +755,7 @@ def test_a_task_whose_end_nobody_confirms_ends_the_run_with_the_reason(place: Pl
 def test_a_message_that_flower_does_not_take_is_sent_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     push, count = place.wire.push_messages, iter(range(1000))
     monkeypatch.setattr(place.wire, "push_messages", lambda m: push(m) if next(count) % 3 else [])
-    assert outcome(run(place.on_flower())) == outcome(run(place.in_process()))
+    assert outcome(run(place.on_flower())) == outcome(place.expected())
 
 
 def test_a_node_that_flower_has_lost_for_a_while_gets_its_message_again(place: Place) -> None:
@@ -696,7 +767,7 @@ def test_a_node_that_flower_has_lost_for_a_while_gets_its_message_again(place: P
         return reply
 
     place.wire.fault = away
-    assert outcome(run(place.on_flower())) == outcome(run(place.in_process()))
+    assert outcome(run(place.on_flower())) == outcome(place.expected())
     assert next(lost) == 4
 
 
@@ -711,11 +782,9 @@ def test_who_stays_away_holds_nobody_up(place: Place, monkeypatch: pytest.Monkey
     rounds = federation.run(Recorder())
     assert next(rounds).skipped == {2: "TimeoutError: no node of this client within 50 s"}
     assert len(slept) > 100
-    federation.store.commit({"round": 1})
     slept.clear()
     assert set(next(rounds).skipped) == {2}
     assert len(slept) < 10
-    federation.store.commit({"round": 2})
     place.wire.offline = set()
     assert next(rounds).skipped == {}
 
@@ -728,7 +797,6 @@ def test_who_says_slowly_whose_it_is_takes_part_in_the_next_round(
     federation = place.on_flower(timeout=0.5)
     rounds = federation.run(Recorder())
     assert set(next(rounds).skipped) == {2}
-    federation.store.commit({"round": 1})
     place.wire.offline, federation.transport.timeout = set(), 60.0  # type: ignore[attr-defined]
     pull, polls = place.wire.pull_messages, iter(range(1000))
     slow = len(place.wire.sent)  # the number of its next message to node 102, which is the first that is new
@@ -738,7 +806,6 @@ def test_who_says_slowly_whose_it_is_takes_part_in_the_next_round(
 
     monkeypatch.setattr(place.wire, "pull_messages", later)
     assert next(rounds).skipped == {2: "TimeoutError: no node of this client since an earlier message"}
-    federation.store.commit({"round": 2})
     assert next(rounds).skipped == {}
 
 
@@ -746,10 +813,8 @@ def test_who_comes_back_is_asked_again_what_it_has(place: Place, caplog: pytest.
     federation = place.on_flower(timeout=0.5)
     rounds = federation.run(Recorder())
     assert next(rounds).skipped == {}
-    federation.store.commit({"round": 1})
     place.wire.offline = {101}
     assert set(next(rounds).skipped) == {1}
-    federation.store.commit({"round": 2})
     path = place.folder / "shares" / "client-1" / "share.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "classes": content["classes"][::-1]}))
@@ -763,7 +828,6 @@ def test_a_client_that_moves_to_another_node_is_on_record(place: Place, caplog: 
     federation = place.on_flower()
     rounds = federation.run(Recorder())
     next(rounds)
-    federation.store.commit({"round": 1})
     place.wire.nodes[200] = place.wire.nodes.pop(101)
     with caplog.at_level(logging.WARNING, logger="fedlscl"):
         assert next(rounds).skipped == {}
@@ -775,7 +839,6 @@ def test_a_node_that_has_become_another_client_is_not_taken_for_the_first(place:
     federation = place.on_flower()
     rounds = federation.run(Recorder())
     next(rounds)
-    federation.store.commit({"round": 2})
     place.wire.nodes[101] = {"client": 2, "data": place.wire.nodes[102]["data"]}
     result = next(rounds)
     assert "the message is for client 1, and this is client 2" in result.skipped[1]
@@ -834,11 +897,11 @@ def test_impossible_counts_are_not_taken(
     """The next client is asked."""
 
     def tamper(message: Message, reply: Message | None) -> Message | None:
-        if reply is not None and message.metadata.message_type == COMPUTE and message.metadata.dst_node_id == 100:
-            return Message(RecordDict({"compute": MetricRecord(counts)}), reply_to=message)
+        if reply is not None and message.metadata.message_type == COST and message.metadata.dst_node_id == 100:
+            return Message(RecordDict({"cost": MetricRecord(counts)}), reply_to=message)
         return reply
 
     place.wire.fault = tamper
     with caplog.at_level(logging.WARNING, logger="fedlscl"):
-        assert set(place.on_flower().compute()["resnet18"]) == {"trained_parameters", "flops_frozen", "flops"}
+        assert set(place.on_flower().cost()["resnet18"]) == {"trained_parameters", "flops_frozen", "flops"}
     assert "client 0 does not say what it computes" in caplog.text

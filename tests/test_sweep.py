@@ -255,9 +255,10 @@ def test_as_many_run_at_once_as_there_are_jobs(tmp_path: Path) -> None:
     """Each of two waits for the other to begin, which one after the other they could not."""
     wait = (
         "import sys, pathlib, time; here = pathlib.Path(sys.argv[1]); (here / 'here').touch()\n"
-        "while len(list(here.parent.glob('*/here'))) < 2: time.sleep(0.01)\n" + FINISH
+        "end = time.monotonic() + 300\n"
+        "while len(list(here.parent.glob('*/here'))) < 2: time.sleep(0.01 if time.monotonic() < end else exit(1))\n"
     )
-    runs = [run_of(tmp_path / name, wait) for name in "ab"]
+    runs = [run_of(tmp_path / name, wait + FINISH) for name in "ab"]
     assert run_all(runs, 2, Console(quiet=True)) == []
     assert all(run.finished for run in runs)
 
@@ -276,13 +277,14 @@ def test_cores_are_shared_among_jobs_unless_the_user_has_decided(
         assert (folder / "summary.json").read_text() == expected
 
 
+@pytest.mark.processes
 def test_ending_the_sweep_ends_its_runs(tmp_path: Path) -> None:
     endless = (
         "import sys, os, time, pathlib; pathlib.Path(sys.argv[1], 'pid').write_text(str(os.getpid())); time.sleep(99)"
     )
     script = (
         "import signal, sys; from pathlib import Path; from rich.console import Console\n"
-        "from fedlscl.sweep import PlannedRun, run_all\n"
+        "from fedlscl.run.sweep import PlannedRun, run_all\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
         f"run = PlannedRun((sys.executable, '-c', {endless!r}, {str(tmp_path)!r}), Path({str(tmp_path)!r}))\n"
         "run_all([run], 1, Console())"
@@ -293,7 +295,7 @@ def test_ending_the_sweep_ends_its_runs(tmp_path: Path) -> None:
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
+    assert process.wait(300) == 143
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
 
@@ -313,6 +315,7 @@ def tiny(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return sweep_file(tmp_path, command=command, parameters={"model.block": {"values": [1, 9]}})
 
 
+@pytest.mark.processes
 def test_a_sweep_from_the_command_line_to_its_numbers(
     tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -219,7 +219,7 @@ def test_an_offline_run_holds_everything_and_is_resumed_under_its_id(home: Path,
         {"task/forgetting": 3.0, "task": 2, "round": 4},
         {"client/0/loss": 0.25, "task": 2, "round": 5},
     )
-    for _ in range(300):  # W&B's own process may still be writing
+    for _ in range(3000):  # W&B's own process may still be writing
         files = (offline / "wandb").glob(f"offline-run-*/run-{run_id}.wandb")
         records = [record for file in files for record in wandb_records(file)]
         history = [

@@ -15,6 +15,7 @@ from test_cli import METHOD
 from wandb_server import ENTITY, PROJECT, SWEEP, WandbServer
 
 
+@pytest.mark.processes
 def test_a_sweep_goes_through_wandb_sweep_and_wandb_agent_to_its_numbers(tmp_path: Path, cache: Path) -> None:
     """Every metric of every run arrives, with the parameters that the server drew."""
     (tmp_path / "experiments").mkdir()

@@ -167,6 +167,8 @@ class Experiment:
 
     def _save_beginning(self) -> None:
         """Write what names the run: its configuration and its split."""
+        for path in self.run_dir.glob(".*.tmp"):
+            path.unlink()  # a killed process had begun to write it
         split = {
             **self._fingerprints,
             "data": self.data.dataset.name,
