@@ -25,7 +25,6 @@ def generators(federation: Federation) -> list[dict[str, Tensor]]:
 
 def first_round(federation: Federation) -> Any:
     result = next(iter(federation.run(Recorder())))
-    federation.store.commit({"round": 1})
     return result
 
 
