@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table as Printed
 from rich.text import Text
 
+from fedlscl.analysis.comparison import Comparison, compare
 from fedlscl.analysis.figures import pictures, save
 from fedlscl.analysis.formats import FORMATS, to_markdown
 from fedlscl.analysis.report import write_report
-from fedlscl.analysis.results import Comparison, compare, read_runs
+from fedlscl.analysis.results import read_runs
 from fedlscl.analysis.tables import tables
 from fedlscl.files import write_atomically
 from fedlscl.run.predict import predict
@@ -93,7 +94,7 @@ def _parser(name: str, description: str) -> ArgumentParser:
 
 def _comparisons(paths: list[str]) -> list[tuple[str, Comparison]]:
     """The comparisons, each with a name of its own that is fit for a file: the setting, and what tells it apart."""
-    comparisons = compare(read_runs(map(Path, paths)))
+    comparisons = compare(read_runs(paths))
     named: dict[str, Comparison] = {}
     for comparison in comparisons:
         same = [other for other in comparisons if other.setting == comparison.setting]

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_runs import make_summary
 from rich.console import Console
 
-from fedlscl.evaluation import summarise
 from fedlscl.run.console import FederationProgress, human_bytes, summary_table
+from fedlscl.run.summary import Summary, Traffic
 
 NAN = float("nan")
 
@@ -27,28 +28,20 @@ def printed(console: Console) -> str:
     return console.file.getvalue()
 
 
-def run_summary(seen: np.ndarray) -> dict[str, Any]:
+def run_summary(seen: np.ndarray, **changes: Any) -> Summary:
     """A run's summary with `seen` as accuracy under the mask "seen"."""
     clients = len(seen)
-    return {
-        "method": "fed_lscl",
-        "setting": "digits",
-        "seed": 42,
-        "backbone": "tiny [vit]",
-        "accuracy": {
-            "task": summarise(np.full((1, 1, 1), 98.76)),
-            "seen": summarise(seen),
-            "none": summarise(np.full((1, 1, 1), 12.34)),
-        },
-        "bytes_up": {"per_client_round": 1536.0, "total": 3072 * clients, "by_client": [3072] * clients},
-        "bytes_down": {
-            "per_client_round": 2**20,
-            "total": 2**20,
-            "by_client": [5 * 2**20, 7 * 2**20, *[0] * clients][:clients],
-        },
-        "seconds": {"total": 83.21, "fit": 70.5, "aggregate": 3.25, "evaluate": 9.0},
-        "peak_memory_mib": 812.4,
-    }
+    acc = {"task": np.full((1, 1, 1), 98.76), "seen": seen, "none": np.full((1, 1, 1), 12.34)}
+    down = (5 * 2**20, 7 * 2**20, *[0] * clients)[:clients]
+    return make_summary(
+        acc=acc,
+        backbone="tiny [vit]",
+        bytes_up=Traffic(1536.0, 3072 * clients, (3072,) * clients, ()),
+        bytes_down=Traffic(2**20, 2**20, down, ()),
+        seconds={"total": 83.21, "fit": 70.5, "aggregate": 3.25, "evaluate": 9.0},
+        peak_memory_mib=812.4,
+        **changes,
+    )
 
 
 SEEN = np.array(
@@ -59,7 +52,7 @@ SEEN = np.array(
 )
 
 
-def show(summary: dict[str, Any], width: int = 100) -> list[str]:
+def show(summary: Summary, width: int = 100) -> list[str]:
     """Print the closing table and return its lines."""
     console = screen(terminal=False, width=width)
     summary_table(summary, console, picture=Path("runs/[1]/accuracy.png"), run_dir=Path("runs/[1]"))
@@ -90,15 +83,14 @@ def test_the_closing_table_holds_every_number() -> None:
 
 
 def test_a_method_that_was_told_the_task_says_so() -> None:
-    lines = show({**run_summary(SEEN), "task_aware": ["task", "seen", "none"]})
+    lines = show(run_summary(SEEN, task_aware=("task", "seen", "none")))
     assert lines[1].endswith("among the classes seen so far*")
     assert "final average (%) by mask: task 98.8*  seen 51.7*  none 12.3*" in lines
     assert any(line.startswith("* ") for line in lines)
-    lines = show({**run_summary(SEEN), "task_aware": ["task"]})
+    lines = show(run_summary(SEEN, task_aware=("task",)))
     assert lines[1].endswith("among the classes seen so far")
     assert "final average (%) by mask: task 98.8*  seen 51.7  none 12.3" in lines
-    for summary in (run_summary(SEEN), {**run_summary(SEEN), "task_aware": []}):
-        assert not any("*" in line for line in show(summary))
+    assert not any("*" in line for line in show(run_summary(SEEN)))
 
 
 def test_one_task_has_no_forgetting_to_show() -> None:

@@ -8,7 +8,7 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 from fedlscl.run.experiment import Experiment, Tracking, accuracy_arrays, differences
+from fedlscl.run.summary import Skipped, Summary
 from fedlscl.schedule import Schedule
 
 MASKS = ("task", "seen", "none")
@@ -75,7 +76,7 @@ def text(to: Console) -> str:
 @pytest.fixture(scope="module")
 def finished(
     tmp_path_factory: pytest.TempPathFactory, data: FederatedDataModule, vit: FrozenViT
-) -> tuple[Experiment, dict[str, Any]]:
+) -> tuple[Experiment, Summary]:
     """An uninterrupted run of four rounds, and its summary."""
     folder = tmp_path_factory.mktemp("finished")
     experiment: Experiment = maker(folder, data, vit)()
@@ -85,7 +86,7 @@ def finished(
 # ---- what a run leaves behind
 
 
-def test_a_run_folder_holds_what_was_promised(finished: tuple[Experiment, dict[str, Any]]) -> None:
+def test_a_run_folder_holds_what_was_promised(finished: tuple[Experiment, Summary]) -> None:
     experiment, _ = finished
     found = {path.name for path in experiment.run_dir.iterdir() if not path.name.startswith(".")}
     pictures = {"accuracy_over_rounds.png", *(f"accuracy_matrix_{mask}.png" for mask in MASKS)}
@@ -98,36 +99,36 @@ def test_a_run_folder_holds_what_was_promised(finished: tuple[Experiment, dict[s
     assert sorted(set(kept)) == [".json", ".safetensors"]
 
 
-def test_the_summary_holds_what_was_promised(finished: tuple[Experiment, dict[str, Any]]) -> None:
+def test_the_summary_holds_what_was_promised(finished: tuple[Experiment, Summary]) -> None:
     experiment, summary = finished
-    assert summary == json.loads((experiment.run_dir / "summary.json").read_text())
-    assert (summary["setting"], summary["method"], summary["seed"]) == ("tiny", "fed_lscl", 0)
-    assert "vit_tiny_patch16_224" in summary["backbone"]
-    assert set(summary["accuracy"]) == set(MASKS)
-    for metrics in summary["accuracy"].values():
-        assert len(metrics["table1"]) == 2
+    assert summary == Summary.read(experiment.run_dir / "summary.json")
+    assert (summary.setting, summary.method, summary.seed) == ("tiny", "fed_lscl", 0)
+    assert "vit_tiny_patch16_224" in summary.backbone
+    assert set(summary.accuracy) == set(MASKS)
+    for metrics in summary.accuracy.values():
+        assert len(metrics.table1) == 2
         for name in ("final_average", "average_incremental"):
-            assert 0 <= metrics[name] <= 100
+            assert 0 <= getattr(metrics, name) <= 100
         for name in ("forgetting", "backward_transfer"):
-            assert -100 <= metrics[name] <= 100
-    assert summary["split_sha256"] == experiment.data.split.sha256
-    assert summary["data_sha256"] == experiment.data.dataset.sha256
-    assert summary["weights_sha256"] is None  # the ViT here is of no file
-    assert summary["skipped"] == []
-    assert summary["task_aware"] == []
-    assert summary["seconds"]["total"] >= sum(summary["seconds"][phase] for phase in ("fit", "aggregate", "evaluate"))
-    assert summary["peak_memory_mib"] > 1
-    assert torch.__version__.startswith(summary["versions"]["torch"])
+            assert -100 <= getattr(metrics, name) <= 100
+    assert summary.split_sha256 == experiment.data.split.sha256
+    assert summary.data_sha256 == experiment.data.dataset.sha256
+    assert summary.weights_sha256 is None  # the ViT here is of no file
+    assert summary.skipped == ()
+    assert summary.task_aware == ()
+    assert summary.seconds["total"] >= sum(summary.seconds[phase] for phase in ("fit", "aggregate", "evaluate"))
+    assert summary.peak_memory_mib > 1
+    assert torch.__version__.startswith(summary.versions["torch"])
 
 
-def test_bytes_add_up(finished: tuple[Experiment, dict[str, Any]]) -> None:
+def test_bytes_add_up(finished: tuple[Experiment, Summary]) -> None:
     experiment, summary = finished
     for way in ("bytes_up", "bytes_down"):
-        by_round = np.array(summary[way]["by_round"])
+        by_round = np.array(getattr(summary, way).by_round)
         assert by_round.shape == (4, 3)
-        assert summary[way]["total"] == by_round.sum()
-        assert summary[way]["by_client"] == by_round.sum(axis=0).tolist()
-        assert summary[way]["per_client_round"] == by_round.mean()
+        assert getattr(summary, way).total == by_round.sum()
+        assert list(getattr(summary, way).by_client) == by_round.sum(axis=0).tolist()
+        assert getattr(summary, way).per_client_round == by_round.mean()
         recorded = {
             (int(row["round"]), int(row["metric"].split("/")[1])): float(row["value"])
             for row in rows(experiment.run_dir)
@@ -135,10 +136,10 @@ def test_bytes_add_up(finished: tuple[Experiment, dict[str, Any]]) -> None:
         }
         assert recorded == {(r + 1, c): by_round[r, c] for r in range(4) for c in range(3)}
     # phi and its frame alone need this much
-    assert (np.array(summary["bytes_down"]["by_round"]) > 4 * (16 + 1) * 4 * 2 * 32).all()
+    assert (np.array(summary.bytes_down.by_round) > 4 * (16 + 1) * 4 * 2 * 32).all()
 
 
-def test_the_published_numbers_follow_from_the_metrics(finished: tuple[Experiment, dict[str, Any]]) -> None:
+def test_the_published_numbers_follow_from_the_metrics(finished: tuple[Experiment, Summary]) -> None:
     experiment, summary = finished
     measured: dict[str, dict[tuple[int, int, int], float]] = defaultdict(dict)
     for row in rows(experiment.run_dir):
@@ -152,24 +153,24 @@ def test_the_published_numbers_follow_from_the_metrics(finished: tuple[Experimen
         def mean(values: list[float]) -> float:
             return sum(values) / len(values)
 
-        got = summary["accuracy"][mask]
+        got = summary.accuracy[mask]
         clients = range(3)
-        assert got["table1"] == pytest.approx([mean([a[c, n, n] for c in clients]) for n in (1, 2)])
-        assert got["final_average"] == pytest.approx(mean([(a[c, 2, 1] + a[c, 2, 2]) / 2 for c in clients]))
-        assert got["average_incremental"] == pytest.approx(
+        assert got.table1 == pytest.approx([mean([a[c, n, n] for c in clients]) for n in (1, 2)])
+        assert got.final_average == pytest.approx(mean([(a[c, 2, 1] + a[c, 2, 2]) / 2 for c in clients]))
+        assert got.average_incremental == pytest.approx(
             mean([(a[c, 1, 1] + (a[c, 2, 1] + a[c, 2, 2]) / 2) / 2 for c in clients])
         )
-        assert got["forgetting"] == pytest.approx(mean([a[c, 1, 1] - a[c, 2, 1] for c in clients]))
-        assert got["backward_transfer"] == pytest.approx(mean([a[c, 2, 1] - a[c, 1, 1] for c in clients]))
-        assert got["matrix"] == [[[a[c, 1, 1], None], [a[c, 2, 1], a[c, 2, 2]]] for c in clients]
+        assert got.forgetting == pytest.approx(mean([a[c, 1, 1] - a[c, 2, 1] for c in clients]))
+        assert got.backward_transfer == pytest.approx(mean([a[c, 2, 1] - a[c, 1, 1] for c in clients]))
+        assert got.matrix == tuple(((a[c, 1, 1], None), (a[c, 2, 1], a[c, 2, 2])) for c in clients)
         (last,) = [r for r in rows(experiment.run_dir) if r["metric"] == f"eval/{mask}/mean" and r["round"] == "4"]
-        assert float(last["value"]) == pytest.approx(got["final_average"])
+        assert float(last["value"]) == pytest.approx(got.final_average)
         finals = [r for r in rows(experiment.run_dir) if r["metric"] == f"task/{mask}/final_average"]
         assert [(r["task"], r["round"]) for r in finals] == [("1", "2"), ("2", "4")]
-        assert float(finals[-1]["value"]) == pytest.approx(got["final_average"])
+        assert float(finals[-1]["value"]) == pytest.approx(got.final_average)
 
 
-def test_what_the_clients_log(finished: tuple[Experiment, dict[str, Any]]) -> None:
+def test_what_the_clients_log(finished: tuple[Experiment, Summary]) -> None:
     experiment, _ = finished
     logged = defaultdict(set)
     for row in rows(experiment.run_dir):
@@ -182,7 +183,7 @@ def test_what_the_clients_log(finished: tuple[Experiment, dict[str, Any]]) -> No
     assert logged[3] == logged[4] == first | replay
 
 
-def test_the_split_is_kept(finished: tuple[Experiment, dict[str, Any]]) -> None:
+def test_the_split_is_kept(finished: tuple[Experiment, Summary]) -> None:
     experiment, _ = finished
     kept = json.loads((experiment.run_dir / "split.json").read_text())
     assert kept["split_sha256"] == experiment.data.split.sha256
@@ -193,9 +194,7 @@ def test_the_split_is_kept(finished: tuple[Experiment, dict[str, Any]]) -> None:
 # ---- going on
 
 
-def test_a_finished_run_is_not_run_again(
-    finished: tuple[Experiment, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_run_is_not_run_again(finished: tuple[Experiment, Summary], monkeypatch: pytest.MonkeyPatch) -> None:
     experiment, summary = finished
     monkeypatch.setattr(Client, "begin_round", lambda *a: pytest.fail("trained"))
     files = {path: path.stat().st_mtime_ns for path in experiment.run_dir.rglob("*") if path.name != ".lock"}
@@ -207,7 +206,7 @@ def test_a_finished_run_is_not_run_again(
 
 @pytest.mark.parametrize(("client", "round"), [(0, 1), (1, 3)])
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
-    finished: tuple[Experiment, dict[str, Any]],
+    finished: tuple[Experiment, Summary],
     make: Make,
     monkeypatch: pytest.MonkeyPatch,
     client: int,
@@ -229,7 +228,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
     screen = console()
     summary = make().run(screen)
     assert (f"Continuing after round {round - 1}." in text(screen)) is (round > 1)
-    assert lasting(summary) == lasting(finished[1])
+    assert lasting(asdict(summary)) == lasting(asdict(finished[1]))
     assert lasting_rows(experiment.run_dir) == lasting_rows(finished[0].run_dir)
     one, other = (sorted((e.run_dir / "checkpoint").glob("*.safetensors")) for e in (experiment, finished[0]))
     assert [path.name for path in one] == [path.name for path in other]
@@ -239,7 +238,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
 
 @pytest.mark.parametrize("pictures", [True, False])
 def test_an_interruption_after_the_last_round_loses_nothing(
-    finished: tuple[Experiment, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: bool
+    finished: tuple[Experiment, Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: bool
 ) -> None:
     experiment, summary = finished
     shutil.copytree(experiment.run_dir, tmp_path / "run")
@@ -249,12 +248,12 @@ def test_an_interruption_after_the_last_round_loses_nothing(
             path.unlink()
     monkeypatch.setattr(Client, "begin_round", lambda *a: pytest.fail("trained"))
     again = replace(experiment, run_dir=tmp_path / "run").run(console())
-    assert lasting(again) == lasting(summary)
+    assert lasting(asdict(again)) == lasting(asdict(summary))
     assert rows(tmp_path / "run") == rows(experiment.run_dir)
     assert len(list((tmp_path / "run").glob("*.png"))) == 4
 
 
-def test_another_configuration_is_refused_by_field(finished: tuple[Experiment, dict[str, Any]]) -> None:
+def test_another_configuration_is_refused_by_field(finished: tuple[Experiment, Summary]) -> None:
     experiment, _ = finished
     other = {"setting": "tiny", "model": {"class_path": "FedLSCL", "init_args": {"epochs": 2}}}
     with pytest.raises(ValueError, match=r"model\.init_args\.epochs: 1 there, 2 now"):
@@ -315,7 +314,7 @@ def test_a_run_does_not_go_on_with_other_data_or_weights_of_the_same_name(
             described(Patterns()).run(console())
     with pytest.raises(ValueError, match=f"{complaint} that the run in run_dir"):
         described(**{"source": Patterns(), **changes}).run(console())
-    assert described(Patterns()).run(console())["skipped"] == []
+    assert described(Patterns()).run(console()).skipped == ()
 
 
 def test_one_process_to_a_folder(make: Make) -> None:
@@ -362,9 +361,9 @@ def test_skipped_clients_are_reported(make: Make, monkeypatch: pytest.MonkeyPatc
     screen = console()
     experiment = make()
     summary = experiment.run(screen)
-    assert summary["skipped"] == [{"round": 2, "client": 1, "reason": "OSError: gone"}]
+    assert summary.skipped == (Skipped(2, 1, "OSError: gone"),)
     assert "without clients [1]" in text(screen)
-    assert summary["bytes_up"]["by_round"][1][1] is None
+    assert summary.bytes_up.by_round[1][1] is None
     skipped = [(row["round"], row["metric"]) for row in rows(experiment.run_dir) if row["metric"].endswith("skipped")]
     assert skipped == [("2", "client/1/skipped")]
 
@@ -376,15 +375,21 @@ class Told(FedLSCL):
 def test_who_knows_the_task_of_an_image_says_so(make: Make) -> None:
     screen = console()
     summary = make(client=make_client(Told), schedule=Schedule(1)).run(screen)
-    assert summary["task_aware"] == ["task"]
+    assert summary.task_aware == ("task",)
     assert "* with parameters that the task of each image" in text(screen)
+
+
+def test_what_the_command_line_gave_is_noted_and_makes_no_other_run(make: Make) -> None:
+    given = {"model.epochs": 1}
+    assert make(schedule=Schedule(1), overrides=given).run(console()).overrides == given
+    assert make(schedule=Schedule(1), overrides={}).run(console()).overrides == given  # it is finished
 
 
 def test_few_clients_a_round_reach_the_summary(make: Make) -> None:
     summary = make(schedule=Schedule(1, 2)).run(console())
-    for row in summary["bytes_up"]["by_round"]:
+    for row in summary.bytes_up.by_round:
         assert sum(count is None for count in row) == 1
-    assert len(summary["accuracy"]["seen"]["matrix"]) == 3
+    assert len(summary.accuracy["seen"].matrix) == 3
 
 
 def test_accuracy_arrays_take_the_last_round_of_each_task() -> None:

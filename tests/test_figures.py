@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from made_runs import make_run, traffic
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -19,8 +20,12 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from fedlscl.analysis.figures import MARKERS, Picture, pictures, save
-from fedlscl.analysis.results import Comparison, Run, compare
+from fedlscl.analysis.comparison import Comparison, compare
+from fedlscl.analysis.drawing import MARKERS
+from fedlscl.analysis.figures import Picture, pictures, save
+from fedlscl.analysis.results import Run
+from fedlscl.evaluation import MASKS
+from fedlscl.run.summary import Accuracy
 
 MIB = 2**20
 Matrix = Sequence[Sequence[Sequence[float | None]]]
@@ -32,26 +37,24 @@ def run(
     matrix: Matrix,
     *,
     mib: float = 1.0,
-    task_aware: Sequence[str] = (),
     block: int = 3,
     buffer_size: int = 20,
     cnn: str | list[str] = "resnet18",
+    **changes: Any,
 ) -> Run:
     """A finished run with `matrix` under "seen", 7 % everywhere under the other masks, a third of `mib` sent up."""
     other = [[[None if a is None else 7.0 for a in row] for row in rows] for rows in matrix]
-    summary = {
-        "method": method,
-        "setting": "made",
-        "seed": seed,
-        "backbone": "vit",
-        "evaluated_on": "test images",
-        "task_aware": list(task_aware),
-        "accuracy": {"seen": {"matrix": matrix}, "task": {"matrix": other}, "none": {"matrix": other}},
-        "bytes_up": {"per_client_round": mib * MIB / 3},
-        "bytes_down": {"per_client_round": mib * MIB * 2 / 3},
-        "config": {"model": {"block": block, "buffer_size": buffer_size}, "cnn": {"name": cnn}},
-    }
-    return Run(Path(f"{method}-{seed}-{block}-{buffer_size}-{cnn}"), summary)
+    sent = {"bytes_up": traffic(mib * MIB / 3), "bytes_down": traffic(mib * MIB * 2 / 3)}
+    return make_run(
+        method,
+        seed,
+        acc={"task": other, "seen": matrix, "none": other},
+        config={"model.block": block, "model.buffer_size": buffer_size, "cnn.name": cnn},
+        setting="made",
+        backbone="vit",
+        **sent,
+        **changes,
+    )
 
 
 def level(first: float, second: float, then: float) -> Matrix:
@@ -156,7 +159,7 @@ def test_the_heat_maps_are_means_over_seeds_of_the_final_model_with_each_clients
     runs = [
         *BLOCKS[:2],
         run("fed_lscl", 1, [[[1.0, None], [30.0, 40.0]], [[2.0, None], [50.0, 70.0]]], cnn=own),
-        *(run("fed_lscl", 1, BLOCKS[2].summary["accuracy"]["seen"]["matrix"], block=block) for block in (5, 6)),
+        *(run("fed_lscl", 1, BLOCKS[2].summary.accuracy["seen"].matrix, block=block) for block in (5, 6)),
     ]
     figure = drawn(runs)["clients_by_task"].figure
     same, different = figure.axes[:2]
@@ -172,8 +175,8 @@ def test_the_heat_maps_are_means_over_seeds_of_the_final_model_with_each_clients
 
 METHODS = [
     run("worse", 1, level(50, 40, 20)),  # 30 in the end
-    run("better", 1, [[[90.0, None], [80.0, 100.0]], [[70.0, None], [40.0, None]]], task_aware=["seen"]),  # 65
-    run("better", 2, [[[80.0, None], [64.0, 90.0]], [[80.0, None], [60.0, None]]], task_aware=["seen"]),  # 68.5
+    run("better", 1, [[[90.0, None], [80.0, 100.0]], [[70.0, None], [40.0, None]]], task_aware=("seen",)),  # 65
+    run("better", 2, [[[80.0, None], [64.0, 90.0]], [[80.0, None], [60.0, None]]], task_aware=("seen",)),  # 68.5
 ]
 
 
@@ -197,7 +200,7 @@ def test_a_method_that_is_told_the_task_bears_a_star_that_the_caption_explains()
         assert "* is told the task" in told[name].caption
         assert "*" not in drawn(METHODS, "none")[name].caption
     assert [text.get_text() for text in told["accuracy_by_bytes"].figure.legends[0].texts] == ["1  better*", "2  worse"]
-    ours = [run("fed_lscl", 1, level(9, 9, 9), block=block, task_aware=["seen"]) for block in (0, 1)]
+    ours = [run("fed_lscl", 1, level(9, 9, 9), block=block, task_aware=("seen",)) for block in (0, 1)]
     picture = drawn(ours)["accuracy_by_block"]
     legend = picture.figure.axes[0].get_legend()
     assert legend is not None
@@ -291,8 +294,10 @@ def test_numbers_beside_points_hide_neither_each_other_nor_a_point() -> None:
 
 
 def test_a_client_without_images_and_a_method_without_numbers_do_no_harm() -> None:
-    nothing = [[[None, None], [None, None]]]
-    found = drawn([run("nothing", 1, nothing), *METHODS])
+    nothing = Accuracy((), np.nan, np.nan, None, None, (((None, None), (None, None)),))
+    found = drawn(
+        [make_run("nothing", accuracy=dict.fromkeys(MASKS, nothing), setting="made", backbone="vit"), *METHODS]
+    )
     assert [axes.get_title() for axes in found["forgetting"].figure.axes] == [
         "better*  66.8",
         "worse  30.0",

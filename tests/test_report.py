@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import html
 import re
 import shutil
@@ -14,106 +13,21 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from made_runs import paper_run
 from matplotlib.figure import Figure
 
 from fedlscl import files
 from fedlscl.analysis import report
-from fedlscl.analysis.deviations import differences
+from fedlscl.analysis.comparison import Comparison, compare
+from fedlscl.analysis.deviations import OPEN, POINTS, data_set, differences, texts
 from fedlscl.analysis.figures import Picture
+from fedlscl.analysis.formats import Cell, Table
 from fedlscl.analysis.report import inline_svg, write_report
-from fedlscl.analysis.results import Comparison, Run, compare
-from fedlscl.analysis.tables import Cell, Table, tables
+from fedlscl.analysis.results import Run
+from fedlscl.analysis.tables import tables
+from fedlscl.run.summary import Skipped
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
-CONFIG: dict[str, Any] = {
-    "seed_everything": 42,
-    "trainer": {"precision": "32-true"},
-    "model": {
-        "class_path": "fedlscl.methods.fed_lscl.FedLSCL",
-        "init_args": {
-            "block": 3,
-            "rank": 4,
-            "continual": {
-                "class_path": "fedlscl.continual.Replay",
-                "init_args": {"lambda_e": 0.1, "lambda_w": 0.01, "current": True},
-            },
-            "learning_rate": 1e-3,
-            "epochs": 5,
-            "batch_size": 16,
-            "buffer_size": 20,
-            "train_mask": "seen",
-            "snapshot": "deployed",
-        },
-    },
-    "data": {
-        "source": {"class_path": "fedlscl.data.packed.CIFAR100"},
-        "split": {
-            "clients": 5,
-            "tasks": 5,
-            "classes_per_task": 8,
-            "private_classes": 15,
-            "public_classes": 25,
-            "dirichlet_alpha": 1.0,
-            "train_per_class": None,
-            "test_per_class": None,
-            "local_test": "official",
-        },
-    },
-    "backbone": {"name": "vit_base_patch16_224.augreg_in21k", "image_size": 224, "model_args": None},
-    "cnn": {"name": "resnet18", "image_size": 224, "model_args": None},
-    "server": {"class_path": "fedlscl.methods.fed_lscl.ExactO2D", "init_args": {"strength": 0.5}},
-    "federation": {"rounds": 5, "clients_per_round": None},
-    "setting": "cifar100",
-    "method": "fed_lscl",
-}
-"""The paper's protocol on CIFAR-100."""
-
-
-def make_run(method: str = "fed_lscl", seed: int = 42, average: float = 90.0, **changes: Any) -> Run:
-    """A finished run of the paper's protocol; `changes` of its configuration with __ for a dot, as model__block."""
-    config = copy.deepcopy(CONFIG) | {"seed_everything": seed, "method": method}
-    for name, value in changes.items():
-        *groups, field = name.split("__")
-        place = config
-        for group in groups:
-            place = place[group]
-            place = place.get("init_args", place) if group == "model" else place
-        place[field] = value
-    tasks = config["data"]["split"]["tasks"]
-    accuracy = {}
-    for mask, final in (("task", average), ("seen", average - 10), ("none", average - 20)):
-        matrix = [[final if on <= after else None for on in range(tasks)] for after in range(tasks)]
-        accuracy[mask] = {
-            "table1": [final] * tasks,
-            "final_average": final,
-            "average_incremental": final,
-            "forgetting": 0.0,
-            "backward_transfer": 0.0,
-            "matrix": [matrix] * 5,
-        }
-    sent = {"per_client_round": 2048.0, "total": 5 * 25 * 2048, "by_client": [25 * 2048] * 5, "by_round": [[2048] * 5]}
-    return Run(
-        Path(f"runs/{method}-{seed}-{average:g}/summary.json"),
-        {
-            "method": method,
-            "setting": config["setting"],
-            "seed": seed,
-            "backbone": f"{config['backbone']['name']}, {config['backbone']['image_size']} px",
-            "cnn": "resnet18",
-            "task_aware": [],
-            "evaluated_on": "test images",
-            "accuracy": accuracy,
-            "bytes_up": sent,
-            "bytes_down": sent,
-            "compute": {"resnet18": {"trained_parameters": 1000, "flops_frozen": 10, "flops": 1000}},
-            "skipped": [],
-            "seconds": {"total": 61.5, "fit": 50.0, "evaluate": 11.5},
-            "peak_memory_mib": 1234.4,
-            "machine": "Linux x86_64, 2 threads",
-            "versions": {"python": "3.11.7", "torch": "2.15.0"},
-            "config": config,
-        },
-    )
 
 
 def only(*runs: Run) -> Comparison:
@@ -193,9 +107,9 @@ def draw(width: float = 4.0) -> Figure:
 @pytest.fixture
 def sweep() -> list[Comparison]:
     """Two settings; in the first one Fed-LSCL with three seeds and another block, and a method beside it."""
-    runs = [make_run(seed=seed, average=90 + n) for n, seed in enumerate((42, 1999, 2024))]
-    runs += [make_run(average=80, model__block=7), make_run("fedavg", average=40)]
-    return compare([*runs, make_run("local", average=70, setting="elsewhere")])
+    runs = [paper_run(seed=seed, average=90 + n) for n, seed in enumerate((42, 1999, 2024))]
+    runs += [paper_run(average=80, config={"model.block": 7}), paper_run("fedavg", average=40)]
+    return compare([*runs, paper_run("local", average=70, setting="elsewhere")])
 
 
 def test_the_page_is_well_formed_and_refers_to_nothing_outside(sweep: list[Comparison], tmp_path: Path) -> None:
@@ -222,7 +136,7 @@ def test_every_table_is_there_cell_by_cell_with_its_marks(tmp_path: Path, monkey
     empty = Table("e", "Empty", "", "", ("name", "value"), ())
     monkeypatch.setattr(report, "tables", lambda comparison: [table, empty])
     monkeypatch.setattr(report, "pictures", lambda comparison: [])
-    page = parse([only(make_run())], tmp_path)
+    page = parse([only(paper_run())], tmp_path)
     shown = [[[cell.strip() for cell in cells] for cells in rows] for rows in page.tables]
     assert shown[0] == [list(table.header), [cell.text for cell in row]]
     assert shown[1] == [["name", "value"]]
@@ -245,15 +159,14 @@ def test_the_tables_of_the_runs_are_shown(sweep: list[Comparison], tmp_path: Pat
 
 
 def test_every_run_is_there_with_its_configuration(tmp_path: Path) -> None:
-    run = make_run("fedavg", average=71.26, data__source={"class_path": "a.B", "root": "größe"})
-    run = Run(run.path, {**run.summary, "task_aware": ["task"]})
-    skipped = [{"round": 3, "client": 4, "reason": "RuntimeError: lost"}]
-    other = make_run(seed=1999)
-    other = Run(other.path, {**other.summary, "skipped": skipped, "machine": "a GPU"})
-    page = parse([only(make_run(), other, run)], tmp_path)
+    cost = {"seconds": {"total": 61.5, "fit": 50.0, "evaluate": 11.5}, "peak_memory_mib": 1234.4}
+    source = {"class_path": "a.B", "root": "größe"}
+    run = paper_run("fedavg", average=71.26, config={"data.source": source}, task_aware=("task",), **cost)
+    other = paper_run(seed=1999, skipped=(Skipped(3, 4, "RuntimeError: lost"),), machine="a GPU")
+    page = parse([only(paper_run(), other, run)], tmp_path)
     assert page.count("details") == 1 + 3
     assert [yaml.safe_load(text)["method"] for text in page.pre] == ["fed_lscl", "fed_lscl", "fedavg"]
-    assert [yaml.safe_load(text) for text in page.pre][2] == run.summary["config"]
+    assert [yaml.safe_load(text) for text in page.pre][2] == run.config
     said = " ".join(page.text.split())
     for text in (
         "71.3* %",
@@ -266,7 +179,7 @@ def test_every_run_is_there_with_its_configuration(tmp_path: Path) -> None:
         assert text in said
     assert "round 3, client 4: RuntimeError: lost" in said
     assert "1234 MiB" in said
-    assert "runs/fedavg-42-71.26/summary.json" in said
+    assert "runs/fedavg-42/summary.json" in said
     assert "3 runs of 2 methods" in said
     assert "Linux x86_64, 2 threads; a GPU" in said
     assert "torch 2.15.0" in said
@@ -274,10 +187,10 @@ def test_every_run_is_there_with_its_configuration(tmp_path: Path) -> None:
 
 def test_what_runs_say_is_never_markup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = "<script>alert('x')</script>\"&"
-    skipped = [{"round": 1, "client": 0, "reason": bad}]
-    run = make_run(bad, setting=bad, cnn__name=[bad], model__train_mask=bad)
-    changes = {"skipped": skipped, "machine": bad, "versions": {bad: bad}, "evaluated_on": bad, "backbone": bad}
-    run = Run(Path(bad), {**run.summary, **changes, "cnn": bad})
+    changes: dict[str, Any] = {"machine": bad, "versions": {bad: bad}, "evaluated_on": bad, "backbone": bad, "cnn": bad}
+    config = {"cnn.name": [bad], "model.train_mask": bad}
+    run = paper_run(bad, setting=bad, config=config, skipped=(Skipped(1, 0, bad),), **changes)
+    run = Run(Path(bad), run.summary)
     table = Table(bad, bad, bad, bad, (bad,), ((Cell(bad, "best"),),))
     monkeypatch.setattr(report, "tables", lambda comparison: [table])
     monkeypatch.setattr(report, "pictures", lambda comparison: [Picture(bad, bad, bad, draw())])
@@ -293,7 +206,7 @@ def test_figures_do_not_share_ids_and_are_described(tmp_path: Path, monkeypatch:
     figures = [Picture("one", "First", "What is seen.", draw()), Picture("two", "Second", "The same again.", draw())]
     monkeypatch.setattr(report, "pictures", lambda comparison: figures)
     monkeypatch.setattr(report, "tables", lambda comparison: [])
-    page = parse([only(make_run())], tmp_path)
+    page = parse([only(paper_run())], tmp_path)
     ids = page.all("id")
     assert len(ids) == len(set(ids))
     drawings = [attributes for tag, attributes in page.elements if tag == "svg"]
@@ -318,11 +231,11 @@ def test_what_a_drawing_refers_to_is_in_it() -> None:
 
 
 def test_a_run_of_the_papers_protocol_differs_in_its_seeds_only() -> None:
-    (seeds,), same = differences(only(make_run()).variants)
+    (seeds,), same = differences(only(paper_run()).variants)
     assert (seeds.label, seeds.paper, seeds.here, seeds.in_part) == ("seeds", "42, 1999, 2024", "42", False)
     assert "private classes per client (15)" in same
     assert "foundation model (ViT-B/16)" in same
-    nothing, same = differences(only(*(make_run(seed=seed) for seed in (2024, 42, 1999))).variants)
+    nothing, same = differences(only(*(paper_run(seed=seed) for seed in (2024, 42, 1999))).variants)
     assert nothing == []
     assert "seeds (42, 1999, 2024)" in same
 
@@ -330,38 +243,38 @@ def test_a_run_of_the_papers_protocol_differs_in_its_seeds_only() -> None:
 @pytest.mark.parametrize(
     ("change", "label", "paper", "here"),
     [
-        ({"data__split__clients": 10}, "clients", "5", "10"),
-        ({"data__split__tasks": 3}, "tasks", "5", "3"),
-        ({"data__split__classes_per_task": 2}, "classes per task", "8", "2"),
-        ({"data__split__private_classes": 40}, "private classes per client", "15", "40"),
-        ({"data__split__public_classes": 0}, "public classes", "25", "0"),
-        ({"data__split__train_per_class": 20}, "training images per class", "all", "20"),
-        ({"federation__rounds": 3}, "rounds per task", "5", "3"),
-        ({"federation__clients_per_round": 2}, "clients in a round", "all", "2"),
-        ({"model__epochs": 1}, "epochs per round", "5", "1"),
-        ({"model__learning_rate": 0.01}, "learning rate (Adam)", "0.001", "0.01"),
-        ({"model__buffer_size": 10}, "images kept of each class", "20", "10"),
-        ({"model__block": 0}, "adapted block of the ViT", "3", "0"),
-        ({"backbone__image_size": 160}, "image size of the ViT", "224 px", "160 px"),
-        ({"backbone__name": "vit_tiny_patch16_224"}, "foundation model", "ViT-B/16", "vit_tiny_patch16_224"),
+        ({"data.split.clients": 10}, "clients", "5", "10"),
+        ({"data.split.tasks": 3}, "tasks", "5", "3"),
+        ({"data.split.classes_per_task": 2}, "classes per task", "8", "2"),
+        ({"data.split.private_classes": 40}, "private classes per client", "15", "40"),
+        ({"data.split.public_classes": 0}, "public classes", "25", "0"),
+        ({"data.split.train_per_class": 20}, "training images per class", "all", "20"),
+        ({"federation.rounds": 3}, "rounds per task", "5", "3"),
+        ({"federation.clients_per_round": 2}, "clients in a round", "all", "2"),
+        ({"model.epochs": 1}, "epochs per round", "5", "1"),
+        ({"model.learning_rate": 0.01}, "learning rate (Adam)", "0.001", "0.01"),
+        ({"model.buffer_size": 10}, "images kept of each class", "20", "10"),
+        ({"model.block": 0}, "adapted block of the ViT", "3", "0"),
+        ({"backbone.image_size": 160}, "image size of the ViT", "224 px", "160 px"),
+        ({"backbone.name": "vit_tiny_patch16_224"}, "foundation model", "ViT-B/16", "vit_tiny_patch16_224"),
         (
-            {"backbone__name": "vit_base_patch16_224", "backbone__model_args": {"patch_size": 8, "depth": 2}},
+            {"backbone.name": "vit_base_patch16_224", "backbone.model_args": {"patch_size": 8, "depth": 2}},
             "foundation model",
             "ViT-B/16",
             "vit_base_patch16_224 (patch_size 8; depth 2)",
         ),
         (
-            {"cnn__model_args": {"channels": [4, 8], "norm_layer": "groupnorm"}},
+            {"cnn.model_args": {"channels": [4, 8], "norm_layer": "groupnorm"}},
             "small model",
             "ResNet-18",
             "resnet18 (channels 4, 8; norm_layer groupnorm)",
         ),
-        ({"cnn__name": ["resnet18", "vgg16"]}, "small model", "ResNet-18", "resnet18, vgg16"),
-        ({"trainer__precision": "bf16-mixed"}, "precision", "32-true", "bf16-mixed"),
+        ({"cnn.name": ["resnet18", "vgg16"]}, "small model", "ResNet-18", "resnet18, vgg16"),
+        ({"trainer.precision": "bf16-mixed"}, "precision", "32-true", "bf16-mixed"),
     ],
 )
 def test_each_difference_from_the_paper_is_named(change: dict[str, Any], label: str, paper: str, here: str) -> None:
-    runs = [make_run(seed=seed, **change) for seed in (42, 1999, 2024)]
+    runs = [paper_run(seed=seed, config=change) for seed in (42, 1999, 2024)]
     (found,), same = differences(only(*runs).variants)
     assert (found.label, found.paper, found.here, found.in_part) == (label, paper, here, False)
     assert found.why
@@ -370,8 +283,8 @@ def test_each_difference_from_the_paper_is_named(change: dict[str, Any], label: 
 
 def test_the_protocol_is_that_of_the_data_set() -> None:
     def fields(source: dict[str, Any], private: int, public: int) -> dict[str, tuple[str, str]]:
-        split = {"data__split__private_classes": private, "data__split__public_classes": public}
-        runs = [make_run(seed=seed, data__source=source, **split) for seed in (42, 1999, 2024)]
+        changes = {"data.split.private_classes": private, "data.split.public_classes": public, "data.source": source}
+        runs = [paper_run(seed=seed, config=changes) for seed in (42, 1999, 2024)]
         found, _ = differences(only(*runs).variants)
         return {difference.label: (difference.paper, difference.here) for difference in found}
 
@@ -388,10 +301,33 @@ def test_the_protocol_is_that_of_the_data_set() -> None:
     }
 
 
+SHORT = {
+    "model.class_path": "FedLSCL",
+    "model.continual.class_path": "Replay",
+    "data.source.class_path": "CIFAR100",
+    "server.class_path": "ExactO2D",
+}
+
+
+def test_classes_are_known_with_and_without_their_modules() -> None:
+    long, short = paper_run(), paper_run(config=SHORT)
+    for points in (POINTS, OPEN):
+        assert texts(points, only(short).variants) == texts(points, only(long).variants)
+    assert texts(POINTS, only(short).variants)["data set"] == "CIFAR-100"
+    assert "rank of its LoRA" in texts(POINTS, only(short).variants)
+    assert data_set(only(short).variants[0]) == "CIFAR-100"
+    other = only(paper_run(config=SHORT | {"model.class_path": "FedProxClient"}))
+    assert "rank of its LoRA" not in texts(POINTS, other.variants)
+
+
 def test_where_runs_differ_each_value_is_counted() -> None:
-    runs = [make_run(seed=seed) for seed in (42, 1999, 2024)]
-    runs += [make_run(seed=42, model__block=block) for block in (11, 0)]
-    runs += [make_run("fedavg", model={"class_path": "fedlscl.methods.small_model.SmallModelClient", "block": 5})]
+    runs = [paper_run(seed=seed) for seed in (42, 1999, 2024)]
+    runs += [paper_run(seed=42, config={"model.block": block}) for block in (11, 0)]
+    runs += [
+        paper_run(
+            "fedavg", config={"model": {"class_path": "fedlscl.methods.small_model.SmallModelClient", "block": 5}}
+        )
+    ]
     found, _ = differences(only(*runs).variants)
     by_label = {difference.label: difference for difference in found}
     assert set(by_label) == {"adapted block of the ViT", "seeds"}
@@ -402,15 +338,15 @@ def test_where_runs_differ_each_value_is_counted() -> None:
 
 
 def test_settings_of_one_name_are_told_apart(tmp_path: Path) -> None:
-    page = parse(compare([make_run(), make_run(backbone__image_size=96)]), tmp_path)
+    page = parse(compare([paper_run(), paper_run(config={"backbone.image_size": 96})]), tmp_path)
     assert page.text.count("cifar100 (vit_base_patch16_224.augreg_in21k, 96 px; test images)") >= 2
 
 
 def test_the_page_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "report.html"
-    write_report([only(make_run())], path)
+    write_report([only(paper_run())], path)
     before = path.read_bytes()
-    write_report([only(make_run())], path)
+    write_report([only(paper_run())], path)
     assert path.read_bytes() == before  # and the same runs make the same page
 
     def broken(source: Path, target: Path) -> None:
@@ -418,7 +354,7 @@ def test_the_page_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(files.os, "replace", broken)
     with pytest.raises(OSError, match="disk full"):
-        write_report([only(make_run(average=50))], path)
+        write_report([only(paper_run(average=50))], path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -449,7 +385,7 @@ def opened(browser: Any, sweep: list[Comparison], tmp_path: Path) -> Iterator[Ca
     """Open the report at a width in a colour scheme; every complaint and request is noted at the page."""
     name = "a_method_whose_name_is_long_enough_to_be_wider_than_any_telephone"
     path = tmp_path / "report.html"
-    write_report([*sweep, *compare([make_run(name, setting=name)])], path)
+    write_report([*sweep, *compare([paper_run(name, setting=name)])], path)
     contexts = []
 
     def open_page(width: int, scheme: str) -> Any:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from made_runs import make_run, make_summary, write_run
 
-from fedlscl.analysis.results import Run, compare, read_runs
+from fedlscl.analysis.comparison import compare
+from fedlscl.analysis.results import Run, Runs, read_runs
 from fedlscl.run.fields import flat
+from fedlscl.run.summary import Skipped
 
 SEEDS = (42, 1999, 2024)
 
@@ -19,13 +23,22 @@ SEEDS = (42, 1999, 2024)
 def test_runs_are_found_at_any_depth_and_each_only_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = write_run(tmp_path / "a" / "one", seed=1)
     write_run(tmp_path / "a" / "b" / "two", seed=2)
-    (tmp_path / "a" / "three-seed3.json").write_text(json.dumps(make_summary(seed=3)))
+    (tmp_path / "a" / "three-seed3.json").write_text(make_summary(seed=3).to_json())
     (tmp_path / "a" / "list.json").write_text("[1]")
     (tmp_path / "a" / "other.json").write_text('{"method": "of payment"}')
     (tmp_path / "a" / "folder.json").mkdir()
     runs = read_runs([tmp_path / "a", first, first / "summary.json"])
     assert sorted(run.seed for run in runs) == [1, 2, 3]
     assert not caplog.records
+
+
+def test_one_path_will_do_as_text_too(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "runs" / "one", seed=1)
+    other = write_run(tmp_path / "runs" / "two", seed=2)
+    for one in (folder, str(folder), [folder], (str(folder / "summary.json"),)):
+        assert [run.seed for run in read_runs(one)] == [1]
+    assert [run.seed for run in read_runs([str(other), folder])] == [2, 1]
+    assert [run.seed for run in read_runs(str(tmp_path))] == [1, 2]
 
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:
@@ -42,6 +55,7 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     ("text", "complaint"),
     [
         ("{", "is not JSON: Expecting property name"),
+        ({"seed": "42"}, ": seed is '42', must be a whole number"),
         ({"config": None}, "lacks config; it was cut short, or made by another version"),
         ({"seconds": None, "machine": None}, "lacks machine, seconds; it was"),
         ({"accuracy": {"seen": {}, "task": {}}}, "lacks accuracy under mask none; it was made by another version"),
@@ -52,16 +66,73 @@ def test_what_may_have_been_meant_as_a_run_is_named_in_folders_and_refused_by_na
 ) -> None:
     write_run(tmp_path / "runs" / "new")
     if not isinstance(text, str):
-        changed = {**make_summary(seed=1), **text}
+        changed = {**asdict(make_summary(seed=1)), **text}
         text = json.dumps({key: value for key, value in changed.items() if value is not None})
     bad = tmp_path / "runs" / "bad.json"
     bad.write_text(text)
     assert [run.seed for run in read_runs([tmp_path / "runs"])] == [42]
     (record,) = caplog.records
-    assert f"{bad} {complaint}" in record.message
+    complaint = f"{bad}{complaint if complaint.startswith(':') else f' {complaint}'}"
+    assert complaint in record.message
     assert record.message.endswith("; it is left out")
-    with pytest.raises(ValueError, match=re.escape(f"{bad} {complaint}")):
+    with pytest.raises(ValueError, match=re.escape(complaint)):
         read_runs([bad])
+
+
+def test_a_run_says_what_is_asked_for_most(tmp_path: Path) -> None:
+    """After task 1 the clients have 50 and 51, after task 2 60, 61 and 61, 62; 10 and 20 less under the other masks."""
+    (run,) = read_runs(write_run(tmp_path / "run", "fedavg", 7, config={"model.block": 5}))
+    assert (run.method, run.setting, run.seed, run.path) == ("fedavg", "digits", 7, tmp_path / "run" / "summary.json")
+    np.testing.assert_array_equal(run.accuracy["seen"], [[[40, np.nan], [50, 51]], [[41, np.nan], [51, 52]]])
+    assert run.final_average == {"task": 61, "seen": 51, "none": 41}
+    assert run.forgetting == {"task": -10, "seen": -10, "none": -10}
+    assert run.bytes == 2 * 3 * 2 * 1024  # directions, rounds and clients
+    assert run.bytes_per_client_round == 2048
+    assert run.seconds == 12
+    assert run.config["model"]["init_args"]["block"] == 5
+
+
+def test_runs_print_in_a_line_each(tmp_path: Path) -> None:
+    for seed in range(22):
+        write_run(tmp_path / f"{seed:02}", seed=seed)
+    runs = read_runs(tmp_path)
+    first = f"<fed_lscl on digits, seed 0: final average in %: task 61.0, seen 51.0, none 41.0; {runs[0].path}>"
+    assert repr(runs[0]) == first
+    lines = repr(runs).splitlines()
+    assert lines[:2] == ["22 finished runs", first]
+    assert len(lines) == 22
+    assert lines[-1] == "and 2 more"
+    assert repr(read_runs(tmp_path / "00")).splitlines() == ["1 finished run", first]
+
+
+def test_runs_make_one_table_with_a_row_each(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    cnns = ["resnet18", "vgg16"]
+    write_run(tmp_path / "a", seed=1, config={"model.block": 5, "cnn.name": cnns}, skipped=(Skipped(1, 0, "gone"),))
+    write_run(tmp_path / "b", "fedavg", 2, value=30.0, config={"model": {"class_path": "FedAvgClient"}})
+    table = read_runs(tmp_path).to_pandas()
+    assert isinstance(table, pandas.DataFrame)
+    assert table.columns.is_unique
+    assert table[["method", "setting", "seed"]].to_numpy().tolist() == [
+        ["fed_lscl", "digits", 1],
+        ["fedavg", "digits", 2],
+    ]
+    assert table["final_average_task"].tolist() == [61, 41]
+    assert table["final_average_none"].tolist() == [41, 21]
+    assert table["forgetting_seen"].tolist() == [-10, -10]
+    assert table[["bytes_up", "bytes_down", "skipped"]].to_numpy().tolist() == [[6144, 6144, 1], [6144, 6144, 0]]
+    assert table["seconds"].tolist() == [12, 12]
+    assert table["path"].tolist() == [str(tmp_path / name / "summary.json") for name in "ab"]
+    assert table["model.class_path"].tolist() == ["fedlscl.methods.x.X", "FedAvgClient"]
+    assert table["model.block"][0] == 5
+    assert table["model.block"].isna().tolist() == [False, True]
+    assert table["cnn.name"][0] == cnns
+
+
+def test_without_pandas_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        Runs([make_run()]).to_pandas()
 
 
 def test_runs_of_other_conditions_are_not_compared() -> None:
@@ -249,6 +320,22 @@ def test_accuracy_over_the_tasks_is_the_mean_of_what_was_learned() -> None:
     # after task 1: clients 50 and 51; after task 2: 60, 61 and 61, 62
     np.testing.assert_allclose(run.over_tasks("task"), [50.5, 61.0])
     np.testing.assert_allclose(run.over_tasks("seen"), [40.5, 51.0])
+
+
+def test_a_class_of_this_package_is_the_same_with_and_without_its_module() -> None:
+    """Older versions named classes by their modules, which have moved; one of a user's own is told by its module."""
+    paths = ("FedLSCL", "fedlscl.fed_lscl.FedLSCL", "fedlscl.methods.fed_lscl.FedLSCL", "mine.FedLSCL", "yours.FedLSCL")
+    sources = ("Digits", "fedlscl.packed.Digits", "fedlscl.data.packed.Digits", "Digits", "Digits")
+    runs = [
+        make_run(seed=seed, config={"model.class_path": path, "data.source.class_path": source})
+        for seed, (path, source) in enumerate(zip(paths, sources, strict=True))
+    ]
+    (comparison,) = compare(runs)
+    assert [[run.seed for run in variant.runs] for variant in comparison.variants] == [[0, 1, 2], [3], [4]]
+    assert [variant.differs for variant in comparison.variants] == [
+        *({}, {"model.class_path": "mine.FedLSCL"}, {"model.class_path": "yours.FedLSCL"})
+    ]
+    assert runs[1].config["model"]["class_path"] == "fedlscl.fed_lscl.FedLSCL"
 
 
 def test_fields_are_named_as_on_the_command_line() -> None:

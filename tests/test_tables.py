@@ -11,10 +11,14 @@ import pytest
 from made_runs import accuracy, make_run
 
 from fedlscl.analysis import paper
+from fedlscl.analysis.comparison import Comparison, compare
 from fedlscl.analysis.formats import MISSING, Cell, Table, to_csv, to_latex, to_markdown
-from fedlscl.analysis.results import Comparison, Run, compare
-from fedlscl.analysis.tables import COMPARED, COMPONENTS, costs, overview, table1, table2, tables
-from fedlscl.evaluation import MASKS, summarise
+from fedlscl.analysis.paper_tables import COMPARED, table1, table2
+from fedlscl.analysis.results import Run
+from fedlscl.analysis.rows import COMPONENTS
+from fedlscl.analysis.tables import costs, overview, tables
+from fedlscl.evaluation import MASKS
+from fedlscl.run.summary import Compute
 
 
 def comparison(*runs: Run) -> Comparison:
@@ -69,7 +73,7 @@ def test_low_forgetting_is_the_best() -> None:
     def run(method: str, last: float) -> Run:
         acc = accuracy(50.0)
         acc[:, 1, 0] = last
-        return make_run(method, accuracy={mask: summarise(acc) for mask in ("task", "seen", "none")})
+        return make_run(method, acc=dict.fromkeys(MASKS, acc))
 
     found = rows(overview(comparison(run("fedavg", 40.0), run("glfc", 20.0), run("lorm", 45.0))))
     # clients had 50 and 51 on task 1: 50.5 - 40 = 10.5
@@ -79,7 +83,7 @@ def test_low_forgetting_is_the_best() -> None:
 
 
 def test_a_star_where_the_task_chose_the_parameters() -> None:
-    runs = (make_run("fedmgp", task_aware=["task"]), make_run())
+    runs = (make_run("fedmgp", task_aware=("task",)), make_run())
     assert texts(rows(table1(comparison(*runs)))["fedmgp"])[1:] == ["50.5*", "61.5*", "56.0*"]
     assert texts(rows(table1(comparison(*runs), "seen"))["fedmgp"])[1:] == ["40.5", "51.5", "46.0"]
     assert texts(rows(overview(comparison(*runs)))["fedmgp"])[1:5] == ["56.0*", "61.0*", "51.0", "41.0"]
@@ -90,7 +94,7 @@ def marks(table: Table, method: str) -> set[str]:
 
 
 def test_what_is_told_the_task_competes_only_where_everyone_is() -> None:
-    runs = [make_run("fedweit", value=80.0, task_aware=["task", "seen"]), make_run(), make_run("fedavg", value=30.0)]
+    runs = [make_run("fedweit", value=80.0, task_aware=("task", "seen")), make_run(), make_run("fedavg", value=30.0)]
     assert marks(table1(comparison(*runs)), "fedweit") == {"best"}
     assert marks(table1(comparison(*runs)), "fed_lscl") == {"second"}
     assert marks(table1(comparison(*runs), "seen"), "fedweit") == {""}
@@ -132,9 +136,8 @@ IMAGENET = {"data.source.class_path": "fedlscl.data.folders.ImageNetR"}
 
 
 def in_its_setting(method: str = "fed_lscl", config: dict[str, Any] | None = None, **options: Any) -> Run:
-    five = summarise(accuracy(20.0, tasks=5))
-    changed = PROTOCOL | (config or {})
-    return make_run(method, setting="any", accuracy=dict.fromkeys(MASKS, five), config=changed, **options)
+    five = dict.fromkeys(MASKS, accuracy(20.0, tasks=5))
+    return make_run(method, setting="any", acc=five, config=PROTOCOL | (config or {}), **options)
 
 
 def test_the_papers_numbers_stand_in_columns_of_their_own() -> None:
@@ -220,11 +223,11 @@ def test_without_a_usual_configuration_each_variant_has_its_row_and_the_papers_n
 
 
 def test_a_task_that_a_method_does_not_have_or_that_nobody_measured_is_missing() -> None:
-    three = dict.fromkeys(MASKS, summarise(accuracy(20.0, tasks=3)))
+    three = dict.fromkeys(MASKS, accuracy(20.0, tasks=3))
     unmeasured = accuracy(10.0)
     unmeasured[:, 1, 1] = float("nan")
-    nothing = dict.fromkeys(MASKS, summarise(unmeasured))
-    runs = [make_run("ewc", accuracy=nothing), make_run(), make_run("fedavg", accuracy=three)]
+    nothing = dict.fromkeys(MASKS, unmeasured)
+    runs = [make_run("ewc", acc=nothing), make_run(), make_run("fedavg", acc=three)]
     found = rows(table1(comparison(*runs)))
     assert texts(found["fed_lscl"]) == ["1", "50.5", "61.5", MISSING, "56.0"]
     assert texts(found["ewc"]) == ["1", "10.5", MISSING, MISSING, MISSING]
@@ -232,10 +235,9 @@ def test_a_task_that_a_method_does_not_have_or_that_nobody_measured_is_missing()
 
 
 def test_costs_by_hand() -> None:
-    two = {"a": {"trained_parameters": 10**6, "flops_frozen": 2 * 10**9, "flops": 10**9}}
-    two["b"] = {**two["a"], "trained_parameters": 12 * 10**6}
+    two = {name: Compute(millions * 10**6, 2 * 10**9, 10**9) for name, millions in (("a", 1), ("b", 12))}
     runs = [make_run(seed=1), make_run(seed=2, seconds={"total": 14.0}, peak_memory_mib=300.0)]
-    runs += [make_run("fedavg", compute=two), make_run("old", compute=None), make_run("joint")]
+    runs += [make_run("fedavg", compute=two), make_run("old", compute={}), make_run("joint")]
     found = rows(costs_of(comparison(*runs)))
     numbers = ["1.5 M", "2.0 G", "1.0 G"]
     assert texts(found["fed_lscl"]) == ["1.0 KiB", "1.0 KiB", "12.0 KiB", *numbers, "13 ± 1", "200"]
@@ -245,7 +247,7 @@ def test_costs_by_hand() -> None:
 
 
 def test_costs_are_counted_by_any_seed_that_counted() -> None:
-    runs = [make_run(seed=1, compute=None), make_run(seed=2)]
+    runs = [make_run(seed=1, compute={}), make_run(seed=2)]
     assert texts(rows(costs_of(comparison(*runs)))["fed_lscl"])[3] == "1.5 M"
 
 
@@ -352,9 +354,8 @@ def test_csv_is_for_programs() -> None:
 
 def test_every_number_of_a_csv_can_be_read() -> None:
     """Bytes in bytes, deviations apart, a range as its ends; nothing but names and ticks is text."""
-    two = {"a": {"trained_parameters": 10**6, "flops_frozen": 0, "flops": 10**9}}
-    two["b"] = {**two["a"], "trained_parameters": 3 * 10**6}
-    runs = [in_its_setting(seed=1), in_its_setting(seed=2), in_its_setting("small_fedavg", task_aware=["task"])]
+    two = {name: Compute(millions * 10**6, 0, 10**9) for name, millions in (("a", 1), ("b", 3))}
+    runs = [in_its_setting(seed=1), in_its_setting(seed=2), in_its_setting("small_fedavg", task_aware=("task",))]
     runs += [in_its_setting("joint"), in_its_setting(config={"model.block": 0}, compute=two)]
     for table in tables(comparison(*runs)):
         read = list(csv.DictReader(io.StringIO(to_csv(table))))

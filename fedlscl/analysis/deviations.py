@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedlscl.analysis.results import Variant
+from fedlscl.analysis.comparison import Variant
 from fedlscl.run.fields import flat
 
 Config = Mapping[str, Any]
@@ -65,7 +65,7 @@ def differences(variants: Sequence[Variant]) -> tuple[list[Difference], list[str
     Returns:
         The points in which some run differs, and the others as texts. A point that no run has is in neither.
     """
-    configs = [flat(run.summary["config"]) for variant in variants for run in variant.runs]
+    configs = [flat(run.config) for variant in variants for run in variant.runs]
     others, same = [], []
     for point in POINTS:
         values = [text for config in configs if (text := point.here(config)) is not None]
@@ -89,14 +89,14 @@ def differences(variants: Sequence[Variant]) -> tuple[list[Difference], list[str
 
 def texts(points: Iterable[Point], variants: Sequence[Variant]) -> dict[str, str]:
     """The text of each point that some run has, by its label; where runs differ, how often each text occurs."""
-    configs = [flat(run.summary["config"]) for variant in variants for run in variant.runs]
+    configs = [flat(run.config) for variant in variants for run in variant.runs]
     found = {point.label: [text for c in configs if (text := point.here(c)) is not None] for point in points}
     return {label: _counted(values, "run") for label, values in found.items() if values}
 
 
 def data_set(variant: Variant) -> str:
     """The data set, as the paper writes it where it is one of the paper's."""
-    return _data(flat(variant.runs[0].summary["config"]))
+    return _data(flat(variant.runs[0].config))
 
 
 def plural(number: int, unit: str) -> str:
@@ -145,7 +145,12 @@ def _field(name: str, none: str = "none", suffix: str = "") -> Callable[[Config]
 
 def _fed_lscl(text: Callable[[Config], str | None]) -> Callable[[Config], str | None]:
     """The same for Fed-LSCL and what it is taken apart into; None for other methods, whose fields mean other things."""
-    return lambda config: text(config) if ".fed_lscl" in str(config.get("model.class_path")) else None
+    return lambda config: text(config) if _class(config, "model").startswith("FedLSCL") else None
+
+
+def _class(config: Config, group: str) -> str:
+    """The name of a class, which older configurations call by its module as well."""
+    return str(config.get(f"{group}.class_path")).rpartition(".")[2]
 
 
 def _either(*names: str) -> Callable[[Config], str | None]:
@@ -155,7 +160,7 @@ def _either(*names: str) -> Callable[[Config], str | None]:
 
 def _data(config: Config) -> str:
     """The data set, as the paper writes it where it is one of the paper's."""
-    name = str(config.get("data.source.name") or str(config["data.source.class_path"]).rpartition(".")[2])
+    name = str(config.get("data.source.name") or _class(config, "data.source"))
     return {"cifar100": "CIFAR-100", "imagenetr": "ImageNet-R"}.get(re.sub(r"[^a-z0-9]", "", name.lower()), name)
 
 

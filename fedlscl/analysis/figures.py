@@ -3,48 +3,44 @@
 from __future__ import annotations
 
 import io
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator
-from matplotlib.transforms import Bbox
 
-from fedlscl.analysis.results import POOLED, Comparison, Variant, named
+from fedlscl.analysis.comparison import POOLED, Comparison, Variant, named
+from fedlscl.analysis.drawing import (
+    COLOURS,
+    COLUMN,
+    LABEL_SIZE,
+    MARKERS,
+    MAX_BANDS,
+    PAGE,
+    TICK_SIZE,
+    TYPE,
+    bars,
+    filled,
+    frame,
+    line,
+    number_points,
+    ordered_styles,
+    over_seeds,
+    settle,
+    within,
+)
 from fedlscl.evaluation import MASKS, FloatArray, measured_mean
 from fedlscl.files import write_atomically
 from fedlscl.run.plots import DPI, MAX_NUMBERED, STYLES, heat_map
 
 METHOD = "fed_lscl"
 """The method whose block, buffer and CNNs vary."""
-COLUMN, PAGE = 3.5, 7.0
-"""Widths in inches of a column and of a page with two of them; sizes of type are meant for these."""
-# Okabe and Ito's colours but for yellow, too pale on white. Seven colours and twelve markers make 84 pairs.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
-LINES = ("-", "--", "-.", ":")
-_TYPE: dict[Any, Any] = {
-    "font.size": 7.5,
-    "axes.titlesize": 7.5,
-    "axes.labelsize": 7.5,
-    "legend.fontsize": 7,
-    "legend.title_fontsize": 7,
-    "axes.linewidth": 0.7,
-    "lines.linewidth": 1.1,
-    "lines.markersize": 4,
-}
-MAX_BANDS = 6
-"""Lines that may have bands in one panel; those of more hide each other."""
-_LABEL_SIZE, _TICK_SIZE = 6.5, 7.0
 _MIB = 2.0**20
 
 
@@ -81,7 +77,7 @@ def pictures(comparison: Comparison, mask: str = "seen") -> list[Picture]:
     """
     if mask not in MASKS:
         raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {mask!r}")
-    with mpl.rc_context(_TYPE):
+    with mpl.rc_context(TYPE):
         drawn = (
             _by_field(comparison, mask, "model.block", "accuracy_by_block", "block of the ViT", log=False),
             _by_field(
@@ -93,7 +89,7 @@ def pictures(comparison: Comparison, mask: str = "seen") -> list[Picture]:
         )
         found = [picture for picture in drawn if picture is not None]
         for picture in found:
-            _settle(picture.figure)
+            settle(picture.figure)
     return found
 
 
@@ -122,9 +118,6 @@ def save(picture: Picture, folder: Path) -> list[Path]:
     return files
 
 
-# ------------------------------------------------------------------------- one figure each
-
-
 def _by_field(comparison: Comparison, mask: str, field: str, name: str, meaning: str, *, log: bool) -> Picture | None:
     """Accuracy after each task, a line for each value of a field, and the final average against the value."""
     variants = comparison.varying(field, METHOD)
@@ -133,17 +126,17 @@ def _by_field(comparison: Comparison, mask: str, field: str, name: str, meaning:
     figure = Figure(figsize=(COLUMN, 4.6), dpi=DPI, layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=[1.5, 1])
     ends = []
-    styles = _ordered(len(variants))
+    styles = ordered_styles(len(variants))
     banded = len(variants) <= MAX_BANDS
     for (value, variant), style in zip(variants.items(), styles, strict=True):
         accuracy = _over_tasks(variant, mask)
-        _line(above, np.arange(1, accuracy.shape[1] + 1), accuracy, str(value), style, band=banded)
-        ends.append(_over_seeds(accuracy[:, -1]))
+        line(above, np.arange(1, accuracy.shape[1] + 1), accuracy, str(value), style, band=banded)
+        ends.append(over_seeds(accuracy[:, -1]))
     values = list(variants)
     below.plot(values, [float(mean) for mean, _ in ends], color="0.7", linewidth=0.8, zorder=1)
     for value, (mean, deviation), style in zip(values, ends, styles, strict=True):
         below.plot([value], [float(mean)], **style)
-        _bars(below, [value], [mean], [deviation], style["color"])
+        bars(below, [value], [mean], [deviation], style["color"])
     if log:
         below.set_xscale("symlog", linthresh=1)  # linear from 0 to 1
     below.set_xticks(values, labels=[str(value) for value in values], minor=False)
@@ -151,8 +144,8 @@ def _by_field(comparison: Comparison, mask: str, field: str, name: str, meaning:
     above.set(xlabel="after task", ylabel="accuracy over learned tasks (%)")
     above.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     below.set(xlabel=meaning, ylabel="final average (%)")
-    _frame(above)
-    _frame(below)
+    frame(above)
+    frame(below)
     methods = list(variants.values())
     label = f"{METHOD}{_star(methods[0], mask)}: {meaning}"
     above.legend(
@@ -184,7 +177,7 @@ def _clients_by_task(comparison: Comparison, mask: str) -> Picture | None:
     shown = [*(same if len(same) == 1 else []), *own[:1]]
     if not shown:
         return None
-    finals = [_over_seeds(np.stack([run.accuracy(mask)[:, -1] for run in variant.runs]))[0] for variant in shown]
+    finals = [over_seeds(np.stack([run.accuracy[mask][:, -1] for run in variant.runs]))[0] for variant in shown]
     cells = max(final.shape[1] for final in finals), sum(min(len(final), MAX_NUMBERED) for final in finals)
     longest = max(len(str(kind)) for variant in shown for kind in np.atleast_1d(_cnn(variant)))
     width = float(np.clip(0.25 * min(cells[0], MAX_NUMBERED) + 0.06 * longest + 0.6, COLUMN, PAGE))
@@ -197,14 +190,14 @@ def _clients_by_task(comparison: Comparison, mask: str) -> Picture | None:
         names = [f"{client}{kind}" for client, kind in enumerate(kinds)]
         image = heat_map(axes, final, names, [f"{task + 1}" for task in range(final.shape[1])])
         for text in axes.texts:
-            text.set_fontsize(_LABEL_SIZE)
+            text.set_fontsize(LABEL_SIZE)
         each = "a CNN of its own on each client" if isinstance(cnn, list) else f"{cnn} on every client"
         axes.set(title=f"{METHOD}{_star(variant, mask)}, {each}", xlabel="accuracy on task", ylabel="client")
         axes.title.set_fontsize(mpl.rcParams["axes.titlesize"])
-        axes.tick_params(labelsize=_TICK_SIZE)
+        axes.tick_params(labelsize=TICK_SIZE)
     bar = figure.colorbar(image, ax=list(grid), location="bottom", aspect=30, shrink=0.8)
     bar.set_label("accuracy (%)")
-    bar.ax.tick_params(labelsize=_TICK_SIZE)
+    bar.ax.tick_params(labelsize=TICK_SIZE)
     caption = (
         f"Accuracy in % of each client's final model on the test images of each task; {_among(mask)}. "
         f"{_seeds(shown, None)} {_starred(shown, mask)}"
@@ -217,7 +210,7 @@ def _forgetting(comparison: Comparison, mask: str) -> Picture | None:
     """Accuracy on each task while later ones are learned, a panel for each method."""
     ranked = _ranked(comparison.usual, mask)
     # (seeds, after task, on task) for each variant
-    accuracies = [np.stack([measured_mean(run.accuracy(mask), 0) for run in variant.runs]) for variant in ranked]
+    accuracies = [np.stack([measured_mean(run.accuracy[mask], 0) for run in variant.runs]) for variant in ranked]
     tasks = max((accuracy.shape[1] for accuracy in accuracies), default=0)
     if tasks < 2:
         return None
@@ -226,16 +219,16 @@ def _forgetting(comparison: Comparison, mask: str) -> Picture | None:
     width = max(COLUMN, PAGE / 4 * columns)
     figure = Figure(figsize=(width, 1.35 * rows + 0.9), dpi=DPI, layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    styles = _ordered(tasks)
+    styles = ordered_styles(tasks)
     for axes, variant, accuracy in zip(grid, ranked, accuracies, strict=False):
         for task in range(accuracy.shape[1]):
             later = np.arange(task, accuracy.shape[1])
-            _line(axes, later + 1, accuracy[:, later, task], str(task + 1), {**styles[task], "markersize": 3.2})
-        final = float(_over_seeds(_over_tasks(variant, mask)[:, -1])[0])
-        axes.set_title(f"{_filled(_name(variant, mask), 26)}  {final:.1f}", pad=3)
-        _frame(axes)
+            line(axes, later + 1, accuracy[:, later, task], str(task + 1), {**styles[task], "markersize": 3.2})
+        final = float(over_seeds(_over_tasks(variant, mask)[:, -1])[0])
+        axes.set_title(f"{filled(_name(variant, mask), 26)}  {final:.1f}", pad=3)
+        frame(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _within(grid[0])
+    within(grid[0])
     for spare in grid[len(ranked) :]:
         spare.remove()
     for axes in grid[max(0, len(ranked) - columns) : len(ranked)]:
@@ -267,8 +260,8 @@ def _by_bytes(comparison: Comparison, mask: str) -> Picture | None:
     ranked = _ranked([variant for variant in comparison.usual if variant.method not in POOLED], mask)
     if not ranked:
         return None
-    sent = [float(np.mean([_bytes(run.summary) for run in variant.runs])) / _MIB for variant in ranked]
-    names = [_filled(_name(variant, mask), 48) for variant in ranked]
+    sent = [float(np.mean([run.bytes_per_client_round for run in variant.runs])) / _MIB for variant in ranked]
+    names = [filled(_name(variant, mask), 48) for variant in ranked]
     columns = 1 if max(map(len, names)) > 26 or len(names) < 4 else 2
     lines = sum(name.count("\n") + 1 for name in names) / columns
     figure = Figure(figsize=(COLUMN, 3.0 + 0.14 * lines), dpi=DPI, layout="constrained")
@@ -280,7 +273,7 @@ def _by_bytes(comparison: Comparison, mask: str) -> Picture | None:
     handles: list[Line2D] = []
     points: dict[bool, dict[int, tuple[float, float, float]]] = {silent: {} for silent in kinds}
     for index, (variant, mib) in enumerate(zip(ranked, sent, strict=True)):
-        mean, deviation = (float(value) for value in _over_seeds(_over_tasks(variant, mask)[:, -1]))
+        mean, deviation = (float(value) for value in over_seeds(_over_tasks(variant, mask)[:, -1]))
         colour, axes = COLOURS[index % len(COLOURS)], panels[mib == 0]
         handles += axes.plot(
             [mib],
@@ -293,11 +286,11 @@ def _by_bytes(comparison: Comparison, mask: str) -> Picture | None:
             linestyle="none",
             label=f"{index + 1}  {names[index]}",
         )
-        _bars(axes, [mib], [mean], [deviation], colour)
+        bars(axes, [mib], [mean], [deviation], colour)
         if not np.isnan(mean):
             points[mib == 0][index + 1] = (mib, mean, deviation)
     for silent, axes in panels.items():
-        _frame(axes)
+        frame(axes)
         axes.margins(y=0.08)
         if silent:
             axes.set(xlim=(-1, 1), xlabel="nothing\nsent")
@@ -315,11 +308,11 @@ def _by_bytes(comparison: Comparison, mask: str) -> Picture | None:
             axes.xaxis.set_major_formatter("{x:g}")
             axes.minorticks_off()
     row[0].set_ylabel("final average (%)")
-    _within(row[0])
+    within(row[0])
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, handletextpad=0.4)
-    _settle(figure)
+    settle(figure)
     for silent, axes in panels.items():
-        _number(figure, axes, points[silent])
+        number_points(figure, axes, points[silent])
     caption = (
         f"Final average in % against the bytes that a client sends and receives in a round (MiB, logarithmic); "
         f"{_among(mask)}; methods are numbered by their final average"
@@ -328,17 +321,6 @@ def _by_bytes(comparison: Comparison, mask: str) -> Picture | None:
     )
     title = f"Accuracy against communication, {comparison.title}"
     return Picture("accuracy_by_bytes", title, caption.strip(), figure)
-
-
-# -------------------------------------------------------------------------------- numbers
-
-
-def _over_seeds(values: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Mean and sample deviation over the first axis; the deviation is NaN where less than two were measured."""
-    count = (~np.isnan(values)).sum(0)
-    mean = measured_mean(values, 0)
-    variance = np.nansum((values - mean) ** 2, 0) / np.maximum(count - 1, 1)
-    return mean, np.where(count > 1, np.sqrt(variance), np.nan)
 
 
 def _over_tasks(variant: Variant, mask: str) -> FloatArray:
@@ -350,14 +332,10 @@ def _ranked(variants: Sequence[Variant], mask: str) -> list[Variant]:
     """The variants by their final average, the best first; those without one come last."""
 
     def final(variant: Variant) -> float:
-        mean = float(_over_seeds(_over_tasks(variant, mask)[:, -1])[0])
+        mean = float(over_seeds(_over_tasks(variant, mask)[:, -1])[0])
         return -np.inf if np.isnan(mean) else mean
 
     return sorted(variants, key=final, reverse=True)
-
-
-def _bytes(summary: Mapping[str, Any]) -> float:
-    return float(summary["bytes_up"]["per_client_round"] + summary["bytes_down"]["per_client_round"])
 
 
 def _by_method(variants: Sequence[Variant]) -> dict[str, list[Variant]]:
@@ -372,20 +350,12 @@ def _cnn(variant: Variant) -> Any:
     return variant.runs[0].fields.get("cnn.name")
 
 
-# ---------------------------------------------------------------------------------- words
-
-
 def _star(variant: Variant, mask: str) -> str:
     return "*" if mask in variant.task_aware else ""
 
 
 def _name(variant: Variant, mask: str) -> str:
     return f"{variant.label}{_star(variant, mask)}"
-
-
-def _filled(text: str, width: int) -> str:
-    """The text in lines, which may end behind an underscore too."""
-    return textwrap.fill(text.replace("_", "_ "), width).replace("_ ", "_")
 
 
 def _starred(variants: Sequence[Variant], mask: str) -> str:
@@ -406,100 +376,3 @@ def _seeds(variants: Sequence[Variant], spread: str | None = "bands and bars are
         return "One seed, hence no bands."
     where = " where there are two or more" if least == 1 else ""
     return f"Mean over {count}; {spread} ± one sample standard deviation{where}."
-
-
-# -------------------------------------------------------------------------------- drawing
-
-
-def _ordered(count: int) -> list[dict[str, Any]]:
-    """Styles of `count` lines in an order: colours that also darken in print, and markers and dashes beside them."""
-    colours = mpl.colormaps["viridis"](np.linspace(0, 0.9, count))
-    return [
-        {
-            "color": to_hex(colour),
-            "marker": MARKERS[index % len(MARKERS)],
-            "linestyle": LINES[index % len(LINES)],
-        }
-        for index, colour in enumerate(colours)
-    ]
-
-
-def _line(
-    axes: Axes, x: npt.NDArray[np.int64], values: FloatArray, label: str, style: dict[str, Any], *, band: bool = True
-) -> None:
-    """Draw the mean of `values` (seeds, points) with a band of +- the sample deviation, where there is one."""
-    mean, deviation = _over_seeds(values)
-    axes.plot(x, mean, label=label, **style)
-    if len(x) == 1:  # a band without width would not be seen
-        _bars(axes, x, mean, deviation, style["color"])
-    elif band and not np.isnan(deviation).all():
-        axes.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.13, linewidth=0)
-
-
-def _bars(axes: Axes, x: npt.ArrayLike, mean: npt.ArrayLike, deviation: npt.ArrayLike, colour: str) -> None:
-    """Draw error bars of +- the sample deviation, where there is one."""
-    if not np.isnan(deviation).all():
-        axes.errorbar(x, mean, deviation, fmt="none", ecolor=colour, elinewidth=0.8, capsize=2)
-
-
-def _frame(axes: Axes) -> None:
-    axes.grid(axis="y", color="0.9", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=_TICK_SIZE, length=2.5, width=0.7)
-
-
-def _settle(figure: Figure) -> None:
-    """Give everything its final place; otherwise each time a figure is drawn moves it by a hair."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-
-
-def _within(axes: Axes) -> None:
-    """Show nothing that no accuracy can be, but for the room that a marker takes."""
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(low, -3), min(high, 103))
-
-
-def _number(figure: Figure, axes: Axes, points: Mapping[int, tuple[float, float, float]]) -> None:
-    """Write each number beside its point (x, y, deviation), the nearest place that nothing else takes.
-
-    The figure must be settled.
-    """
-    dots = figure.dpi / 72
-    places = {number: axes.transData.transform((x, y)) for number, (x, y, _) in points.items()}
-    taken = [_box(place, 6.4 * dots, 6.4 * dots) for place in places.values()]
-    for x, y, deviation in points.values():
-        if not np.isnan(deviation):
-            ends = axes.transData.transform([(x, y - deviation), (x, y + deviation)])
-            taken.append(_box(ends.mean(0), 5 * dots, ends[1, 1] - ends[0, 1]))
-    # Right and left before above and below, where the bars are.
-    angles = np.pi * np.array([0, 1, 1 / 6, -1 / 6, 5 / 6, -5 / 6, 1 / 3, -1 / 3, 2 / 3, -2 / 3, 0.5, -0.5])
-    around = np.stack([np.cos(angles), np.sin(angles)], 1)
-    for number, place in places.items():
-        size = np.array([4.8 * len(str(number)) * dots, 7 * dots])
-        shifts = [(distance * dots + size / 2) * direction for distance in range(4, 60) for direction in around]
-        clear = (
-            shift
-            for shift in shifts
-            if not any(_box(place + shift, *size).overlaps(other) for other in taken)
-            and all(axes.bbox.contains(*corner) for corner in _box(place + shift, *size).corners())
-        )
-        shift = next(clear, shifts[0])
-        taken.append(_box(place + shift, *size))
-        line = {"arrowstyle": "-", "linewidth": 0.5, "color": "0.35", "shrinkA": 0, "shrinkB": 0}
-        axes.annotate(
-            str(number),
-            points[number][:2],
-            xytext=(float(shift[0]) / dots, float(shift[1]) / dots),
-            textcoords="offset points",
-            ha="center",
-            va="center_baseline",
-            fontsize=_LABEL_SIZE,
-            arrowprops=line if np.hypot(*shift) > np.hypot(*size) / 2 + 7 * dots else None,
-            annotation_clip=False,
-        )
-
-
-def _box(centre: npt.NDArray[np.float64], width: float, height: float) -> Bbox:
-    return Bbox.from_bounds(centre[0] - width / 2, centre[1] - height / 2, width, height)

@@ -20,12 +20,13 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 import fedlscl
+from fedlscl.analysis.comparison import Comparison
 from fedlscl.analysis.deviations import OPEN, POINTS, differences, in_words, plural, texts
 from fedlscl.analysis.figures import pictures
 from fedlscl.analysis.formats import Table
-from fedlscl.analysis.results import Comparison, Run
-from fedlscl.analysis.tables import MASK_NAMES, tables
-from fedlscl.evaluation import MASKS
+from fedlscl.analysis.results import Run
+from fedlscl.analysis.rows import MASK_NAMES
+from fedlscl.analysis.tables import tables
 from fedlscl.files import write_atomically
 from fedlscl.run.console import human_bytes
 
@@ -38,7 +39,7 @@ def write_report(comparisons: Sequence[Comparison], path: Path) -> None:
     """Write one HTML page on all runs of some comparisons.
 
     Args:
-        comparisons: what :func:`fedlscl.analysis.results.compare` returns.
+        comparisons: what :func:`fedlscl.analysis.comparison.compare` returns.
         path: the page to write; its folder must exist.
 
     Raises:
@@ -121,8 +122,8 @@ def _setting(comparison: Comparison, key: str, name: str) -> dict[str, Any]:
     methods = {variant.method for variant in comparison.variants}
     versions: dict[str, list[str]] = {}
     for run in runs:
-        for package, version in run.summary["versions"].items():
-            versions.setdefault(package, []).append(str(version))
+        for package, version in run.summary.versions.items():
+            versions.setdefault(package, []).append(version)
     figures = []
     for n, picture in enumerate(pictures(comparison), 1):
         figure_key = f"{key}-figure{n}"
@@ -139,7 +140,7 @@ def _setting(comparison: Comparison, key: str, name: str) -> dict[str, Any]:
             "Accuracies on": comparison.evaluated_on,
             "Runs": f"{plural(len(runs), 'run')} of {plural(len(methods), 'method')}",
             "Seeds": ", ".join(map(str, sorted({run.seed for run in runs}))),
-            "Machines": "; ".join(dict.fromkeys(str(run.summary["machine"]) for run in runs)),
+            "Machines": "; ".join(dict.fromkeys(run.summary.machine for run in runs)),
             "Versions": ", ".join(
                 f"{package} {' and '.join(dict.fromkeys(each))}" for package, each in versions.items()
             ),
@@ -171,23 +172,21 @@ def _table(table: Table, key: str) -> dict[str, Any]:
 
 def _run(run: Run, label: str, task_aware: Sequence[str]) -> dict[str, Any]:
     summary = run.summary
-    seconds = {name: float(value) for name, value in summary["seconds"].items()}
-    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in summary.seconds.items() if name != "total")
     return {
         "label": label,
         "seed": run.seed,
         "averages": {
-            mask: f"{summary['accuracy'][mask]['final_average']:.1f}{'*' if mask in task_aware else ''}"
-            for mask in MASKS
+            mask: f"{average:.1f}{'*' if mask in task_aware else ''}" for mask, average in run.final_average.items()
         },
         "facts": {
-            "Small model": in_words(summary["cnn"]),
-            "Seconds": f"{seconds['total']:.1f} ({parts})" if parts else f"{seconds['total']:.1f}",
-            "Peak memory": f"{summary['peak_memory_mib']:.0f} MiB",
-            "Machine": summary["machine"],
+            "Small model": in_words(summary.cnn),
+            "Seconds": f"{run.seconds:.1f} ({parts})" if parts else f"{run.seconds:.1f}",
+            "Peak memory": f"{summary.peak_memory_mib:.0f} MiB",
+            "Machine": summary.machine,
             "Summary": str(run.path),
         },
-        "bytes": {"up": summary["bytes_up"], "down": summary["bytes_down"]},
-        "skipped": summary["skipped"],
-        "config": yaml.safe_dump(dict(summary["config"]), sort_keys=False, allow_unicode=True),
+        "bytes": {"up": summary.bytes_up, "down": summary.bytes_down},
+        "skipped": summary.skipped,
+        "config": yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True),
     }

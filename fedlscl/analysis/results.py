@@ -1,34 +1,19 @@
-"""What finished runs left behind: their summaries, read, and grouped into what is repeated over seeds."""
+"""What finished runs left behind: their summaries, read, as objects and as one table."""
 
 from __future__ import annotations
 
-import json
 import logging
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedlscl.evaluation import MASKS, FloatArray, measured_mean
 from fedlscl.run.fields import flat
+from fedlscl.run.summary import NotASummary, Summary
 
 log = logging.getLogger(__name__)
-
-PROTOCOL = ("data.", "backbone.", "cnn.", "federation.", "trainer.", "model.epochs", "model.batch_size")
-"""Fields, by their beginning, that are not a method's own: what is usual there, is so for all methods together."""
-
-NEEDED = {
-    *("method", "setting", "seed", "backbone", "cnn", "evaluated_on", "accuracy", "bytes_up", "bytes_down", "skipped"),
-    *("seconds", "peak_memory_mib", "machine", "versions", "config"),
-}
-"""What every summary holds."""
-
-POOLED = ("joint",)
-"""Methods for which all images lie in one place, so that it means nothing that no message is sent."""
 
 WITHOUT_EFFECT = (
     "seed_everything",
@@ -43,142 +28,134 @@ WITHOUT_EFFECT = (
 )
 """Fields in which the runs of one configuration may differ: the seed, where things lie, and what changes no number."""
 
+SHOWN = 20
+"""Runs that are listed where many are printed."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Run:
     """A finished run.
 
     Args:
         path: the file of its summary.
-        summary: what `summary.json` holds.
+        summary: what that file holds; the attributes here are what is asked for most.
     """
 
     path: Path
-    summary: Mapping[str, Any]
+    summary: Summary
 
     @property
     def method(self) -> str:
         """Name of the method."""
-        return str(self.summary["method"])
+        return self.summary.method
+
+    @property
+    def setting(self) -> str:
+        """Name of the setting."""
+        return self.summary.setting
 
     @property
     def seed(self) -> int:
         """Its seed."""
-        return int(self.summary["seed"])
+        return self.summary.seed
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Its whole configuration, nested as in YAML."""
+        return self.summary.config
+
+    @cached_property
+    def accuracy(self) -> dict[str, FloatArray]:
+        """By mask the accuracy (clients, after task, on task) in %, NaN where nothing was measured."""
+        return {mask: self.summary.accuracy[mask].array for mask in MASKS}
+
+    @property
+    def final_average(self) -> dict[str, float]:
+        """By mask the accuracy after the last task over all tasks, in %."""
+        return {mask: self.summary.accuracy[mask].final_average for mask in MASKS}
+
+    @property
+    def forgetting(self) -> dict[str, float | None]:
+        """By mask the forgetting in percentage points, None with one task."""
+        return {mask: self.summary.accuracy[mask].forgetting for mask in MASKS}
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all messages in both directions."""
+        return self.summary.bytes_up.total + self.summary.bytes_down.total
+
+    @property
+    def bytes_per_client_round(self) -> float:
+        """Bytes that a client sends and receives in a round, on average."""
+        return self.summary.bytes_up.per_client_round + self.summary.bytes_down.per_client_round
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the whole run."""
+        return self.summary.seconds["total"]
 
     @property
     def conditions(self) -> tuple[str, str, str]:
         """Setting, backbone and the images evaluated on: what runs that are compared must share."""
-        return (str(self.summary["setting"]), str(self.summary["backbone"]), str(self.summary["evaluated_on"]))
+        return (self.setting, self.summary.backbone, self.summary.evaluated_on)
 
     @cached_property
     def fields(self) -> dict[str, Any]:
-        """Every field of its configuration that has an effect, by dotted name; of the path of data the last part.
+        """Every field of its configuration that has an effect, by dotted name.
 
-        A field that is null is left out: one that a later version has added, and that is off, makes no other run.
+        Of the path of data it is the last part, and so it is of a class of this package, which older versions called
+        by its module as well. A field that is null is left out: one that a later version has added, and that is off,
+        makes no other run.
         """
-        flattened = flat(self.summary["config"])
+        flattened = flat(self.config)
         fields = {name: value for name, value in flattened.items() if name not in WITHOUT_EFFECT and value is not None}
         if isinstance(root := fields.get("data.source.root"), str):
             fields["data.source.root"] = Path(root).name
+        for name, value in fields.items():
+            if name.endswith("class_path") and value.startswith("fedlscl."):
+                fields[name] = value.rpartition(".")[2]
         return fields
 
-    def accuracy(self, mask: str) -> FloatArray:
-        """Accuracy (clients, after task, on task) in %, NaN where nothing was measured, under a mask."""
-        return np.array(self.summary["accuracy"][mask]["matrix"], dtype=np.float64)
-
     def over_tasks(self, mask: str) -> FloatArray:
-        """Mean over clients and learned tasks after each task (N,), in %."""
-        return measured_mean(measured_mean(self.accuracy(mask), 2), 0)
+        """Mean over clients and learned tasks after each task (N,), in %, under a mask."""
+        return measured_mean(measured_mean(self.accuracy[mask], 2), 0)
+
+    def __repr__(self) -> str:
+        averages = ", ".join(f"{mask} {average:.1f}" for mask, average in self.final_average.items())
+        return f"<{self.method} on {self.setting}, seed {self.seed}: final average in %: {averages}; {self.path}>"
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A method in one configuration, repeated over seeds.
+class Runs(tuple[Run, ...]):
+    """Finished runs, in the order of their files."""
 
-    Args:
-        method: name of the method.
-        differs: the fields in which it differs from what is usual, see :func:`compare`; empty for that itself.
-        runs: one for each seed, in rising order.
-    """
-
-    method: str
-    differs: Mapping[str, Any]
-    runs: tuple[Run, ...]
-
-    @property
-    def label(self) -> str:
-        """The method's name, and in what it differs from its usual configuration."""
-        return f"{self.method} ({named(self.differs)})" if self.differs else self.method
-
-    @property
-    def task_aware(self) -> tuple[str, ...]:
-        """The masks under which the task of a test image had to be known to choose parameters."""
-        return tuple(self.runs[0].summary.get("task_aware") or ())
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Runs that may stand side by side: one setting, one backbone, one set of test images."""
-
-    setting: str
-    backbone: str
-    evaluated_on: str
-    variants: list[Variant] = field(default_factory=list)
-
-    @property
-    def title(self) -> str:
-        """What the runs share, in a line."""
-        return f"{self.setting} ({self.backbone}; {self.evaluated_on})"
-
-    @property
-    def usual(self) -> list[Variant]:
-        """Every method in its usual configuration; all variants of a method that has none."""
-        having = {variant.method for variant in self.variants if not variant.differs}
-        return [variant for variant in self.variants if not variant.differs or variant.method not in having]
-
-    @property
-    def usual_values(self) -> dict[str, dict[str, Any]]:
-        """What labels leave out: by method, the usual value of each field that a method of the same class varies.
-
-        Those that are not a method's own, see `PROTOCOL`, are under the empty name.
-        """
-        having = [variant for variant in self.variants if not variant.differs]
-        found: dict[str, dict[str, Any]] = {"": {}}
-        for variant in self.variants:
-            for name in variant.differs:
-                shared = name.startswith(PROTOCOL)
-                for usual in having:
-                    fields = usual.runs[0].fields
-                    if name in fields and (shared or _class(fields) == _class(variant.runs[0].fields)):
-                        found.setdefault("" if shared else usual.method, {})[name] = fields[name]
-        return {method: dict(sorted(values.items())) for method, values in found.items()}
-
-    def varying(self, name: str, method: str = "fed_lscl") -> dict[Any, Variant]:
-        """The variants of a method that differ from each other in no field but one.
-
-        Args:
-            name: the field, such as `model.block`.
-            method: the method.
+    def to_pandas(self) -> Any:
+        """One table of all runs.
 
         Returns:
-            Variant by the field's value, in rising order; empty if there are less than two. Of several such series the
-            longest, and of those of the same length that in which less is unusual.
+            A `pandas.DataFrame` with a row for each run: what it is, its metrics under each mask (such as
+            `final_average_seen`, in % or points), what it cost, and every field of its configuration by the name that
+            it has on the command line, such as `model.block`; missing where a run has no such field.
+
+        Raises:
+            ImportError: if pandas is not installed.
         """
-        series: dict[str, dict[Any, Variant]] = {}
-        for variant in self.variants:
-            if variant.method == method and name in variant.runs[0].fields:
-                others = {field: value for field, value in variant.runs[0].fields.items() if field != name}
-                series.setdefault(_key(others), {})[variant.runs[0].fields[name]] = variant
-        longest = max(series.values(), key=lambda found: (len(found), -_unusual(found, name)), default={})
-        return dict(sorted(longest.items(), key=lambda item: _by_size(item[0]))) if len(longest) > 1 else {}
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("to_pandas needs pandas, which is not installed: pip install pandas") from error
+        return pandas.DataFrame([_row(run) for run in self])
+
+    def __repr__(self) -> str:
+        lines = [f"{len(self)} finished run{'' if len(self) == 1 else 's'}", *map(repr, self[:SHOWN])]
+        return "\n".join([*lines, *([f"and {len(self) - SHOWN} more"] if len(self) > SHOWN else [])])
 
 
-def read_runs(paths: Iterable[Path]) -> list[Run]:
+def read_runs(paths: str | Path | Iterable[str | Path]) -> Runs:
     """Read the summaries of finished runs.
 
     Args:
-        paths: run folders, folders that hold such folders or summaries at any depth, or summaries (JSON).
+        paths: one or several of: run folders, folders that hold such folders or summaries at any depth, or summaries
+            (JSON).
 
     Returns:
         The runs, each once, in the order of their files. What is no run is passed over in folders; with a warning in
@@ -186,10 +163,10 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
 
     Raises:
         FileNotFoundError: if a path does not exist, or no finished run is in it.
-        ValueError: if a file that was named is no summary of a run, or lacks something.
+        ValueError: if a file that was named is no summary of a run, or something in it is missing or wrong.
     """
     runs: dict[Path, Run] = {}
-    for path in paths:
+    for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
         if not path.is_dir():
             runs[path.resolve()] = _read(path)
             continue
@@ -197,157 +174,14 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
         for file in sorted(file for file in path.rglob("*.json") if file.is_file()):
             try:
                 found[file.resolve()] = _read(file)
-            except _OtherFile:
+            except NotASummary:
                 continue
             except ValueError as error:
                 log.warning("%s; it is left out", error)
         if not found:
             raise FileNotFoundError(f"{path}: no finished run in it, which would have a summary.json")
         runs |= found
-    return list(runs.values())
-
-
-def compare(runs: Sequence[Run]) -> list[Comparison]:
-    """Group runs into what may be compared, methods with their configurations, and seeds.
-
-    Usual is, in each field that a method varies, the value that most of its configurations have, each counted once
-    however many seeds it was repeated with. Where two values are equally frequent it is the one that all other methods
-    of the same class have, if there are two or more of them (a method and its ablations), or else the one with the most
-    seeds, or else none, and every variant bears its own. Fields in `PROTOCOL` are usual for all methods together: the
-    value that most methods have.
-
-    Args:
-        runs: finished runs.
-
-    Returns:
-        A comparison for each setting, backbone and set of test images.
-
-    Raises:
-        ValueError: if two runs have the same configuration and are of other images, or have the same seed and other
-            numbers.
-    """
-    comparisons = []
-    for conditions in dict.fromkeys(run.conditions for run in runs):
-        methods: dict[str, list[tuple[Run, ...]]] = {}
-        for group in _repeated([run for run in runs if run.conditions == conditions]):
-            methods.setdefault(group[0].method, []).append(group)
-        shared = _usual_for_all(list(methods.values()))
-        comparison = Comparison(*conditions)
-        for method, groups in methods.items():
-            relatives = [
-                other
-                for name, other in methods.items()
-                if name != method and _class(other[0][0].fields) == _class(groups[0][0].fields)
-            ]
-            having = {name for group in groups for name in group[0].fields}
-            usual = {name: value for name, value in shared.items() if name in having}
-            own = [name for name in _varied([group[0].fields for group in groups]) if not name.startswith(PROTOCOL)]
-            usual |= {name: _usual_value(name, groups, relatives) for name in own}
-            variants = [Variant(method, _differs(group[0].fields, usual), group) for group in groups]
-            comparison.variants.extend(sorted(variants, key=_order))
-        comparisons.append(comparison)
-    return comparisons
-
-
-def named(fields: Mapping[str, Any]) -> str:
-    """Fields with their values in a line, as in `block 11, buffer_size 5`."""
-    # other CNNs have other arguments, which go without saying
-    shown = [name for name in fields if not ("cnn.name" in fields and name.startswith("cnn.model_args"))]
-    return ", ".join(f"{name.removeprefix('model.')} {fields[name]}" for name in shown)
-
-
-def _repeated(runs: Sequence[Run]) -> list[tuple[Run, ...]]:
-    """Runs of one method and configuration together, by seed."""
-    groups: dict[tuple[str, str], dict[int, Run]] = {}
-    for run in runs:
-        seeds = groups.setdefault((run.method, _key(run.fields)), {})
-        for before in seeds.values():
-            for fingerprint, what in (("data_sha256", "images"), ("weights_sha256", "weights")):
-                if len({of.summary[fingerprint] for of in (run, before) if of.summary.get(fingerprint)}) > 1:
-                    raise ValueError(
-                        f"{before.path} and {run.path} have the same configuration but are of other {what} of the same "
-                        "name; name one of them, or run one with another --setting"
-                    )
-        if (other := seeds.get(run.seed)) and other.summary["accuracy"] != run.summary["accuracy"]:
-            raise ValueError(
-                f"{other.path} and {run.path} have the same configuration and seed {run.seed} but other numbers; "
-                "name one of them"
-            )
-        seeds[run.seed] = run
-    return [tuple(run for _, run in sorted(seeds.items())) for seeds in groups.values()]
-
-
-def _varied(configurations: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The fields in which configurations differ."""
-    names = dict.fromkeys(name for fields in configurations for name in fields)
-    return [name for name in names if len({_key(fields.get(name)) for fields in configurations}) > 1]
-
-
-def _unusual(series: Mapping[Any, Variant], name: str) -> int:
-    """In how many fields but one a series differs from what is usual."""
-    return len(set(next(iter(series.values())).differs) - {name})
-
-
-def _differs(fields: Mapping[str, Any], usual: Mapping[str, str | None]) -> dict[str, Any]:
-    return {name: fields.get(name) for name, value in usual.items() if _key(fields.get(name)) != value}
-
-
-def _order(variant: Variant) -> list[tuple[str, tuple[float, str]]]:
-    """The usual configuration first, then by what differs."""
-    return [(name, _by_size(value)) for name, value in variant.differs.items()]
-
-
-def _by_size(value: Any) -> tuple[float, str]:
-    """Numbers by their size, anything else by its text."""
-    return (float(value) if isinstance(value, int | float) else 0.0, str(value))
-
-
-def _usual_for_all(methods: Sequence[Sequence[tuple[Run, ...]]]) -> dict[str, str | None]:
-    """The usual value, as its key, of each field of the protocol that varies; a method that was swept has one vote."""
-    every = [group[0].fields for groups in methods for group in groups]
-    found = {}
-    for name in _varied(every):
-        if name.startswith(PROTOCOL):
-            # a field that a method never has is none in which it could differ, nor does it have a vote
-            having = [groups for groups in methods if any(name in group[0].fields for group in groups)]
-            votes = [_most_frequent(_values(name, groups)) for groups in having]
-            found[name] = _most_frequent([vote for vote in votes if vote is not None])
-    return found
-
-
-def _usual_value(
-    name: str, groups: Sequence[tuple[Run, ...]], relatives: Sequence[Sequence[tuple[Run, ...]]]
-) -> str | None:
-    """The usual value of a method's own field, see :func:`compare`."""
-    values = _values(name, groups)
-    if (most := _most_frequent(values)) is not None:
-        return most
-    agreed = [_most_frequent(_values(name, other)) for other in relatives if name in other[0][0].fields]
-    if len(agreed) > 1 and len(set(agreed)) == 1 and agreed[0] in values:
-        return agreed[0]
-    return _most_frequent([value for value, group in zip(values, groups, strict=True) for _ in group])
-
-
-def _values(name: str, groups: Sequence[tuple[Run, ...]]) -> list[str]:
-    return [_key(group[0].fields.get(name)) for group in groups]
-
-
-def _most_frequent(values: Sequence[str]) -> str | None:
-    """The most frequent value; None where two are, or there is none."""
-    counts = Counter(values).most_common(2)
-    return counts[0][0] if counts and (len(counts) == 1 or counts[0][1] > counts[1][1]) else None
-
-
-def _class(fields: Mapping[str, Any]) -> Any:
-    return fields.get("model.class_path")
-
-
-def _key(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
-
-
-class _OtherFile(ValueError):
-    """A file that was never meant to be a summary."""
+    return Runs(runs.values())
 
 
 def _read(path: Path) -> Run:
@@ -357,14 +191,30 @@ def _read(path: Path) -> Run:
         OSError: if it cannot be read.
         ValueError: if it is no complete summary; naming the file and what is wrong.
     """
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict) or not {"method", "accuracy"} <= set(content):
-        raise _OtherFile(f"{path} is not the summary.json of a finished run")
-    if missing := sorted(NEEDED - set(content)):
-        raise ValueError(f"{path} lacks {', '.join(missing)}; it was cut short, or made by another version")
-    if missing := [mask for mask in MASKS if mask not in content["accuracy"]]:
-        raise ValueError(f"{path} lacks accuracy under mask {', '.join(missing)}; it was made by another version")
-    return Run(path, content)
+    summary = Summary.read(path)
+    if not summary.config:  # without it nobody can tell what it may be compared with
+        raise ValueError(f"{path} lacks config; it was cut short, or made by another version")
+    return Run(path, summary)
+
+
+def _row(run: Run) -> dict[str, Any]:
+    """The run as one row of a table."""
+    summary = run.summary
+    metrics = ("final_average", "average_incremental", "forgetting", "backward_transfer")
+    row = {
+        "setting": run.setting,
+        "method": run.method,
+        "seed": run.seed,
+        "backbone": summary.backbone,
+        "evaluated_on": summary.evaluated_on,
+        **{f"{name}_{mask}": getattr(summary.accuracy[mask], name) for name in metrics for mask in MASKS},
+        "bytes_up": summary.bytes_up.total,
+        "bytes_down": summary.bytes_down.total,
+        "bytes_per_client_round": run.bytes_per_client_round,
+        "skipped": len(summary.skipped),
+        "seconds": run.seconds,
+        "peak_memory_mib": summary.peak_memory_mib,
+        "machine": summary.machine,
+        "path": str(run.path),
+    }
+    return row | {name: value for name, value in flat(run.config).items() if name not in row}

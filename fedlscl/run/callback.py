@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.loggers import Logger
 
-from fedlscl.evaluation import MASKS, FloatArray, measured_mean, summarise
+from fedlscl.evaluation import MASKS, FloatArray, measured_mean
 from fedlscl.federation.callback import FederationCallback, RoundResult
 from fedlscl.run.console import FederationProgress
+from fedlscl.run.summary import Accuracy
 from fedlscl.run.tracking import ClientLogger, Tracker
 
 
@@ -114,19 +115,13 @@ def record(tracker: Tracker, result: RoundResult, acc: Mapping[str, FloatArray] 
             }
         metrics[f"eval/{mask}/mean"] = mean_of_clients(by_client)
     for mask, array in (acc or {}).items():
-        metrics |= {f"task/{mask}/{name}": value for name, value in scalars(summarise(array)).items()}
+        metrics |= {f"task/{mask}/{name}": value for name, value in Accuracy.of(array).scalars.items()}
     tracker.log(metrics, task=result.task, round=result.round)
 
 
 def mean_of_clients(accuracies: Sequence[Sequence[float]]) -> float:
     """The mean over clients of the mean over their tasks, in %."""
     return float(measured_mean(measured_mean(accuracies, 1), 0))
-
-
-def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The single numbers among the metrics of one mask, with the newest entry of Table 1."""
-    numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
-    return numbers | {"table1": metrics["table1"][-1]}
 
 
 def peak_memory_mib() -> float:

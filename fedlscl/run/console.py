@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import isinf
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 from rich import box
@@ -16,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlscl.evaluation import MASKS, final_average, forgetting, measured_mean
+from fedlscl.run.summary import Summary
 
 
 class FederationProgress:
@@ -119,20 +118,16 @@ def human_bytes(count: float) -> str:
     return f"{count / 1024:.1f} TiB"
 
 
-def summary_table(summary: Mapping[str, Any], console: Console, *, picture: Path, run_dir: Path) -> None:
+def summary_table(summary: Summary, console: Console, *, picture: Path, run_dir: Path) -> None:
     """Print how a federation ended: a row for each client, their mean, what it cost, where to find it.
 
     Args:
-        summary: the content of the run's ``summary.json``: ``method``, ``setting``, ``seed``, ``backbone``, and
-            ``task_aware`` (no mask if missing); ``accuracy`` for each mask as
-            :func:`fedlscl.evaluation.summarise` gives it; ``bytes_up`` and ``bytes_down`` with
-            ``per_client_round``, ``total`` and ``by_client``; ``seconds`` with ``total`` and one for each phase;
-            ``peak_memory_mib``.
+        summary: the run's summary.
         console: where to print.
         picture: the run's accuracy picture.
         run_dir: the run's folder.
     """
-    acc = np.array(summary["accuracy"]["seen"]["matrix"], dtype=np.float64)
+    acc = summary.accuracy["seen"].array
     after = int(np.flatnonzero(~np.isnan(acc).all(axis=(0, 2)))[-1])
     final = acc[:, after, : after + 1]
 
@@ -141,7 +136,7 @@ def summary_table(summary: Mapping[str, Any], console: Console, *, picture: Path
     headings = [f"task {task + 1}" for task in range(after + 1)]
     for heading in (*headings, "final", "forgetting", "up", "down"):
         table.add_column(heading, justify="right", no_wrap=True)
-    up, down = summary["bytes_up"]["by_client"], summary["bytes_down"]["by_client"]
+    up, down = summary.bytes_up.by_client, summary.bytes_down.by_client
     for client in range(len(acc)):
         own = acc[client : client + 1]
         numbers = [*final[client], final_average(own), forgetting(own)]
@@ -153,15 +148,16 @@ def summary_table(summary: Mapping[str, Any], console: Console, *, picture: Path
     # Many tasks may be wider than the terminal: whole numbers that wrap beat numbers cut short.
     table.width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
 
-    run = f"{summary['method']} on {summary['setting']}, seed {summary['seed']}, {summary['backbone']}"
-    told = summary.get("task_aware", ())
+    run = f"{summary.method} on {summary.setting}, seed {summary.seed}, {summary.backbone}"
+    told = summary.task_aware
 
     def star(mask: str) -> str:
         return "*" if mask in told else ""
 
-    averages = "  ".join(f"{mask} {_number(summary['accuracy'][mask]['final_average'])}{star(mask)}" for mask in MASKS)
-    ways = (f"{way} {human_bytes(summary[f'bytes_{way}']['per_client_round'])}" for way in ("up", "down"))
-    seconds = summary["seconds"]
+    averages = "  ".join(f"{mask} {_number(summary.accuracy[mask].final_average)}{star(mask)}" for mask in MASKS)
+    directions = {"up": summary.bytes_up, "down": summary.bytes_down}
+    ways = (f"{way} {human_bytes(sent.per_client_round)}" for way, sent in directions.items())
+    seconds = summary.seconds
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
     for part in (
         Text(run, style="bold"),
@@ -170,7 +166,7 @@ def summary_table(summary: Mapping[str, Any], console: Console, *, picture: Path
         Text(f"final average (%) by mask: {averages}"),
         *([Text("* with parameters that the task of each image, which had to be known, has chosen")] if told else []),
         Text(f"bytes per client and round: {'  '.join(ways)}"),
-        Text(f"seconds: {seconds['total']:.1f} ({parts})  peak memory: {summary['peak_memory_mib']:.0f} MiB"),
+        Text(f"seconds: {seconds['total']:.1f} ({parts})  peak memory: {summary.peak_memory_mib:.0f} MiB"),
         Text(f"picture: {picture}"),
         Text(f"run: {run_dir}"),
     ):

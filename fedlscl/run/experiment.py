@@ -10,7 +10,7 @@ import json
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from rich.console import Console
 
 from fedlscl.client import Client
 from fedlscl.data.module import FederatedDataModule
-from fedlscl.evaluation import MASKS, summarise
+from fedlscl.evaluation import MASKS
 from fedlscl.federation.algorithm import Federation
 from fedlscl.federation.store import Store
 from fedlscl.federation.template import MakeTrainer, Template
@@ -30,8 +30,9 @@ from fedlscl.files import write_atomically
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 from fedlscl.run import plots
-from fedlscl.run.callback import RunCallback, accuracy_arrays, scalars
+from fedlscl.run.callback import RunCallback, accuracy_arrays
 from fedlscl.run.console import FederationProgress, summary_table
+from fedlscl.run.summary import Accuracy, Compute, Skipped, Summary, Traffic
 from fedlscl.run.tracking import Tracker, WandbMode
 from fedlscl.schedule import Schedule
 from fedlscl.server import Server
@@ -67,7 +68,8 @@ class Experiment:
     """What a configuration describes.
 
     `config` is the whole configuration as plain values; it names the run and must be the same when a run goes on.
-    `transport` makes what leads to the clients, by default those of this process.
+    `transport` makes what leads to the clients, by default those of this process. `overrides` is what the command line
+    gave beyond its configuration files, by dotted name; it is noted in the summary and decides nothing.
     """
 
     setting: str
@@ -84,13 +86,14 @@ class Experiment:
     trainer: MakeTrainer
     tracking: Tracking
     transport: Callable[[Template, Store], Transport] = InProcess
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def load(self) -> None:
         """Fetch and split the data, which must be there before anything else."""
         self.data.prepare_data()
         self.data.setup()
 
-    def run(self, console: Console) -> dict[str, Any]:
+    def run(self, console: Console) -> Summary:
         """Run or continue the federation.
 
         Returns:
@@ -110,7 +113,7 @@ class Experiment:
             except (ValueError, OSError) as error:
                 raise ImpossibleRun(str(error)) from error
             if finished.exists():
-                summary: dict[str, Any] = json.loads(finished.read_text())
+                summary = Summary.read(finished)
                 console.print("This run is finished; its numbers follow. Give another --run_dir to run it again.")
             else:
                 summary = self._go_on(federation, tracker, console)
@@ -179,7 +182,7 @@ class Experiment:
         write_atomically(self.run_dir / "split.json", json.dumps(split).encode())
         write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(dict(self.config), sort_keys=False).encode())
 
-    def _go_on(self, federation: Federation, tracker: Tracker, console: Console) -> dict[str, Any]:
+    def _go_on(self, federation: Federation, tracker: Tracker, console: Console) -> Summary:
         self._save_beginning()
         behind = len(federation.history)
         if behind:
@@ -193,47 +196,51 @@ class Experiment:
         progress = federation.store.progress
         summary = self._summarise(progress, federation)
         self._draw(summary, progress["history"], tracker)
-        tracker.summary({f"{mask}/{k}": v for mask in MASKS for k, v in scalars(summary["accuracy"][mask]).items()})
-        write_atomically(self.run_dir / "summary.json", json.dumps(summary, indent=1).encode())
+        tracker.summary({f"{mask}/{k}": v for mask in MASKS for k, v in summary.accuracy[mask].scalars.items()})
+        summary.write(self.run_dir / "summary.json")
         return summary
 
-    def _summarise(self, progress: Mapping[str, Any], federation: Federation) -> dict[str, Any]:
+    def _summarise(self, progress: Mapping[str, Any], federation: Federation) -> Summary:
         history, clients = progress["history"], federation.clients
         acc = accuracy_arrays(history, self.data.split.spec.tasks, self.schedule.rounds)
-        return {
-            "method": self.method,
-            "setting": self.setting,
-            "seed": self.seed,
-            "backbone": f"{self.vit.name}, {self.vit.source}, {self.vit.image_size} px",
-            "cnn": self.cnn.name,
-            "task_aware": list(self.client.task_aware),
-            "evaluated_on": "test images" if self.data.split.evaluate_on == "test" else "images held out of training",
-            **self._fingerprints,
-            "accuracy": {mask: summarise(values) for mask, values in acc.items()},
-            "bytes_up": _traffic([entry["bytes_up"] for entry in history], clients),
-            "bytes_down": _traffic([entry["bytes_down"] for entry in history], clients),
-            "bytes_setup_per_client": federation.setup_bytes,
-            "compute": federation.cost(),
-            "skipped": [
-                {"round": entry["round"], "client": int(client), "reason": reason}
+        fingerprints = self._fingerprints
+        return Summary(
+            method=self.method,
+            setting=self.setting,
+            seed=self.seed,
+            backbone=f"{self.vit.name}, {self.vit.source}, {self.vit.image_size} px",
+            cnn=self.cnn.name if isinstance(self.cnn.name, str) else tuple(self.cnn.name),
+            task_aware=tuple(self.client.task_aware),
+            evaluated_on="test images" if self.data.split.evaluate_on == "test" else "images held out of training",
+            split_sha256=self.data.split_sha256,
+            data_sha256=fingerprints["data_sha256"],
+            weights_sha256=fingerprints["weights_sha256"],
+            accuracy={mask: Accuracy.of(values) for mask, values in acc.items()},
+            bytes_up=_traffic([entry["bytes_up"] for entry in history], clients),
+            bytes_down=_traffic([entry["bytes_down"] for entry in history], clients),
+            bytes_setup_per_client=federation.setup_bytes,
+            compute={name: Compute(**counts) for name, counts in federation.cost().items()},
+            skipped=tuple(
+                Skipped(entry["round"], int(client), reason)
                 for entry in history
                 for client, reason in entry["skipped"].items()
-            ],
-            "seconds": progress["seconds"],
-            "peak_memory_mib": progress["memory"],
-            "threads": torch.get_num_threads(),
-            "machine": f"{platform.system()} {platform.machine()}, {_device()}",
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-            "config": dict(self.config),
-        }
+            ),
+            seconds=progress["seconds"],
+            peak_memory_mib=progress["memory"],
+            threads=torch.get_num_threads(),
+            machine=f"{platform.system()} {platform.machine()}, {_device()}",
+            versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            config=dict(self.config),
+            overrides=dict(self.overrides),
+        )
 
-    def _draw(self, summary: Mapping[str, Any], history: list[dict[str, Any]], tracker: Tracker) -> None:
+    def _draw(self, summary: Summary, history: list[dict[str, Any]], tracker: Tracker) -> None:
         title = f"{self.method} on {self.setting}, seed {self.seed}"
         plots.accuracy_over_rounds(history, self.run_dir / PICTURE, title=title)
         tracker.image("accuracy_over_rounds", self.run_dir / PICTURE)
         for mask in MASKS:
             path = self.run_dir / f"accuracy_matrix_{mask}.png"
-            matrix = summary["accuracy"][mask]["matrix"]
+            matrix = summary.accuracy[mask].matrix
             plots.accuracy_matrix(matrix, path, f"{title}, mask {mask}")
             tracker.image(f"accuracy_matrix/{mask}", path)
             tasks = len(matrix[0])
@@ -253,16 +260,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return found
 
 
-def _traffic(rounds: list[dict[int, int]], clients: int) -> dict[str, Any]:
-    """Bytes in all, by client, on average, and for each round and client (None where nothing was sent)."""
-    by_round = [[entry.get(client, entry.get(str(client))) for client in range(clients)] for entry in rounds]  # type: ignore[call-overload]
-    sent = [count for row in by_round for count in row if count is not None]
-    return {
-        "per_client_round": sum(sent) / len(sent) if sent else 0.0,
-        "total": sum(sent),
-        "by_client": [sum(row[client] or 0 for row in by_round) for client in range(clients)],
-        "by_round": by_round,
-    }
+def _traffic(rounds: list[dict[int, int]], clients: int) -> Traffic:
+    """The bytes of each round by client, whose index is text once the checkpoint was read."""
+    return Traffic.of(
+        [[entry.get(client, entry.get(str(client))) for client in range(clients)] for entry in rounds]  # type: ignore[call-overload]
+    )
 
 
 def _device() -> str:

@@ -1,0 +1,159 @@
+"""Rows and cells that tables share: which methods have one, who competes in a column, and how a number is written.
+
+Every accuracy is in %, mean ± sample deviation over seeds; a single seed has no deviation.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from fedlscl.analysis.comparison import Comparison, Variant, named
+from fedlscl.analysis.formats import MISSING, Cell, Mark
+from fedlscl.analysis.results import Run
+
+COMPONENTS = {
+    "fed_lscl": (True, True, True),
+    "fed_lscl_without_o2d": (True, True, False),
+    "fed_lscl_without_replay": (True, False, True),
+    "fed_lscl_collaboration_only": (True, False, False),
+    "small_fedavg": (False, False, False),
+}
+"""Rows of Table 2: large-small collaboration, small-model continual fine-tuning, one-by-one distillation."""
+
+ABLATIONS = tuple(name for name, parts in COMPONENTS.items() if not all(parts))
+
+RELATIVES = (
+    *ABLATIONS,
+    *("fed_lscl_ewc", "fed_lscl_lwf", "fed_lscl_iterative", "fed_lscl_sums", "fed_lscl_auto"),
+    *("pilora_own_rate", "fedvit_rows"),
+)
+"""What a method is without one of its parts, or otherwise solved or set: they take no mark from other methods."""
+
+ROUNDING = {"trainer.precision"}
+"""Fields that make other numbers but no other experiment."""
+
+BOUNDS = ("joint", "local", "local_vit")
+"""Not federated, or not continual: they stand below the others and are never marked as best."""
+
+MARKS = "The best of each column is bold, the second best in italics."
+COMPETING = (
+    f"{MARKS} Bounds, what is derived from another method, and rows that name a field in brackets, but for the "
+    "precision, do not compete; under the masks seen and none neither do methods with a star."
+)
+STAR = "A star: the task of each test image, which had to be known, chose the parameters that classified it."
+MASK_NAMES = {
+    "task": "only the classes of the image's task compete",
+    "seen": "all classes that the client has learned so far compete",
+    "none": "all classes of the federation compete",
+}
+
+Named = tuple[str, Variant | None]
+"""A row: its name, and what was run; None where nothing was."""
+
+
+def ordered(variants: Sequence[Variant], required: Sequence[str]) -> list[Named]:
+    """The required methods first, None where there is no run, then the others by name, the bounds last."""
+    by_method: dict[str, list[Variant]] = {}
+    for variant in variants:
+        by_method.setdefault(variant.method, []).append(variant)
+    others = sorted(set(by_method) - set(required), key=lambda name: (name in BOUNDS, name))
+    rows: list[Named] = []
+    for method in (*required, *others):
+        rows += [(variant.label, variant) for variant in by_method.get(method, [])] or [(method, None)]
+    return rows
+
+
+def method_of(name: str, variant: Variant | None) -> str:
+    """The method of a row."""
+    return variant.method if variant else name
+
+
+def number_of_tasks(comparison: Comparison) -> int:
+    """The most tasks that a run has."""
+    return max(len(run.over_tasks("task")) for variant in comparison.variants for run in variant.runs)
+
+
+def final(mask: str) -> Callable[[Run], float]:
+    """What gives a run's final average under a mask, in %."""
+    return lambda run: run.final_average[mask]
+
+
+def usual(variant: Variant) -> bool:
+    """Whether a variant is its method in the usual configuration, however it is rounded."""
+    return set(variant.differs) <= ROUNDING
+
+
+def among_methods(mask: str) -> Callable[[Variant], bool]:
+    """Whether a variant competes with the other methods: what is told the task has it easier where others are not."""
+    return lambda variant: (
+        usual(variant)
+        and variant.method not in (*BOUNDS, *RELATIVES)
+        and (mask == "task" or mask not in variant.task_aware)
+    )
+
+
+def sentences(*each: str) -> str:
+    """Sentences in a line, without those that are empty."""
+    return " ".join(filter(None, each))
+
+
+def unnamed(comparison: Comparison, variants: Sequence[Named]) -> str:
+    """The usual values, which no row bears in its name."""
+    shown = {variant.method for _, variant in variants if variant}
+    groups: dict[str, list[str]] = {}
+    for method, values in comparison.usual_values.items():
+        if values and method in {"", *shown}:
+            groups.setdefault(named(values), []).append(method)
+    texts = [f"{', '.join(methods)}: {values}" if any(methods) else values for values, methods in groups.items()]
+    return f"Where a row does not name it: {'; '.join(texts)}." if texts else ""
+
+
+def accuracies(
+    variants: Sequence[Named],
+    value: Callable[[Run], float | None],
+    mask: str,
+    *,
+    competing: Callable[[Variant], bool] = lambda variant: True,
+    least: bool = False,
+) -> list[Cell]:
+    """A column: mean and deviation of a value over each variant's seeds, a star where due, the two best marked."""
+    cells, means = [], []
+    for _, variant in variants:
+        known = [x for x in map(value, variant.runs if variant else ()) if x is not None and not math.isnan(x)]
+        cell = spread(known, 1)
+        if variant and known and mask in variant.task_aware:
+            cell = replace(cell, text=f"{cell.text}*", numbers={**cell.numbers, "task known": 1})
+        cells.append(cell)
+        means.append(statistics.mean(known) if variant and known and competing(variant) else None)
+    # what reads the same is equally good
+    ranking = sorted({round(mean, 1) for mean in means if mean is not None}, reverse=not least)[:2]
+    marks: list[Mark] = ["best", "second"]
+    if sum(mean is not None for mean in means) > 1:
+        for place, mean in enumerate(means):
+            if mean is not None and round(mean, 1) in ranking:
+                cells[place] = replace(cells[place], mark=marks[ranking.index(round(mean, 1))])
+    return cells
+
+
+def spread(values: Sequence[float], digits: int) -> Cell:
+    """Mean ± sample deviation; a single value has no deviation."""
+    if not values:
+        return Cell(MISSING)
+    cell = number(statistics.mean(values), digits)
+    if len(values) == 1:
+        return cell
+    deviation = statistics.stdev(values)
+    return Cell(f"{cell.text} ± {deviation:.{digits}f}", numbers={**cell.numbers, "sd": deviation})
+
+
+def number(value: float | None, digits: int = 1) -> Cell:
+    """A number with so many digits behind the point, or what is missing."""
+    return Cell(MISSING) if value is None else Cell(f"{value:.{digits}f}", numbers={"": value})
+
+
+def seeds(variant: Variant | None) -> Cell:
+    """How many seeds were run."""
+    return number(len(variant.runs) if variant else 0, 0)
