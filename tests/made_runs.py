@@ -23,7 +23,7 @@ def make_summary(method: str = "fed_lscl", seed: int = 42, value: float = 50.0, 
     config: dict[str, Any] = {
         "seed_everything": seed,
         "threads": 1,
-        "data": {"source": {"class_path": "fedlscl.data.packed.Digits"}, "split": {"clients": 2, "tasks": 2}},
+        "data": {"source": {"class_path": "Digits"}, "split": {"clients": 2, "tasks": 2}},
         "cnn": {"name": "resnet18"},
         "federation": {"rounds": 3},
         "model": {"class_path": "fedlscl.methods.x.X", "init_args": {"block": 3, "buffer_size": 10, "epochs": 1}},

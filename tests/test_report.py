@@ -29,12 +29,12 @@ CONFIG: dict[str, Any] = {
     "seed_everything": 42,
     "trainer": {"precision": "32-true"},
     "model": {
-        "class_path": "fedlscl.methods.fed_lscl.FedLSCL",
+        "class_path": "FedLSCL",
         "init_args": {
             "block": 3,
             "rank": 4,
             "continual": {
-                "class_path": "fedlscl.continual.Replay",
+                "class_path": "Replay",
                 "init_args": {"lambda_e": 0.1, "lambda_w": 0.01, "current": True},
             },
             "learning_rate": 1e-3,
@@ -46,7 +46,7 @@ CONFIG: dict[str, Any] = {
         },
     },
     "data": {
-        "source": {"class_path": "fedlscl.data.packed.CIFAR100"},
+        "source": {"class_path": "CIFAR100"},
         "split": {
             "clients": 5,
             "tasks": 5,
@@ -61,7 +61,7 @@ CONFIG: dict[str, Any] = {
     },
     "backbone": {"name": "vit_base_patch16_224.augreg_in21k", "image_size": 224, "model_args": None},
     "cnn": {"name": "resnet18", "image_size": 224, "model_args": None},
-    "server": {"class_path": "fedlscl.methods.fed_lscl.ExactO2D", "init_args": {"strength": 0.5}},
+    "server": {"class_path": "ExactO2D", "init_args": {"strength": 0.5}},
     "federation": {"rounds": 5, "clients_per_round": None},
     "setting": "cifar100",
     "method": "fed_lscl",
@@ -375,12 +375,12 @@ def test_the_protocol_is_that_of_the_data_set() -> None:
         found, _ = differences(only(*runs).variants)
         return {difference.label: (difference.paper, difference.here) for difference in found}
 
-    imagenet = {"class_path": "fedlscl.data.folders.ImageNetR", "init_args": {"root": "imagenet-r.tar"}}
+    imagenet = {"class_path": "ImageNetR", "init_args": {"root": "imagenet-r.tar"}}
     assert fields(imagenet, 40, 0) == {}
     assert fields(imagenet, 15, 25) == {"private classes per client": ("40", "15"), "public classes": ("0", "25")}
-    folder = {"class_path": "fedlscl.data.folders.ImageFolder", "init_args": {"root": "x", "name": "cifar100"}}
+    folder = {"class_path": "ImageFolder", "init_args": {"root": "x", "name": "cifar100"}}
     assert fields(folder, 15, 25) == {}
-    digits = {"class_path": "fedlscl.data.packed.Digits"}
+    digits = {"class_path": "Digits"}
     assert fields(digits, 1, 5) == {
         "data set": ("CIFAR-100 or ImageNet-R", "Digits"),
         "private classes per client": ("15 or 40", "1"),
@@ -391,7 +391,7 @@ def test_the_protocol_is_that_of_the_data_set() -> None:
 def test_where_runs_differ_each_value_is_counted() -> None:
     runs = [make_run(seed=seed) for seed in (42, 1999, 2024)]
     runs += [make_run(seed=42, model__block=block) for block in (11, 0)]
-    runs += [make_run("fedavg", model={"class_path": "fedlscl.methods.small_model.SmallModelClient", "block": 5})]
+    runs += [make_run("fedavg", model={"class_path": "SmallModelClient", "block": 5})]
     found, _ = differences(only(*runs).variants)
     by_label = {difference.label: difference for difference in found}
     assert set(by_label) == {"adapted block of the ViT", "seeds"}

@@ -282,7 +282,7 @@ def test_ending_the_sweep_ends_its_runs(tmp_path: Path) -> None:
     )
     script = (
         "import signal, sys; from pathlib import Path; from rich.console import Console\n"
-        "from fedlscl.sweep import PlannedRun, run_all\n"
+        "from fedlscl.run.sweep import PlannedRun, run_all\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
         f"run = PlannedRun((sys.executable, '-c', {endless!r}, {str(tmp_path)!r}), Path({str(tmp_path)!r}))\n"
         "run_all([run], 1, Console())"

@@ -145,7 +145,7 @@ def _field(name: str, none: str = "none", suffix: str = "") -> Callable[[Config]
 
 def _fed_lscl(text: Callable[[Config], str | None]) -> Callable[[Config], str | None]:
     """The same for Fed-LSCL and what it is taken apart into; None for other methods, whose fields mean other things."""
-    return lambda config: text(config) if ".fed_lscl" in str(config.get("model.class_path")) else None
+    return lambda config: text(config) if str(config.get("model.class_path")).startswith("FedLSCL") else None
 
 
 def _either(*names: str) -> Callable[[Config], str | None]:

@@ -270,7 +270,7 @@ class MFCL(FedAvg):
         if not isinstance(model(), MFCLClient):
             raise ValueError(
                 "server: MFCL hands out a generator of the classes that clients learned, which is not what model "
-                "exchanges; take fedlscl.server.FedAvg or the client of the method"
+                "exchanges; take FedAvg or the client of the method"
             )
         self.model = model
         self.learned = torch.zeros(uploads["classes"].shape, dtype=torch.bool)  # type: ignore[arg-type]

@@ -277,7 +277,7 @@ class PILoRAServer(Server):
         if "means" not in uploads:
             raise ValueError(
                 "server: PILoRAServer weighs prototypes by class means, but model sends none; "
-                "take fedlscl.methods.pilora.PILoRAClient or fedlscl.server.FedAvg"
+                "take PILoRAClient or FedAvg"
             )
         self.prototypes = model().get_parameter("prototypes").detach().clone()
 

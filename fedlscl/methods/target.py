@@ -242,7 +242,7 @@ class TARGET(FedAvg):
         if "classes" not in uploads or not {"images", "classes"} <= set(downloads):
             raise ValueError(
                 "server: TARGET hands out synthetic images of the classes that clients learned, which is not what "
-                "model exchanges; take fedlscl.server.FedAvg or the client of the method"
+                "model exchanges; take FedAvg or the client of the method"
             )
         count, _, side, _ = downloads["images"].shape
         assert isinstance(count, AtMost)
