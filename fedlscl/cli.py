@@ -36,6 +36,7 @@ from fedlscl.federation.trainer import RoundTrainer
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT, weights_sha256
 from fedlscl.run.experiment import Experiment, ImpossibleRun, Tracking
+from fedlscl.run.names import Parser
 from fedlscl.run.sweep import LOG, narrowed, plan, read_sweep, run_all
 from fedlscl.schedule import Schedule
 from fedlscl.server import Server
@@ -61,8 +62,8 @@ and single fields override what came before. `fedlscl fit --help` lists every fi
 
 FIT = (
     "Run a federation, or continue the one in its run folder. Begin with --config experiments/digits.yaml; a later "
-    "--config and single fields override what came before. The fields of a method: --model.help CLASS_PATH, for "
-    "instance fedlscl.methods.fed_lscl.FedLSCL; likewise --server.help and --data.source.help."
+    "--config and single fields override what came before. The fields of a method: --model.help CLASS, for "
+    "instance FedLSCL; likewise --server.help and --data.source.help."
 )
 
 SWEEP = (
@@ -92,6 +93,7 @@ class FederatedCLI(LightningCLI):
             save_config_callback=None,
             seed_everything_default=42,
             auto_configure_optimizers=False,
+            parser_class=Parser,
             parser_kwargs={
                 "prog": "fedlscl",
                 "allow_abbrev": False,

@@ -158,9 +158,7 @@ class FedAvg(Server):
     def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
         """Average what clients take back; of what else they send FedAvg makes no use."""
         if not downloads:
-            raise ValueError(
-                "server: FedAvg has nothing to average, since model shares no tensor; take fedlscl.server.Isolated"
-            )
+            raise ValueError("server: FedAvg has nothing to average, since model shares no tensor; take Isolated")
         self.names = tuple(name for name, spec in downloads.items() if not spec.optional)
         if unknown := sorted(set(self.names) - set(uploads)):
             raise ValueError(f"server: FedAvg averages what clients send, but model wants '{unknown[0]}' back")
@@ -188,7 +186,7 @@ class Sum(Server):
         if downloads != {f"{name}_sum": spec for name, spec in uploads.items()}:
             raise ValueError(
                 f"server: Sum answers with the sums of what clients send ({', '.join(sorted(uploads)[:3])}), which is "
-                "not what model takes back; take fedlscl.server.FedAvg or the server of the method"
+                "not what model takes back; take FedAvg or the server of the method"
             )
         self.dtypes = {f"{name}_sum": spec.dtype for name, spec in uploads.items()}
 

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 METHOD: dict[str, Any] = {
     "method": "fed_lscl",
     "model": {
-        "class_path": "fedlscl.methods.fed_lscl.FedLSCL",
+        "class_path": "FedLSCL",
         "init_args": {
             "epochs": 1,
             "batch_size": 7,
@@ -37,12 +37,12 @@ METHOD: dict[str, Any] = {
             "block": 2,
             "rank": 2,
             "continual": {
-                "class_path": "fedlscl.continual.Replay",
+                "class_path": "Replay",
                 "init_args": {"passes": 1, "lambda_e": 0.7, "lambda_w": 0.1},
             },
         },
     },
-    "server": {"class_path": "fedlscl.methods.fed_lscl.ExactO2D", "init_args": {"strength": 0.3}},
+    "server": {"class_path": "ExactO2D", "init_args": {"strength": 0.3}},
 }
 
 pytestmark = pytest.mark.usefixtures("command_line")
@@ -196,8 +196,8 @@ def test_the_saved_configuration_gives_the_same_run(setting: str, tmp_path: Path
 def test_another_method_keeps_the_budget_of_the_setting(setting: str, tmp_path: Path, built: list[Experiment]) -> None:
     method = {
         "method": "small",
-        "model": {"class_path": "fedlscl.methods.small_model.SmallModelClient", "init_args": {"share": "cnn"}},
-        "server": {"class_path": "fedlscl.server.FedAvg"},
+        "model": {"class_path": "SmallModelClient", "init_args": {"share": "cnn"}},
+        "server": {"class_path": "FedAvg"},
     }
     main(["fit", "--config", setting, "--config", write(tmp_path / "method.yaml", method)])
     (experiment,) = built
@@ -214,8 +214,8 @@ def test_another_method_keeps_the_budget_of_the_setting(setting: str, tmp_path: 
 def test_another_strategy_keeps_the_rest(setting: str, tmp_path: Path, built: list[Experiment]) -> None:
     method = {
         "model": {
-            "class_path": "fedlscl.methods.fed_lscl.FedLSCL",
-            "init_args": {"continual": {"class_path": "fedlscl.continual.NoReplay"}},
+            "class_path": "FedLSCL",
+            "init_args": {"continual": {"class_path": "NoReplay"}},
         }
     }
     main(["fit", "--config", setting, "--config", write(tmp_path / "method.yaml", method)])
@@ -253,8 +253,8 @@ def test_every_setting_is_valid(name: str, capsys: pytest.CaptureFixture[str]) -
         ({"federation": {"roundz": 3}}, "roundz"),
         ({"model": {"init_args": {"blocks": 3}}}, "blocks"),
         ({"datum": {"seed": 3}}, "datum"),
-        ({"server": {"class_path": "fedlscl.server.FedAvg", "init_args": {"weight": "uniform"}}}, "weight"),
-        ({"model": {"class_path": "fedlscl.methods.fed_lscl.FedLSLC"}}, "FedLSLC"),
+        ({"server": {"class_path": "FedAvg", "init_args": {"weight": "uniform"}}}, "weight"),
+        ({"model": {"class_path": "FedLSLC"}}, "FedLSLC"),
         ({"data": {"split": {"client": 3}}}, "client"),
         ({"model": {"init_args": {"train_mask": "sen"}}}, "train_mask"),
         ({"federation": {"rounds": "many"}}, "rounds"),

@@ -214,7 +214,7 @@ def _parser() -> jsonargparse.ArgumentParser:
 def test_yaml_builds_the_module(tmp_path: Path) -> None:
     text = f"""
     data:
-      source: {{class_path: fedlscl.data.packed.Digits}}
+      source: {{class_path: Digits}}
       split: {{clients: 2, tasks: 2, classes_per_task: 2, private_classes: 3, public_classes: 1}}
       seed: 7
       cache_dir: {tmp_path}
@@ -232,9 +232,9 @@ def test_yaml_builds_the_module(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("{class_path: fedlscl.data.packed.CIFAR100, init_args: {root: here, download: false}}", CIFAR100),
-        ("{class_path: fedlscl.data.folders.ImageNetR, init_args: {root: here, size: 224}}", ImageNetR),
-        ("{class_path: fedlscl.data.folders.ImageFolder, init_args: {root: here, size: 64}}", ImageFolder),
+        ("{class_path: CIFAR100, init_args: {root: here, download: false}}", CIFAR100),
+        ("{class_path: ImageNetR, init_args: {root: here, size: 224}}", ImageNetR),
+        ("{class_path: ImageFolder, init_args: {root: here, size: 64}}", ImageFolder),
         ("Digits", Digits),
     ],
 )
@@ -253,6 +253,6 @@ def test_wrong_yaml_is_refused_by_name() -> None:
         ("{local_test: x}", "local_test"),
         ("{tasks: many}", "tasks"),
     ):
-        text = f"data: {{source: {{class_path: fedlscl.data.packed.Digits}}, split: {split}}}"
+        text = f"data: {{source: {{class_path: Digits}}, split: {split}}}"
         with pytest.raises(jsonargparse.ArgumentError, match=message):
             _parser().parse_string(text)

@@ -30,7 +30,7 @@ method: fed_lscl
 seed_everything: 3
 threads: 1
 data:
-  source: {class_path: fedlscl.data.packed.Digits}
+  source: {class_path: Digits}
   split: {clients: 2, tasks: 1, classes_per_task: 3, private_classes: 1, public_classes: 2, min_public_images: 4,
           train_per_class: 30, test_per_class: 10}
 backbone: {name: vit_tiny_patch16_224, image_size: 16,
@@ -40,10 +40,10 @@ federation: {rounds: 1}
 trainer: {accelerator: cpu}
 tracking: {wandb_mode: disabled}
 model:
-  class_path: fedlscl.methods.fed_lscl.FedLSCL
+  class_path: FedLSCL
   init_args: {epochs: 1, block: 1, rank: 2, buffer_size: 3,
-              continual: {class_path: fedlscl.continual.Replay, init_args: {passes: 1}}}
-server: {class_path: fedlscl.methods.fed_lscl.ExactO2D}
+              continual: {class_path: Replay, init_args: {passes: 1}}}
+server: {class_path: ExactO2D}
 """
 
 

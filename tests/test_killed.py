@@ -18,7 +18,7 @@ method: fed_lscl
 seed_everything: 3
 threads: 1
 data:
-  source: {class_path: fedlscl.data.packed.Digits}
+  source: {class_path: Digits}
   split: {clients: 3, tasks: 2, classes_per_task: 2, private_classes: 1, public_classes: 3, min_public_images: 4,
           train_per_class: 30, test_per_class: 10}
 backbone: {name: vit_tiny_patch16_224, image_size: 16,
@@ -28,10 +28,10 @@ federation: {rounds: 3}
 trainer: {accelerator: cpu}
 tracking: {wandb_mode: disabled}
 model:
-  class_path: fedlscl.methods.fed_lscl.FedLSCL
+  class_path: FedLSCL
   init_args: {epochs: 1, block: 1, rank: 2, buffer_size: 3,
-              continual: {class_path: fedlscl.continual.Replay, init_args: {passes: 1}}}
-server: {class_path: fedlscl.methods.fed_lscl.ExactO2D}
+              continual: {class_path: Replay, init_args: {passes: 1}}}
+server: {class_path: ExactO2D}
 """
 
 # One interpreter imports everything once and forks a process per attempt. A write is a file put in its place, forced

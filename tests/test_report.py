@@ -288,12 +288,12 @@ def test_the_protocol_is_that_of_the_data_set() -> None:
         found, _ = differences(only(*runs).variants)
         return {difference.label: (difference.paper, difference.here) for difference in found}
 
-    imagenet = {"class_path": "fedlscl.data.folders.ImageNetR", "init_args": {"root": "imagenet-r.tar"}}
+    imagenet = {"class_path": "ImageNetR", "init_args": {"root": "imagenet-r.tar"}}
     assert fields(imagenet, 40, 0) == {}
     assert fields(imagenet, 15, 25) == {"private classes per client": ("40", "15"), "public classes": ("0", "25")}
-    folder = {"class_path": "fedlscl.data.folders.ImageFolder", "init_args": {"root": "x", "name": "cifar100"}}
+    folder = {"class_path": "ImageFolder", "init_args": {"root": "x", "name": "cifar100"}}
     assert fields(folder, 15, 25) == {}
-    digits = {"class_path": "fedlscl.data.packed.Digits"}
+    digits = {"class_path": "Digits"}
     assert fields(digits, 1, 5) == {
         "data set": ("CIFAR-100 or ImageNet-R", "Digits"),
         "private classes per client": ("15 or 40", "1"),

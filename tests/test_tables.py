@@ -124,7 +124,7 @@ def test_a_table_says_what_its_rows_leave_out() -> None:
 
 
 PROTOCOL = {
-    "data.source.class_path": "fedlscl.data.packed.CIFAR100",
+    "data.source.class_path": "CIFAR100",
     "data.split.clients": 5,
     "data.split.tasks": 5,
     "federation.rounds": 5,
@@ -132,7 +132,7 @@ PROTOCOL = {
     "model.buffer_size": 20,
 }
 """What differs in runs made by hand from the paper's protocol."""
-IMAGENET = {"data.source.class_path": "fedlscl.data.folders.ImageNetR"}
+IMAGENET = {"data.source.class_path": "ImageNetR"}
 
 
 def in_its_setting(method: str = "fed_lscl", config: dict[str, Any] | None = None, **options: Any) -> Run:

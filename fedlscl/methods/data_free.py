@@ -82,7 +82,7 @@ class DataFreeServer(FedAvg):
         if not ("classes" in uploads and any(name.startswith(self.prefix) for name in downloads)):
             raise ValueError(
                 f"server: {type(self).__name__} hands out {self.hands_out} of the classes that clients learned, which "
-                "is not what model exchanges; take fedlscl.server.FedAvg or the client of the method"
+                "is not what model exchanges; take FedAvg or the client of the method"
             )
         self.model = model
         self.learned = torch.zeros(uploads["classes"].shape, dtype=torch.bool)  # type: ignore[arg-type]

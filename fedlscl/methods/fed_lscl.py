@@ -119,7 +119,7 @@ class O2D(Server):
         if set(uploads) != {"weight", "bias", "features"}:
             raise ValueError(
                 f"server: one-by-one distillation needs uploads of weight, bias and features, but model sends "
-                f"{', '.join(sorted(uploads)[:3]) or 'nothing'}; take fedlscl.server.FedAvg or Isolated"
+                f"{', '.join(sorted(uploads)[:3]) or 'nothing'}; take FedAvg or Isolated"
             )
 
     @abstractmethod

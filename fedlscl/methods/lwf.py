@@ -75,7 +75,7 @@ class GeneratedLwF(Continual):
         """Both distances, once a task is finished."""
         now = step.output.generated
         if not now:
-            raise ValueError("model generates nothing that continual could keep; take fedlscl.methods.lwf.LwF")
+            raise ValueError("model generates nothing that continual could keep; take LwF")
         return {
             name: self.weights[name] * continual_penalty(now[name], before, step.observed)
             for name, before in step.snapshot.items()

@@ -35,7 +35,7 @@ class CountingFrozenViTClient(FrozenViTClient):
     def __init__(self, continual: Continual, **kwargs: Any) -> None:
         super().__init__(continual=continual, **kwargs)
         if not isinstance(continual, NoReplay):
-            raise ValueError("model.continual must be fedlscl.continual.NoReplay: only current images are counted")
+            raise ValueError("model.continual must be NoReplay: only current images are counted")
 
     def outgoing(self) -> dict[str, Tensor]:
         """What is shared, and the images of each class (K,)."""

@@ -32,6 +32,7 @@ from fedlscl.models.vit import FrozenViT
 from fedlscl.run import plots
 from fedlscl.run.callback import RunCallback, accuracy_arrays
 from fedlscl.run.console import FederationProgress, summary_table
+from fedlscl.run.fields import short
 from fedlscl.run.summary import Accuracy, Compute, Skipped, Summary, Traffic
 from fedlscl.run.tracking import Tracker, WandbMode
 from fedlscl.schedule import Schedule
@@ -123,7 +124,7 @@ class Experiment:
     def _check_same_run(self) -> None:
         """Compare configuration and split with those that the run folder began with."""
         path = self.run_dir / "config.yaml"
-        if path.exists() and (different := differences(yaml.safe_load(path.read_text()), self.config)):
+        if path.exists() and (different := differences(short(yaml.safe_load(path.read_text())), self.config)):
             raise ValueError(
                 f"run_dir '{self.run_dir}' holds a run with another configuration ({'; '.join(different)}); "
                 "give another run_dir, or the same configuration to continue it"

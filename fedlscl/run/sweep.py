@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from fedlscl.run.fields import flat
+from fedlscl.run.fields import flat, short
 
 ARGS = "${args}"
 LOG = "output.log"
@@ -183,8 +183,8 @@ def not_arrived(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> lis
     """
     wanted = {}
     if "config" in parameters:
-        wanted = flat(yaml.safe_load(Path(parameters["config"]).read_text()))
-    wanted |= flat({name: value for name, value in parameters.items() if name != "config"})
+        wanted = flat(short(yaml.safe_load(Path(parameters["config"]).read_text())))
+    wanted |= flat(short({name: value for name, value in parameters.items() if name != "config"}))
     there = flat(config)
     return [
         f"{name} is {there.get(name)!r}, not {value!r}"

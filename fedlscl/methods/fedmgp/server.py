@@ -48,8 +48,7 @@ class FedMGPServer(Server):
         """Only for clients with a global prompt."""
         if not isinstance(model(), FedMGPClient):
             raise ValueError(
-                "server: FedMGPServer fuses global prompts, which model does not have; take "
-                "fedlscl.methods.fedmgp.client.FedMGPClient or fedlscl.server.FedAvg"
+                "server: FedMGPServer fuses global prompts, which model does not have; take FedMGPClient or FedAvg"
             )
         self.model = model
 

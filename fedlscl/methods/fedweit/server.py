@@ -21,7 +21,7 @@ class FedWeITServer(Server):
         if not self.names or any(f"{name}.kept" not in uploads for name in self.names):
             raise ValueError(
                 "server: FedWeITServer merges channels of W, but model does not say which it sends; "
-                "take fedlscl.methods.fedweit.client.FedWeITClient or fedlscl.server.FedAvg"
+                "take FedWeITClient or FedAvg"
             )
         (entries,) = uploads["adaptive.places"].shape
         assert isinstance(entries, AtMost)

@@ -41,8 +41,7 @@ class GLFCServer(FedAvg):
         super().begin(uploads, downloads, model)
         if "gradients" not in uploads:
             raise ValueError(
-                "server: GLFCServer needs the gradients that GLFC's clients send, but model sends none; "
-                "take fedlscl.server.FedAvg"
+                "server: GLFCServer needs the gradients that GLFC's clients send, but model sends none; take FedAvg"
             )
         self.model = model()
         limit = uploads["gradients"].shape[0]

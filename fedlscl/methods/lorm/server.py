@@ -31,8 +31,7 @@ class LoRMServer(Server):
         """Only for clients that send factors and Gram matrices."""
         if "gram.head" not in uploads:
             raise ValueError(
-                "server: LoRMServer merges LoRA factors by their Gram matrices, but model sends none; "
-                "take fedlscl.server.FedAvg"
+                "server: LoRMServer merges LoRA factors by their Gram matrices, but model sends none; take FedAvg"
             )
         body = model()
         assert isinstance(body, LoRMClient)

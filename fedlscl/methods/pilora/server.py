@@ -34,7 +34,7 @@ class PILoRAServer(Server):
         if "means" not in uploads:
             raise ValueError(
                 "server: PILoRAServer weighs prototypes by class means, but model sends none; "
-                "take fedlscl.methods.pilora.client.PILoRAClient or fedlscl.server.FedAvg"
+                "take PILoRAClient or FedAvg"
             )
         self.prototypes = model().get_parameter("prototypes").detach().clone()
 
