@@ -17,7 +17,7 @@ FILES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 SPINE = (
-    *("seeds", "files", "checks", "losses", "messages", "schedule", "evaluation", "memory"),
+    *("seeds", "files", "checks", "classes", "losses", "messages", "schedule", "evaluation", "memory"),
     *("batches", "continual", "client_model", "client", "server"),
 )
 """What the author of a method must know, each module above those that it may import."""
@@ -33,8 +33,8 @@ BELOW: dict[str, tuple[str, ...]] = {
 }
 """The folders that each folder may import from, besides itself and the spine."""
 
-BY_NAME = ("fedlscl.run.names",)
-"""They import by name: the class that a configuration names."""
+BY_NAME = ("fedlscl", "fedlscl.methods", "fedlscl.run.names")
+"""They import by name: the class that a user or a configuration names."""
 
 REPORTING = "fedlscl.analysis."
 """It tells finished runs apart by the names in their summaries, and nothing that trains may know it."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from fedlscl.evaluation import MASKS
+from fedlscl.evaluation import MASKS, measured_mean
 
 
 @dataclass
@@ -30,6 +30,10 @@ class RoundResult:
     accuracy: dict[str, list[list[float]]] = field(default_factory=lambda: {mask: [] for mask in MASKS})
     server: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def mean(self, mask: str) -> float:
+        """The accuracy in % under a mask: the mean over clients of the mean over the tasks learned so far."""
+        return float(measured_mean(measured_mean(self.accuracy[mask], 1), 0))
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

@@ -6,20 +6,20 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from lightning.pytorch.loggers import Logger
 
-from fedlscl.evaluation import MASKS, FloatArray, measured_mean
-from fedlscl.federation.callback import FederationCallback, RoundResult
-from fedlscl.run.console import FederationProgress
+from fedlscl.evaluation import MASKS, FloatArray
+from fedlscl.federation.callback import RoundResult
+from fedlscl.run.console import FederationProgress, ProgressCallback
 from fedlscl.run.summary import Accuracy
 from fedlscl.run.tracking import ClientLogger, Tracker
 
 
-class RunCallback(FederationCallback):
+class RunCallback(ProgressCallback):
     """Leads metrics to the tracker and progress to the screen, and stores what a summary needs beside the rounds.
 
     Args:
@@ -33,28 +33,21 @@ class RunCallback(FederationCallback):
     def __init__(
         self, tracker: Tracker, bar: FederationProgress, tasks: int, rounds: int, progress: Mapping[str, Any]
     ) -> None:
-        self.tracker, self.bar, self.tasks, self.rounds = tracker, bar, tasks, rounds
+        super().__init__(bar, rounds)
+        self.tracker, self.tasks = tracker, tasks
         self.history = list(progress.get("history", []))
         self.seconds: dict[str, float] = dict(progress.get("seconds", {"total": 0.0}))
         self.memory = float(progress.get("memory", 0.0))
         self._since = time.perf_counter()
 
     def on_fit_start(self, task: int, round: int, client: int) -> Logger:
-        """Its metrics are those of the client."""
-        self.bar.update(task, (round - 1) % self.rounds + 1, client)
+        """Also its metrics, which are those of the client."""
+        super().on_fit_start(task, round, client)
         return ClientLogger(self.tracker, f"client/{client}", task=task, round=round)
-
-    def on_fit_end(self) -> None:
-        """A step of the bar."""
-        self.bar.advance()
 
     def on_aggregate_start(self, task: int, round: int) -> Logger:
         """Its metrics are those of the server."""
         return ClientLogger(self.tracker, "server", task=task, round=round)
-
-    def on_aggregate_step(self, step: int, steps: float) -> None:
-        """Shown beside the bar."""
-        self.bar.serve(step, steps)
 
     def on_round_end(self, result: RoundResult) -> None:
         """Log it, and note what it cost."""
@@ -78,7 +71,7 @@ class RunCallback(FederationCallback):
 
     def in_a_line(self, result: RoundResult) -> str:
         """What is said of a round."""
-        seen = mean_of_clients(result.accuracy["seen"])
+        seen = result.mean("seen")
         left_out = f", without clients {sorted(result.skipped)}" if result.skipped else ""
         return (
             f"task {result.task}/{self.tasks}  round {(result.round - 1) % self.rounds + 1}/{self.rounds}  "
@@ -113,15 +106,10 @@ def record(tracker: Tracker, result: RoundResult, acc: Mapping[str, FloatArray] 
                 for n, value in enumerate(values)
                 if not math.isnan(value)  # a client that could not be asked
             }
-        metrics[f"eval/{mask}/mean"] = mean_of_clients(by_client)
+        metrics[f"eval/{mask}/mean"] = result.mean(mask)
     for mask, array in (acc or {}).items():
         metrics |= {f"task/{mask}/{name}": value for name, value in Accuracy.of(array).scalars.items()}
     tracker.log(metrics, task=result.task, round=result.round)
-
-
-def mean_of_clients(accuracies: Sequence[Sequence[float]]) -> float:
-    """The mean over clients of the mean over their tasks, in %."""
-    return float(measured_mean(measured_mean(accuracies, 1), 0))
 
 
 def peak_memory_mib() -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+from lightning.pytorch.loggers import Logger
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlscl.evaluation import MASKS, final_average, forgetting, measured_mean
+from fedlscl.federation.callback import FederationCallback
 from fedlscl.run.summary import Summary
 
 
@@ -50,7 +52,7 @@ class FederationProgress:
             TextColumn("<"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not (console.is_terminal or console.is_jupyter),
             expand=True,
             speed_estimate_period=float("inf"),  # a client's round may last longer than rich's 30 s
         )
@@ -116,6 +118,31 @@ def human_bytes(count: float) -> str:
         if count < 1024:
             return f"{count:.1f} {unit}"
     return f"{count / 1024:.1f} TiB"
+
+
+class ProgressCallback(FederationCallback):
+    """Shows on a bar where the federation is.
+
+    Args:
+        bar: shows progress.
+        rounds: of each task.
+    """
+
+    def __init__(self, bar: FederationProgress, rounds: int) -> None:
+        self.bar, self.rounds = bar, rounds
+
+    def on_fit_start(self, task: int, round: int, client: int) -> Logger | None:
+        """Who is at work."""
+        self.bar.update(task, (round - 1) % self.rounds + 1, client)
+        return None
+
+    def on_fit_end(self) -> None:
+        """A step of the bar."""
+        self.bar.advance()
+
+    def on_aggregate_step(self, step: int, steps: float) -> None:
+        """Beside the bar."""
+        self.bar.serve(step, steps)
 
 
 def summary_table(summary: Summary, console: Console, *, picture: Path, run_dir: Path) -> None:

@@ -9,30 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
-from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import get_loader, set_dumper, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
-import fedlscl
+from fedlscl.classes import defined
 from fedlscl.run.fields import short
 
 MODE = "fedlscl"
-
-
-@cache
-def defined() -> Mapping[str, tuple[str, ...]]:
-    """The modules of this package that define a class of a name, for each name of a class."""
-    root, found = Path(fedlscl.__file__).parent, dict[str, tuple[str, ...]]()
-    for path in sorted(root.rglob("*.py")):
-        module = ".".join((root.name, *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__")
-        for name in re.findall(r"^class ([A-Za-z]\w*)", path.read_text(encoding="utf-8"), re.MULTILINE):
-            found[name] = (*found.get(name, ()), module)
-    return found
 
 
 def load(text: str) -> Any:

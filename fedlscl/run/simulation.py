@@ -1,0 +1,134 @@
+"""A federation from Python: all that `fedlscl fit` builds from a configuration, built from objects."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Literal
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
+from rich.console import Console
+
+from fedlscl.client import Client
+from fedlscl.data.module import FederatedDataModule
+from fedlscl.federation.algorithm import Federation
+from fedlscl.federation.callback import FederationCallback, RoundResult
+from fedlscl.federation.store import Store
+from fedlscl.federation.template import Template
+from fedlscl.federation.trainer import RoundTrainer
+from fedlscl.federation.transport import InProcess
+from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.vit import FrozenViT
+from fedlscl.run.console import FederationProgress, ProgressCallback
+from fedlscl.schedule import Schedule
+from fedlscl.server import Server
+
+TALKATIVE = ("lightning.pytorch", "lightning.fabric")
+"""Loggers that tell of devices and hints whenever a Trainer is made, which here is hundreds of times."""
+
+
+def simulate(
+    *,
+    client: Client,
+    server: Server,
+    data: FederatedDataModule,
+    vit: FrozenViT,
+    cnn: SmallModelSpec,
+    rounds: int = 5,
+    clients_per_round: int | None = None,
+    seed: int = 42,
+    accelerator: str = "auto",
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
+    folder: str | Path | None = None,
+    progress: bool = False,
+) -> Iterator[RoundResult]:
+    """Run a federation in this process, and give the result of each round when it is over.
+
+    Everything is checked when this is called; clients train while the rounds are iterated over. With the same
+    arguments, the same numbers as `fedlscl fit` has with the same configuration.
+
+    Args:
+        client: the settings of all clients, such as `fedlscl.methods.FedLSCL(...)`.
+        server: fuses what they send.
+        data: the images and their split; its seed is `seed` where it has none.
+        vit: the frozen model of all clients.
+        cnn: their small models.
+        rounds: communication rounds for each task.
+        clients_per_round: how many clients, drawn anew, take part in each round; all of them by default.
+        seed: of all that is drawn.
+        accelerator: cpu, gpu, mps or auto, as in Lightning.
+        precision: as in Lightning.
+        folder: where the clients' states are kept, new or empty; by default a temporary one, gone in the end.
+        progress: show a progress bar, in a terminal or a notebook.
+
+    Returns:
+        The rounds, of all tasks one after another; `RoundResult.mean` is the accuracy of one.
+
+    Raises:
+        ValueError: if something does not fit, by the name of its field; or if `folder` holds something.
+        RuntimeError: from the iteration, if nobody takes part in a round to its end.
+    """
+
+    def trainer(logger: Logger | None) -> Trainer:
+        made = RoundTrainer(accelerator, precision)
+        made.logger = logger
+        return made
+
+    if folder is not None and Path(folder).exists() and any(Path(folder).iterdir()):
+        raise ValueError(
+            f"folder '{folder}' holds something; give a new one (a run that goes on where it was interrupted is what "
+            "`fedlscl fit` is for)"
+        )
+    if data.seed is None:
+        data.seed = seed
+    data.prepare_data()
+    data.setup()
+    with ExitStack() as stack:
+        kept = Path(folder) if folder is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        with _quiet():
+            template, store = Template(client, data, vit, cnn, seed, trainer), Store(kept)
+            federation = Federation(
+                Schedule(rounds, clients_per_round), server, template, store, InProcess(template, store)
+            )
+        return _rounds(federation, clients_per_round, progress, stack.pop_all())
+
+
+def _rounds(
+    federation: Federation, clients_per_round: int | None, progress: bool, stack: ExitStack
+) -> Iterator[RoundResult]:
+    with stack:
+        callback = FederationCallback()
+        if progress:
+            tasks, rounds = federation.template.data.split.spec.tasks, federation.schedule.rounds
+            taking_part = clients_per_round or federation.clients
+            bar = stack.enter_context(FederationProgress(tasks, rounds, taking_part, console=Console()))
+            callback = ProgressCallback(bar, rounds)
+        found = federation.run(callback)
+        while True:
+            with _quiet():
+                result = next(found, None)
+            if result is None:
+                return
+            yield result
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning silent inside, and leave it as it was."""
+    loggers = [logging.getLogger(name) for name in TALKATIVE]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        with warnings.catch_warnings():
+            # Lightning 2.6 asks torch for a name that newer releases of torch deprecate
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
