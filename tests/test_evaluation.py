@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis.extra.numpy import arrays
 
 from fedlscl.evaluation import (
     MASKS,
+    MaskedAccuracy,
     average_incremental,
     backward_transfer,
     final_average,
@@ -176,3 +178,44 @@ def test_arrays_that_are_no_accuracy_are_refused(acc: np.ndarray, message: str) 
     for metric in (table1, final_average, average_incremental, forgetting, backward_transfer, summarise):
         with pytest.raises(ValueError, match=message):
             metric(acc)
+
+
+# ---- the metric that a client is tested with
+
+
+@given(st.integers(0, 10**6), st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_the_metric_is_the_share_of_hits_by_task_however_it_is_fed(seed: int, size: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    masks = torch.zeros(2, 6, dtype=torch.bool)
+    masks[0, [0, 3]], masks[1, [1, 4]] = True, True  # classes 2 and 5 are of nobody
+    labels = torch.tensor([0, 3, 1, 4])[torch.randint(4, (17,), generator=rng)]
+    logits = torch.randn(17, 6, generator=rng)
+    metric = MaskedAccuracy(masks)
+    for part in torch.split(torch.arange(17), size):
+        metric.update(logits[part], labels[part])
+    found = metric.compute()
+    assert tuple(found) == MASKS
+    of_task = {0: 0, 3: 0, 1: 1, 4: 1}
+    for number in (0, 1):
+        rows = [row for row in range(17) if of_task[int(labels[row])] == number]
+        for mask, classes in (
+            ("task", masks[number].nonzero().flatten().tolist()),
+            ("seen", [0, 1, 3, 4]),
+            ("none", [*range(6)]),
+        ):
+            hits = [max(classes, key=lambda c, row=row: float(logits[row, c])) == int(labels[row]) for row in rows]
+            wanted = 100 * sum(hits) / len(hits) if hits else math.nan
+            assert found[mask][number] == pytest.approx(wanted, nan_ok=True)
+
+
+def test_the_metric_belongs_to_no_state_and_starts_afresh() -> None:
+    metric = MaskedAccuracy(torch.eye(2, dtype=torch.bool))
+    assert metric.state_dict() == {}
+    metric.update(torch.eye(2), torch.tensor([0, 0]))
+    assert metric.compute() == {"task": [100.0, pytest.approx(math.nan, nan_ok=True)],
+                                "seen": [50.0, pytest.approx(math.nan, nan_ok=True)],
+                                "none": [50.0, pytest.approx(math.nan, nan_ok=True)]}  # fmt: skip
+    metric.reset()
+    assert not metric.hits.any()
+    assert not metric.tested.any()

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlscl.memory import SELECTIONS, Ranking, herding, lowest_loss, random, select
+from fedlscl.memory import SELECTIONS, Archive, Ranking, herding, lowest_loss, random, select
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -134,3 +134,21 @@ def test_the_names_that_configurations_use_stay() -> None:
     assert {"lowest_loss", "herding", "random"} <= set(SELECTIONS)
     with pytest.raises(KeyError):
         SELECTIONS["highest_loss"]
+
+
+# ---- what finished tasks leave behind
+
+
+def test_an_archive_keeps_copies_by_task_and_comes_back_from_tensors() -> None:
+    live = torch.ones(2, requires_grad=True)
+    archive = Archive()
+    archive.keep(10, {"a.b": live})
+    archive.keep(2, {"a.b": torch.zeros(2), "c": torch.tensor(1)})
+    with torch.no_grad():
+        live.zero_()
+    memory = Memory.from_tensors(Memory(archive=archive).to_tensors())
+    assert list(memory.archive) == [2, 10]  # by number, not by text
+    assert memory.archive[10]["a.b"].tolist() == [1, 1]
+    assert memory.archive[2]["c"].dtype == torch.int64
+    assert memory.archive.stacked("a.b", live).tolist() == [[0, 0], [1, 1]]
+    assert Archive().stacked("a.b", live).shape == (0, 2)

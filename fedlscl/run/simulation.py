@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -89,23 +91,25 @@ def simulate(
     data.prepare_data()
     data.setup()
     with ExitStack() as stack:
-        kept = Path(folder) if folder is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if folder is None:
+            folder = tempfile.mkdtemp(prefix="fedlscl-")
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
         with _quiet():
-            template, store = Template(client, data, vit, cnn, seed, trainer), Store(kept)
-            federation = Federation(
-                Schedule(rounds, clients_per_round), server, template, store, InProcess(template, store)
-            )
-        return _rounds(federation, clients_per_round, progress, stack.pop_all())
+            template, store = Template(client, data, vit, cnn, seed, trainer), Store(Path(folder))
+            schedule = Schedule(rounds, clients_per_round)
+            federation = Federation(schedule, server, template, store, InProcess(template, store))
+        closing = stack.pop_all()
+    found = _rounds(federation, progress, closing)
+    weakref.finalize(found, closing.close)  # a generator that nobody has begun does not come to its end
+    return found
 
 
-def _rounds(
-    federation: Federation, clients_per_round: int | None, progress: bool, stack: ExitStack
-) -> Iterator[RoundResult]:
+def _rounds(federation: Federation, progress: bool, stack: ExitStack) -> Iterator[RoundResult]:
     with stack:
         callback = FederationCallback()
         if progress:
             tasks, rounds = federation.template.data.split.spec.tasks, federation.schedule.rounds
-            taking_part = clients_per_round or federation.clients
+            taking_part = federation.schedule.clients_per_round or federation.clients
             bar = stack.enter_context(FederationProgress(tasks, rounds, taking_part, console=Console()))
             callback = ProgressCallback(bar, rounds)
         found = federation.run(callback)
