@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlscl.memory import SELECTIONS, Archive, Ranking, herding, lowest_loss, random, select
+from fedlscl.memory import SELECTIONS, Archive, Memory, Ranking, herding, lowest_loss, random, select
 
 
 def rng(seed: int = 0) -> torch.Generator:
