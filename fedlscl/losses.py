@@ -5,8 +5,6 @@ Shapes: B batch, K classes, e feature width, P generated numbers per sample.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,29 +40,21 @@ def continual_penalty(now: Tensor, before: Tensor, known: Tensor) -> Tensor:
     return torch.where(known > 0, distances, 0.0).sum() / known.sum().clamp(min=1)
 
 
-def o2d_objective(
-    weight: Tensor,
-    bias: Tensor,
-    own: tuple[Tensor, Tensor],
-    teachers: Sequence[tuple[Tensor, Tensor]],
-    features: Sequence[Tensor],
-    strength: float,
+def o2d_loss(
+    weight: Tensor, bias: Tensor, own: tuple[Tensor, Tensor], x: Tensor, wanted: Tensor, strength: float
 ) -> Tensor:
-    """The one-by-one distillation objective of one student (Fed-LSCL, Eq. 5).
+    """One teacher's part in the one-by-one distillation objective of one student (Fed-LSCL, Eq. 5).
 
-    sum over teachers j of mean over x in FS_j of ||phi(x) - phi_j(x)||^2, plus strength * ||phi - phi_i||^2, where the
-    last norm runs over all entries of weight and bias.
+    mean over x in FS_j of ||phi(x) - phi_j(x)||^2, plus strength * ||phi - phi_i||^2, where the last norm runs over all
+    entries of weight and bias. Eq. 5 is the sum over the teachers, with its lambda shared out among them.
 
     Args:
         weight: (P, e) of the student phi.
         bias: (P,) of the student phi.
         own: weight and bias of phi_i, the student as uploaded.
-        teachers: weight and bias of every phi_j.
-        features: FS_j (n_j, e) for every teacher.
-        strength: lambda.
+        x: FS_j (n, e), or some of it.
+        wanted: phi_j(x) (n, P).
+        strength: this teacher's share of lambda.
     """
-    total = strength * ((weight - own[0]).square().sum() + (bias - own[1]).square().sum())
-    for (teacher_weight, teacher_bias), x in zip(teachers, features, strict=True):
-        difference = F.linear(x, weight - teacher_weight, bias - teacher_bias)
-        total = total + difference.square().sum(dim=1).mean()
-    return total
+    distance = (F.linear(x, weight, bias) - wanted).square().sum(dim=1).mean()
+    return distance + strength * ((weight - own[0]).square().sum() + (bias - own[1]).square().sum())

@@ -27,6 +27,11 @@ def generator(seed: int, *keys: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derive(seed, *keys))
 
 
+def numpy_generator(seed: int, *stream: int) -> np.random.Generator:
+    """A generator of NumPy for the stream of these numbers, as splits and test sets are drawn with."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=stream))
+
+
 @contextmanager
 def seeded(seed: int, *keys: int | str) -> Iterator[None]:
     """Run torch's global generators (initialisation, dropout) on one stream, and put them back afterwards."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlscl.losses import continual_penalty, masked_cross_entropy, o2d_objective
+from fedlscl.losses import continual_penalty, masked_cross_entropy, o2d_loss
 
 
 def test_masked_cross_entropy_by_hand() -> None:
@@ -113,20 +113,16 @@ def test_with_no_known_sample_the_penalty_is_zero_and_so_is_its_gradient() -> No
 # --------------------------------------------------------------- O2D objective
 
 
-def test_the_o2d_objective_by_hand() -> None:
+def test_the_o2d_loss_by_hand() -> None:
     weight, bias = torch.tensor([[1.0]]), torch.tensor([0.0])
     own = (torch.tensor([[3.0]]), torch.tensor([1.0]))
-    teacher = (torch.tensor([[2.0]]), torch.tensor([1.0]))
-    features = torch.tensor([[1.0], [2.0]])
+    features, wanted = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [5.0]])  # of a teacher 2 x + 1
     # the outputs differ by -2 and -3, so the mean square is 6.5; the entries by -2 and -1, so the sum of squares is 5
-    value = o2d_objective(weight, bias, own, [teacher], [features], 0.1)
-    assert float(value) == pytest.approx(6.5 + 0.1 * 5)
-    twice = o2d_objective(weight, bias, own, [teacher, teacher], [features, features[:1]], 0.0)
-    assert float(twice) == pytest.approx(6.5 + 4)
-    assert float(o2d_objective(weight, bias, own, [], [], 2.0)) == 10
+    assert float(o2d_loss(weight, bias, own, features, wanted, 0.1)) == pytest.approx(6.5 + 0.1 * 5)
+    assert float(o2d_loss(weight, bias, own, features[:1], wanted[:1], 0.0)) == pytest.approx(4)
 
 
-def test_the_o2d_objective_is_the_loop_that_eq_5_writes_down() -> None:
+def test_the_teachers_losses_are_the_loop_that_eq_5_writes_down() -> None:
     rng = torch.Generator().manual_seed(3)
     size, e = 4, 3
 
@@ -146,10 +142,7 @@ def test_the_o2d_objective_is_the_loop_that_eq_5_writes_down() -> None:
     for p in range(size):
         expected += 0.3 * float(bias[p] - own[1][p]) ** 2
         expected += 0.3 * sum(float(weight[p, q] - own[0][p, q]) ** 2 for q in range(e))
-    assert float(o2d_objective(weight, bias, own, teachers, features, 0.3)) == pytest.approx(expected, rel=1e-12)
-
-
-def test_every_teacher_needs_its_features() -> None:
-    own = (torch.ones(1, 1), torch.ones(1))
-    with pytest.raises(ValueError, match="zip"):
-        o2d_objective(*own, own, [own, own], [torch.ones(2, 1)], 0.1)
+    found = 0.0
+    for (teacher_weight, teacher_bias), x in zip(teachers, features, strict=True):
+        found += float(o2d_loss(weight, bias, own, x, x @ teacher_weight.T + teacher_bias, 0.3 / 3))
+    assert found == pytest.approx(expected, rel=1e-12)

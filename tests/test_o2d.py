@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlscl.federation.trainer import RoundTrainer
-from fedlscl.losses import o2d_objective
 from fedlscl.messages import Upload
 from fedlscl.methods.fed_lscl import ExactO2D, IterativeO2D
 from fedlscl.methods.o2d import Generator, Student, Sums, matrix, ridge, second_moments, total
@@ -48,6 +47,22 @@ def exact(clients: Federation, strength: float) -> dict[int, tuple[Tensor, Tenso
     """The solutions of all clients."""
     sums = total(clients.values())
     return {index: student_of(client, sums, strength).exact() for index, client in clients.items()}
+
+
+def o2d_objective(
+    weight: Tensor,
+    bias: Tensor,
+    own: tuple[Tensor, Tensor],
+    teachers: list[tuple[Tensor, Tensor]],
+    features: list[Tensor],
+    strength: float,
+) -> Tensor:
+    """Eq. 5 as it is written."""
+    total = strength * ((weight - own[0]).square().sum() + (bias - own[1]).square().sum())
+    for (teacher_weight, teacher_bias), x in zip(teachers, features, strict=True):
+        difference = torch.nn.functional.linear(x, weight - teacher_weight, bias - teacher_bias)
+        total = total + difference.square().sum(dim=1).mean()
+    return total
 
 
 def objective(clients: Federation, student: int, solution: tuple[Tensor, Tensor], strength: float) -> float:

@@ -133,9 +133,9 @@ def test_a_share_written_by_hand_as_the_documentation_says(tmp_path: Path) -> No
         (lambda share, _: share.pop("classes"), r"share.json: it lacks \['classes'\]"),
         (lambda share, _: share["split"].pop("seed"), r"share.json: not a split .*\['clients', 'spec'\]"),
         (lambda _, tasks: tasks[1].update(classes=[0, 1]), "share.json: not a split .*client 0: classes of all tasks"),
-        (lambda _, tasks: tasks[0]["train"].append(5000), "task 0 has position 5000 in train-images of"),
+        (lambda _, tasks: tasks[0]["train"].append(5000), "task 1 has position 5000 in train-images of"),
         (lambda _, tasks: tasks[0].update(test=tasks[1]["test"]), "client 0: test images: .* used more than once"),
-        (lambda _, tasks: swap(tasks, "test"), r"task 0 has classes \[.*\], but test images of \{"),
+        (lambda _, tasks: swap(tasks, "test"), r"task 1 has classes \[.*\], but test images of \{"),
     ],
 )
 def test_a_share_that_is_wrong_is_refused(

@@ -13,6 +13,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlscl.seeds import numpy_generator
+
 Part = Literal["train", "test"]
 """Which of the two image sets of a data set."""
 
@@ -96,6 +98,6 @@ def cut_test(count: int, fraction: float, label: int, where: str | Path) -> NDAr
     """Sorted positions of the test images among `count` images of a class without official split."""
     if count < 2:
         raise ValueError(f"{where} has {count} image; a training and a test image are needed")
-    rng = np.random.default_rng(np.random.SeedSequence(_CUT_SEED, spawn_key=(label,)))
+    rng = numpy_generator(_CUT_SEED, label)
     tests = min(max(1, math.floor(fraction * count + 0.5)), count - 1)
     return np.sort(rng.permutation(count)[:tests])

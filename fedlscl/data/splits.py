@@ -18,6 +18,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedlscl.seeds import numpy_generator
+
 HOLDOUT_FRACTION = 0.3
 
 # First word of every random stream: a stream belongs to one purpose (and class or client), so that changing
@@ -231,7 +233,7 @@ def make_split(train_labels: ArrayLike, test_labels: ArrayLike, spec: SplitSpec,
             f"lower one of the three"
         )
     # Public classes first, then client by client: one client more leaves everybody else's classes alone.
-    drawn = _rng(seed, _CLASSES).permutation(known)[:needed].tolist()
+    drawn = numpy_generator(seed, _CLASSES).permutation(known)[:needed].tolist()
     public, owned = drawn[: spec.public_classes], drawn[spec.public_classes :]
     untested = sorted(set(drawn) - set(test.tolist()))
     if untested and spec.local_test == "official":
@@ -239,8 +241,8 @@ def make_split(train_labels: ArrayLike, test_labels: ArrayLike, spec: SplitSpec,
 
     parts: list[dict[int, NDArray[np.int64]]] = [{} for _ in range(spec.clients)]
     for label in public:
-        pool = _pool(train, label, spec.train_per_class, _rng(seed, _TRAIN_ORDER, label))
-        counts = _deal(len(pool), label, spec, _rng(seed, _SHARES, label))
+        pool = _pool(train, label, spec.train_per_class, numpy_generator(seed, _TRAIN_ORDER, label))
+        counts = _deal(len(pool), label, spec, numpy_generator(seed, _SHARES, label))
         for own, part in zip(parts, np.split(pool, np.cumsum(counts)[:-1]), strict=True):
             own[label] = part
 
@@ -248,7 +250,7 @@ def make_split(train_labels: ArrayLike, test_labels: ArrayLike, spec: SplitSpec,
     for client, own in enumerate(parts):
         private = owned[client * spec.private_classes : (client + 1) * spec.private_classes]
         for label in private:
-            own[label] = _pool(train, label, spec.train_per_class, _rng(seed, _TRAIN_ORDER, label))
+            own[label] = _pool(train, label, spec.train_per_class, numpy_generator(seed, _TRAIN_ORDER, label))
         fit, evaluate = {}, {}
         for label, part in own.items():
             # Parts are in random order, so the front of one is a random sample of it. Halves round up.
@@ -257,8 +259,8 @@ def make_split(train_labels: ArrayLike, test_labels: ArrayLike, spec: SplitSpec,
             if spec.local_test == "holdout30":
                 evaluate[label] = part[:held_out]
             else:
-                evaluate[label] = _pool(test, label, spec.test_per_class, _rng(seed, _TEST_ORDER, label))
-        order = _rng(seed, _TASKS, client).permutation(sorted(own)).tolist()
+                evaluate[label] = _pool(test, label, spec.test_per_class, numpy_generator(seed, _TEST_ORDER, label))
+        order = numpy_generator(seed, _TASKS, client).permutation(sorted(own)).tolist()
         tasks = []
         for start in range(0, len(order), spec.classes_per_task):
             classes = tuple(sorted(order[start : start + spec.classes_per_task]))
@@ -271,10 +273,6 @@ def make_split(train_labels: ArrayLike, test_labels: ArrayLike, spec: SplitSpec,
             )
         clients.append(ClientSplit(tuple(sorted(private)), tuple(sorted(public)), tuple(tasks)))
     return Split(spec, seed, tuple(clients))
-
-
-def _rng(seed: int, *stream: int) -> np.random.Generator:
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=stream))
 
 
 def _pool(labels: NDArray[np.int64], label: int, cap: int | None, rng: np.random.Generator) -> NDArray[np.int64]:

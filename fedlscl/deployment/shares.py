@@ -61,7 +61,7 @@ class LocalShare(FederatedDataModule):
         """
         self.dataset = self.source.load(self.folder)
         for client in self.split.present:
-            for number, task in enumerate(client.tasks):
+            for number, task in enumerate(client.tasks, 1):
                 for part, positions in (("train", task.train), (self.split.evaluate_on, task.test)):
                     labels, where = getattr(self.dataset, part).labels, f"{self.folder}: task {number}"
                     if positions.size and positions[-1] >= len(labels):

@@ -29,6 +29,7 @@ from fedlscl.batches import Output
 from fedlscl.checks import at_least
 from fedlscl.client import Client
 from fedlscl.federation.trainer import fit_once
+from fedlscl.losses import o2d_loss
 from fedlscl.messages import AtMost, Schema, TensorSpec, Upload, schema_of
 from fedlscl.methods import o2d as distillation
 from fedlscl.methods.o2d import Generator, Student
@@ -212,13 +213,9 @@ class Distillation(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Eq. 5 with one teacher and its share of lambda."""
-        x, wanted = batch
-        distance = (F.linear(x, self.weight, self.bias) - wanted).square().sum(dim=1).mean()
-        drift_weight = (self.weight - self.own_weight).square().sum()
-        drift_bias = (self.bias - self.own_bias).square().sum()
+        own = self.own_weight, self.own_bias
         # Eq. 5 has lambda once for all teachers, and each of them gets as many steps as its features need
-        loss: Tensor = distance + self.settings.strength / len(self.teachers) * (drift_weight + drift_bias)
-        return loss
+        return o2d_loss(self.weight, self.bias, own, *batch, self.settings.strength / len(self.teachers))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam."""
