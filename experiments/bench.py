@@ -30,7 +30,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,14 @@ from fedlscl.client import Client
 from fedlscl.data.source import Dataset, ImageSet, Source
 from fedlscl.evaluation import MASKS
 from fedlscl.federation.trainer import RoundTrainer
+from fedlscl.federation.worker import Worker
 from fedlscl.messages import Received, TensorSpec, Upload
 from fedlscl.methods import o2d as distillation
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL, IterativeO2D
 from fedlscl.models.adapters import LowRank
 from fedlscl.run.experiment import Experiment
 from fedlscl.schedule import Round
+from fedlscl.server import Context
 
 HERE = Path(__file__).parent
 Row = dict[str, Any]
@@ -139,15 +141,16 @@ class Bench:
     def __init__(self, *words: str) -> None:
         self.folder = tempfile.TemporaryDirectory()
         described = experiment([*CIFAR, *scale.federation, *words], self.folder.name)
-        self.site = described.site()
-        self.client = self.site.enter(0, None, self.site.start(0))
+        self.template = described.template()
+        self.worker = Worker(self.template)
+        self.client = self.worker.restore(0, None, self.template.start_message(0))
         self.client.begin_round(Round(1, 1, True, 0))
         self.fit()
         self.number = 1
 
     def fit(self, *callbacks: Callback) -> None:
         """The fit of the round that the client has begun."""
-        trainer = self.site.trainer(None)
+        trainer = self.template.trainer(None)
         trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
         trainer.fit(self.client)
 
@@ -160,8 +163,7 @@ class Bench:
         """A round of task 2 as it is in a federation, with its evaluation."""
         self.begin()
         self.fit()
-        self.client.begin_evaluation(2)
-        self.site.trainer(None).test(self.client, verbose=False)
+        self.worker.evaluate(self.client, 2)
 
     @property
     def trained_images(self) -> int:
@@ -354,8 +356,8 @@ def in_memory(described: Experiment) -> list[Client]:
     """All clients as objects of their own, with one cache."""
     clients: list[Client] = []
     for index in range(len(described.data.split.clients)):
-        site = described.site()
-        client = site.enter(index, None, site.start(index))
+        template = described.template()
+        client = Worker(template).restore(index, None, template.start_message(index))
         client.trainer = RoundTrainer("cpu")  # for its precision alone
         clients.append(client)
         client.precomputed = clients[0].precomputed
@@ -402,7 +404,7 @@ def bare(described: Experiment, clients: list[Client]) -> dict[str, list[list[fl
             with torch.inference_mode():
                 for images in client.test_dataloader():
                     client.test_step(images, 0)
-            for mask, values in client.accuracy().items():
+            for mask, values in client.accuracy.compute().items():
                 accuracy[mask].append(values)
     return accuracy
 
@@ -462,18 +464,19 @@ def uploads_on_disk(clients: int, folder: Path) -> Received:
         tensors["weight"] *= 0.02
         tensors["features"] = F.normalize(tensors["features"] + 2 * torch.randn(scale.width, generator=rng), dim=1)
         file = folder / f"{index}.safetensors"
-        file.write_bytes(Upload(index, 1, 1, 1, tensors).to_bytes())
-        received.add(index, file, schema)
+        message = Upload(index, 1, 1, 1, tensors).to_bytes()
+        file.write_bytes(message)
+        received.add(Upload.from_bytes(message, schema), file)
     return received
 
 
-def answer_all(server: ExactO2D | IterativeO2D, received: Received) -> float:
-    """Seconds for the answers to all clients."""
+def answer_all(server: ExactO2D | IterativeO2D, received: Received) -> tuple[float, dict[str, float]]:
+    """Seconds for the answers to all clients, and the mean of their metrics."""
     start = time.perf_counter()
-    answers = server.aggregate(received, len(received), Round(1, 1, True, 0), RoundTrainer)
-    for index in received:
-        answers[index]
-    return time.perf_counter() - start
+    answers, _ = server.aggregate(received, Context(len(received), Round(1, 1, True, 0), RoundTrainer))
+    metrics = [answers[index].metrics for index in received]
+    seconds = time.perf_counter() - start
+    return seconds, {name: statistics.fmean(one[name] for one in metrics) for name in metrics[0]}
 
 
 def distil(clients: int, threads: int) -> Row:
@@ -481,7 +484,7 @@ def distil(clients: int, threads: int) -> Row:
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         received = uploads_on_disk(clients, Path(folder))
-        runs = [answer_all(ExactO2D(), received) for _ in range(1 + max(1, 50 // clients))]
+        runs = [answer_all(ExactO2D(), received)[0] for _ in range(1 + max(1, 50 // clients))]
     return {"clients": clients, "ms per client": 1e3 * statistics.median(runs[1:]) / clients, "peak MiB": peak_mib()}
 
 
@@ -489,17 +492,16 @@ def distillation_() -> Iterator[Row]:
     """Width 512, 3072 outputs, 800 features for each client."""
     with tempfile.TemporaryDirectory() as folder:
         received = uploads_on_disk(5, Path(folder))
-        exact, iterative = ExactO2D(), IterativeO2D()
-        answer_all(exact, received)
-        answer_all(IterativeO2D(epochs=1), received)
-        seconds = {"exact": answer_all(exact, received), "iterative": answer_all(iterative, received)}
-        for name, server in {"exact": exact, "iterative": iterative}.items():
+        for server in (ExactO2D(), IterativeO2D(epochs=1)):  # to warm up
+            answer_all(server, received)
+        found = {"exact": answer_all(ExactO2D(), received), "iterative": answer_all(IterativeO2D(), received)}
+        for name, (seconds, metrics) in found.items():
             yield {
                 "O2D": name,
-                "s for 5 clients": seconds[name],
-                "times faster": seconds["iterative"] / seconds[name],
-                "objective before": server.metrics["objective_before"],
-                "after": server.metrics["objective_after"],
+                "s for 5 clients": seconds,
+                "times faster": found["iterative"][0] / seconds,
+                "objective before": metrics["objective_before"],
+                "after": metrics["objective_after"],
             }
     for clients in scale.clients:
         yield in_a_process(distil, clients, torch.get_num_threads())
@@ -520,11 +522,9 @@ def federate(clients: int, threads: int) -> Row:
         start = time.perf_counter()
         federation = experiment(words, folder).federation()
         started = time.perf_counter() - start
-        seconds, history = [], []
+        seconds = []
         start = time.perf_counter()
-        for result in federation.run(Quiet()):
-            history.append(asdict(result))
-            federation.store.commit({"round": result.round, "history": history})
+        for _ in federation.run():
             seconds.append((time.perf_counter() - start) / clients)
             start = time.perf_counter()
     return {
@@ -533,22 +533,6 @@ def federate(clients: int, threads: int) -> Row:
         "ms per client-round": 1e3 * statistics.median(seconds),
         "peak MiB": peak_mib(),
     }
-
-
-class Quiet:
-    """A listener that does not listen."""
-
-    def visiting(self, task: int, round: int, client: int) -> None:
-        """Nothing."""
-
-    def visited(self) -> None:
-        """Nothing."""
-
-    def serving(self, task: int, round: int) -> None:
-        """Nothing."""
-
-    def served(self, step: int, steps: float) -> None:
-        """Nothing."""
 
 
 def clients() -> Iterator[Row]:
@@ -607,15 +591,14 @@ def profiled(described: Experiment) -> Row:
         return made
 
     federation = replace(described, trainer=trainer).federation()
-    rounds = federation.run(Quiet())
+    rounds = federation.run()
     next(rounds)
-    federation.store.commit({"round": 1})
-    vit = federation.site.vit
+    vit = federation.template.vit
     places = [tensor.data_ptr() for tensor in vit.state_dict().values()]
     with mock.patch.object(vit, "_apply", wraps=vit._apply) as moves, profile(record_shapes=True) as recorded:
         next(rounds)
     events = recorded.events() or []
-    own = {tuple(tensor.shape) for body in federation.site.bodies.values() for tensor in body.state_dict().values()}
+    own = {tuple(tensor.shape) for body in federation.template.models.values() for tensor in body.state_dict().values()}
     frozen = {tuple(tensor.shape) for tensor in vit.state_dict().values()} - own
     # the fused Adam of CPUs reads its counters, which on a GPU stay there
     waits = [above for e in events if e.name in WAITS and "aten::_fused_adam_" not in (above := ancestors(e))]

@@ -19,6 +19,7 @@ from fedlscl.methods.mfcl.server import MFCLServer
 from fedlscl.methods.target.client import TARGETClient
 from fedlscl.methods.target.server import TARGETServer
 from fedlscl.schedule import Round
+from fedlscl.server import Context
 
 Make = Callable[..., Federation]
 METHODS: dict[str, tuple[type[DataFreeClient], type[DataFreeServer], dict[str, Any]]] = {
@@ -52,17 +53,19 @@ def test_only_a_task_s_last_answer_brings_something_and_old_grows_with_every_upl
     def answers(number: int, ends: bool, *told: tuple[int, ...]) -> Any:
         uploads = {i: Upload(i, 1, number, 1, {**model, "classes": old(*classes)}) for i, classes in enumerate(told)}
         server.load(copy_of(server.state()))
-        return server.aggregate(uploads, 3, Round(1, number, ends, 0), make_trainer)
+        told, metrics = server.aggregate(uploads, Context(3, Round(1, number, ends, 0), make_trainer))
+        return [told[index].tensors for index in range(3)], metrics
 
-    middle = answers(1, False, (1, 2), (2, 5))
+    middle, metrics = answers(1, False, (1, 2), (2, 5))
     assert same(middle[2], model)
-    assert server.metrics == {}
-    last = answers(2, True, (1,))[2]
+    assert metrics == {}
+    (_, _, last), metrics = answers(2, True, (1,))
     assert last["classes"].equal(old(1, 2, 5))
     assert set(last) - set(model) == {name for name in last if name.startswith(server.prefix)} | {"classes"}
-    assert server.metrics
-    assert set(answers(3, False, (1,))[0]) == set(model)
-    assert server.metrics == {}
+    assert metrics
+    (first, _, _), metrics = answers(3, False, (1,))
+    assert set(first) == set(model)
+    assert metrics == {}
 
     body.download(Download(0, 1, 2, 0, last))
     kept = copy_of(body.memory.received)

@@ -43,7 +43,7 @@ from fedlscl.models.adapters import Prefixes
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
-from fedlscl.server import FedAvg
+from fedlscl.server import Context, FedAvg
 
 Make = Callable[..., Federation]
 Wire = list[tuple[Message, bytes]]
@@ -72,14 +72,15 @@ def body(make: Make) -> Any:
 
 
 def classes_of(body: Any, task: int) -> list[int]:
-    return sorted(body.data.split.clients[body.index].tasks[task - 1].classes)
+    return sorted(body.data.tasks[task - 1].classes)
 
 
 def first_batch(body: Any, phase: str, task: int = 1) -> Batch:
     """Two images of each class of the task, after `begin_round`."""
-    part = body.data.split.clients[body.index].tasks[task - 1]
-    labels = body.data.dataset.train.labels
-    chosen = torch.tensor([i for c in part.classes for i in [j for j in part.train if labels[j] == c][:2]])
+    part = body.data.tasks[task - 1]
+    held = torch.as_tensor(part.train)
+    labels = body.data.labels(held)
+    chosen = torch.cat([held[labels == c][:2] for c in part.classes])
     pixels, wanted = body.data.batch("train", chosen)
     return Batch(phase, Images(chosen.numpy(), pixels, wanted), {}, torch.zeros(len(wanted)))
 
@@ -145,7 +146,7 @@ def test_nothing_local_travels(make: Make, wire: Wire) -> None:
         body = restore_client(federation, index)
         assert set(body.outgoing()) == set(dict(body.named_parameters())) - LOCAL
         own = {name: t for name, t in copy_of(body.state_dict()).items() if name in LOCAL}
-        kept = {f"set.{name}": t for one in body.sets.values() for name, t in one.items()}
+        kept = {f"finished.{name}": t for one in body.memory.archive.values() for name, t in one.items()}
         assert set(own) == LOCAL
         assert len(kept) == 4
         private |= {(index, name): t.numpy().tobytes() for name, t in {**own, **kept}.items()}
@@ -297,8 +298,8 @@ def test_finished_tasks_keep_their_slots_and_heads(body: Any) -> None:
     for name in ("slots", "slot_keys"):
         assert torch.equal(getattr(body, name)[classes_of(body, 1)], first[name][classes_of(body, 1)])
     head = {name.removeprefix("local_head."): t for name, t in first.items() if name.startswith("local_head.")}
-    assert list(body.sets) == [1]
-    assert same(body.sets[1], head)
+    assert list(body.memory.archive) == [1]
+    assert same(body.memory.archive[1], head)
 
 
 def test_a_round_under_bf16_is_finite(body: Any) -> None:
@@ -308,7 +309,7 @@ def test_a_round_under_bf16_is_finite(body: Any) -> None:
     body.begin_evaluation(1)
     trainer.test(body, verbose=False)
     assert all(bool(tensor.isfinite().all()) for tensor in body.state_dict().values())
-    assert float(body.tested.sum()) > 0
+    assert float(body.accuracy.tested.sum()) > 0
 
 
 # ---- from task to task
@@ -318,7 +319,7 @@ def logits_of(body: Any, task: int, tasks: int, told: int | None = None) -> Tens
     """Test logits of a task's images after `tasks` tasks; the client is told another task if `told` says so."""
     body.begin_evaluation(tasks)
     body.on_test_start()
-    part = torch.as_tensor(body.data.split.clients[body.index].tasks[task - 1].test)
+    part = torch.as_tensor(body.data.tasks[task - 1].test)
     pixels, labels = body.data.batch("test", part)
     numbers = torch.full_like(labels, (told or task) - 1)
     with torch.no_grad():
@@ -340,7 +341,7 @@ def test_each_class_is_judged_by_the_head_of_its_task(body: Any) -> None:
         after = logits_of(body, 1, 2)
         torch.testing.assert_close(after[:, second], before[:, second] + 1)
         assert torch.equal(after[:, first], before[:, first])
-        body.sets[1]["2.bias"] += 2.0
+        body.memory.archive[1]["2.bias"] += 2.0
         after = logits_of(body, 1, 2)
         torch.testing.assert_close(after[:, first], before[:, first] + 2)
 
@@ -362,7 +363,7 @@ def test_every_task_and_client_begins_with_a_head_of_its_own(make: Make) -> None
         assert torch.equal(body.local_head[0].weight, found[-1])
         body.begin_round(Round(2, 3, False, 0))
         found.append(body.local_head[0].weight.detach().clone())
-        assert list(body.sets) == [1]
+        assert list(body.memory.archive) == [1]
     assert all(not torch.equal(a, b) for n, a in enumerate(found) for b in found[:n])
 
 
@@ -370,14 +371,14 @@ def test_who_catches_up_has_one_head_for_all_it_missed(make: Make, long_data: Fe
     body = restore_client(make(client=client(), server=server(), data=long_data), 0)
     assert logits_of(body, 1, 1)[:, classes_of(body, 1)].isfinite().all()  # absent so far
     fit(body, 2, 1)
-    assert body.sets == {}
+    assert body.memory.archive == {}
     assert set(body.owner[classes_of(body, 1) + classes_of(body, 2)].tolist()) == {2}
     fit(body, 3, 2)
-    assert list(body.sets) == [2]
+    assert list(body.memory.archive) == [2]
     assert set(body.owner[classes_of(body, 3)].tolist()) == {3}
     with torch.no_grad():
         before = logits_of(body, 1, 3)
-        body.sets[2]["2.bias"] += 1.0
+        body.memory.archive[2]["2.bias"] += 1.0
         moved = logits_of(body, 1, 3) - before
     old = classes_of(body, 1) + classes_of(body, 2)
     torch.testing.assert_close(moved[:, old], torch.ones_like(moved[:, old]))
@@ -388,11 +389,11 @@ def test_a_state_is_all_there_is(body: Any) -> None:
     fit(body, 1, 1)
     fit(body, 2, 2)
     state, before = copy_of(body.state()), logits_of(body, 1, 2)
-    assert {name.split(".")[1] for name in state if name.startswith("set.")} == {"1"}
+    assert {name.split(".")[2] for name in state if name.startswith("memory.archive.")} == {"1"}
     fresh = body.initial_state(1)
-    assert not [name for name in fresh if name.startswith("set.")]
+    assert not [name for name in fresh if name.startswith("memory.archive.")]
     body.load(fresh)
-    assert body.sets == {}
+    assert body.memory.archive == {}
     assert not body.owner.any()
     assert not torch.equal(logits_of(body, 1, 2), before)
     body.load(state)
@@ -439,7 +440,7 @@ class Fused:
         self.body = assembled(vit)
         self.server.begin(self.body.upload_schema(), self.body.download_schema(), lambda: assembled(vit))
         if self.server.server_images:
-            self.server.hold(*data.public(self.server.server_images))
+            self.server.hold(*data.server_images(self.server.server_images))
 
     def uploads(self, *indices: int, spread: float = 0.3) -> dict[int, Upload]:
         """Different tensors and numbers of samples, from each client."""
@@ -451,12 +452,13 @@ class Fused:
         return found
 
     def __call__(self, uploads: dict[int, Upload], number: int = 1) -> dict[str, Tensor]:
-        answers = self.server.aggregate(uploads, 4, Round(1, number, False, 0), self.trainer)
+        answers, self.metrics = self.server.aggregate(uploads, Context(4, Round(1, number, False, 0), self.trainer))
         assert list(answers) == [0, 1, 2, 3]
-        assert all(same(answers[0], answers[index]) for index in range(4))
+        answer = answers[0].tensors
+        assert all(same(answer, answers[index].tensors) for index in range(4))
         body = assembled(self.vit)
-        body.download(Download.from_bytes(Download(0, 1, 1, 0, answers[0]).to_bytes(), body.download_schema()))
-        return dict(answers[0])
+        body.download(Download.from_bytes(Download(0, 1, 1, 0, answer).to_bytes(), body.download_schema()))
+        return dict(answer)
 
     def loss(self, prompt: Tensor, teachers: list[Tensor]) -> float:
         """The objective over all surrogates, image by image and teacher by teacher."""
@@ -482,8 +484,8 @@ def test_fusion_lowers_its_loss(fused: Callable[..., Fused]) -> None:
     answer = one(uploads)
     teachers = [uploads[index].tensors["prompt"] for index in (2, 3)]
     before, after = (one.loss(prompt, teachers) for prompt in (uploads[0].tensors["prompt"], answer["prompt"]))
-    assert one.server.metrics["fusion_before"] == pytest.approx(before, rel=1e-3)
-    assert one.server.metrics["fusion_after"] == pytest.approx(after, rel=1e-3)
+    assert one.metrics["fusion_before"] == pytest.approx(before, rel=1e-3)
+    assert one.metrics["fusion_after"] == pytest.approx(after, rel=1e-3)
     assert after < 0.8 * before
 
 
@@ -498,7 +500,7 @@ def test_the_head_learns_the_surrogates_under_the_fused_prompt(fused: Callable[.
         body.adopt(answer)
         features = torch.stack([feature(body, image) for image in one.server.images])
         cross_entropy = float(F.cross_entropy(body.global_head(features), one.server.labels).detach())
-        assert one.server.metrics["head"] == pytest.approx(cross_entropy, rel=1e-3)
+        assert one.metrics["head"] == pytest.approx(cross_entropy, rel=1e-3)
         found.append(cross_entropy)
     assert found[1] < 0.9 * found[0]
     assert sorted(set(one.server.labels.tolist())) == list(range(8))
@@ -514,7 +516,7 @@ def test_identical_prompts_are_a_fixed_point(fused: Callable[..., Fused], precis
         upload.tensors["prompt"] = prompt.clone()  # type: ignore[index]
     answer = one({index: uploads[index] for index in range(1, 1 + count)})
     assert torch.equal(answer["prompt"], prompt)
-    assert one.server.metrics["fusion_before"] == one.server.metrics["fusion_after"] == 0
+    assert one.metrics["fusion_before"] == one.metrics["fusion_after"] == 0
     assert not torch.equal(answer["global_head.2.bias"], uploads[1].tensors["global_head.2.bias"])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import copy_of, fit, make_client, outcome, restore_client, run, same
+from helpers import copy_of, fit, make_client, make_trainer, outcome, restore_client, run, same
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from fedlscl.methods.fedweit.server import FedWeITServer, merge
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
+from fedlscl.server import Context
 
 Make = Callable[..., Federation]
 
@@ -49,7 +50,7 @@ def give_knowledge(body: Any, vectors: Tensor) -> None:
 
 
 def images_of(body: Any, task: int) -> tuple[Tensor, Tensor]:
-    pixels, labels = body.data.batch("test", torch.as_tensor(body.data.split.clients[body.index].tasks[task - 1].test))
+    pixels, labels = body.data.batch("test", torch.as_tensor(body.data.tasks[task - 1].test))
     return pixels, labels
 
 
@@ -57,7 +58,7 @@ def test_logits_of(body: Any, task: int, tasks: int) -> Tensor:
     body.begin_evaluation(tasks)
     body.on_test_start()
     pixels, labels = images_of(body, task)
-    numbers = body.task_of_class[labels]
+    numbers = body.accuracy.task_of_class[labels]
     assert set(numbers.tolist()) == {task - 1}
     with torch.no_grad():
         logits: Tensor = body.test_logits(Images(labels.numpy(), pixels, labels), numbers)
@@ -190,7 +191,7 @@ def test_the_drift_is_the_published_distance() -> None:
 
 
 def losses_of(body: Any) -> dict[str, Tensor]:
-    labels = torch.as_tensor(body.data.split.clients[body.index].tasks[body.round.task - 1].classes)
+    labels = torch.as_tensor(body.data.tasks[body.round.task - 1].classes)
     output = Output(torch.zeros(len(labels), body.num_classes), torch.zeros(len(labels), 1))
     batch = Batch("collaborate", Images(labels.numpy(), torch.zeros(0), labels), {}, torch.zeros(len(labels)))
     body.on_train_start()
@@ -219,7 +220,7 @@ def test_the_terms_of_the_objective(body: Any, monkeypatch: pytest.MonkeyPatch) 
             weight += 0.1
     gates = torch.cat(
         [m.sigmoid().square() * s / c for m, s, c in zip(
-            body.sets[1]["mask"].split(body.channels), body.sizes, body.channels, strict=True)]
+            body.memory.archive[1]["mask"].split(body.channels), body.sizes, body.channels, strict=True)]
     )  # fmt: skip
     assert float(losses_of(body)["drift"]) == pytest.approx(100 * 0.5 * 0.01 * float(gates.sum()), rel=1e-3)
 
@@ -323,14 +324,10 @@ def test_an_empty_a_is_sent_as_one_zero(body: Any) -> None:
 
 def test_the_knowledge_base_is_what_the_others_had(make: Make, wire: list[tuple[Message, bytes]]) -> None:
     federation = make(client=client(), server=FedWeITServer(), rounds=2)
-    rounds = federation.run(_Silent())
-
-    def go_on() -> Any:
-        result = next(rounds)
-        return result
+    rounds = federation.run()
 
     for _ in range(2):
-        result = go_on()
+        result = next(rounds)
         body = restore_client(federation, 1)
         assert body.attention.shape == (0, len(body.shapes))
     uploads = {m.client: m.tensors for m, _ in wire if isinstance(m, Upload) and m.round == 2}
@@ -341,31 +338,17 @@ def test_the_knowledge_base_is_what_the_others_had(make: Make, wire: list[tuple[
     assert sum(t.nbytes for t in downloads[1].values()) == 4 * size + 8 * (count[0] + count[2]) + 4 * 2
     trained = {index: restore_client(federation, index).adaptive.detach().clone() for index in (0, 2)}
 
-    go_on()
+    next(rounds)
     body = restore_client(federation, 1)
     assert body.attention.shape == (2, len(body.shapes))
     assert torch.equal(body.knowledge, torch.stack([beyond(trained[0], 1e-3), beyond(trained[2], 1e-3)]))
     assert 0 < float((body.knowledge != 0).float().mean()) < 1
     base = body.knowledge.clone()
-    go_on()  # what comes now is for the task after
+    next(rounds)  # what comes now is for the task after
     body = restore_client(federation, 1)
     assert torch.equal(body.knowledge, base)
     assert {"places", "next.places", "reference"} <= set(body.memory.received)
     assert len(result.bytes_down) == 3
-
-
-class _Silent:
-    def visiting(self, task: int, round: int, client: int) -> None:
-        return None
-
-    def visited(self) -> None:
-        return None
-
-    def serving(self, task: int, round: int) -> None:
-        return None
-
-    def served(self, step: int, steps: float) -> None:
-        return None
 
 
 def test_who_sent_no_a_is_in_nobodys_knowledge_base(vit: FrozenViT) -> None:
@@ -393,8 +376,11 @@ def test_who_sent_no_a_is_in_nobodys_knowledge_base(vit: FrozenViT) -> None:
         sent = upload(2)
         with pytest.raises(MessageError, match=complaint):
             server.check(replace(sent, tensors={**sent.tensors, **wrong}))
-    answers = server.aggregate({0: upload(0), 2: upload(2, **part)}, 4, Round(1, 1, True, 0), lambda: None)  # type: ignore[arg-type,return-value]
-    assert set(answers) == {0, 1, 2, 3}
+    context = Context(4, Round(1, 1, True, 0), make_trainer)
+    found, metrics = server.aggregate({0: upload(0), 2: upload(2, **part)}, context)
+    assert metrics == {}
+    assert set(found) == {0, 1, 2, 3}
+    answers = {index: answer.tensors for index, answer in found.items()}
     assert all(answers[index]["w"].item() == 1 for index in range(4))
     assert set(answers[2]) == {"w"}
     for index in (0, 1, 3):
@@ -423,7 +409,7 @@ def test_a_finished_task_is_classified_with_its_own_parameters(body: Any) -> Non
     fit(body, 1, 1)
     shared = copy_of(body.shared())
     before = test_logits_of(body, 1, 1)
-    classes = list(body.data.split.clients[0].tasks[0].classes)
+    classes = list(body.data.tasks[0].classes)
     assert before[:, classes].isfinite().all()
     fit(body, 2, 2)
     body.load(copy_of(body.state()))
@@ -433,7 +419,7 @@ def test_a_finished_task_is_classified_with_its_own_parameters(body: Any) -> Non
     body.adopt(shared)
     assert torch.equal(test_logits_of(body, 1, 2), before)
     assert not torch.equal(test_logits_of(body, 2, 2), second)
-    later = list(body.data.split.clients[0].tasks[1].classes)
+    later = list(body.data.tasks[1].classes)
     assert torch.isinf(test_logits_of(body, 1, 2)[:, later]).all()
     assert torch.isinf(second[:, classes]).all()
 
@@ -447,18 +433,18 @@ def test_images_of_several_tasks_may_be_in_one_batch(body: Any) -> None:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     batch = Images(labels.numpy(), pixels[order], labels[order])
     with torch.no_grad():
-        together = body.test_logits(batch, body.task_of_class[labels[order]])
+        together = body.test_logits(batch, body.accuracy.task_of_class[labels[order]])
     torch.testing.assert_close(together, torch.cat(alone)[order], rtol=1e-4, atol=1e-5)
 
 
 def test_who_catches_up_has_one_set_for_all_it_missed(make: Make, long_data: FederatedDataModule) -> None:
     body = restore_client(make(client=client(), server=FedWeITServer(), data=long_data), 0)
     fit(body, 2, 1)  # absent in all rounds of the first task
-    assert body.sets == {}
+    assert body.memory.archive == {}
     both = [test_logits_of(body, task, 2) for task in (1, 2)]
     shared = copy_of(body.shared())
     fit(body, 3, 2)
-    assert list(body.sets) == [2]
+    assert list(body.memory.archive) == [2]
     body.adopt(shared)
     assert all(torch.equal(test_logits_of(body, task, 3), both[task - 1]) for task in (1, 2))
     body.load(copy_of(body.state()))
@@ -472,7 +458,7 @@ def test_every_finished_task_has_a_set(make: Make, long_data: FederatedDataModul
         fit(body, task, task)
         body.adopt(start)
         learned.append(test_logits_of(body, task, task))
-    assert list(body.sets) == [1, 2]
+    assert list(body.memory.archive) == [1, 2]
     assert all(torch.equal(test_logits_of(body, task, 3), learned[task - 1]) for task in (1, 2, 3))
 
 
@@ -482,11 +468,11 @@ def test_a_state_is_all_there_is(body: Any) -> None:
     fit(body, 2, 2)
     give_knowledge(body, torch.randn(1, len(body.adaptive)))
     state = copy_of(body.state())
-    assert {name.split(".")[1] for name in state if name.startswith("set.")} == {"1"}
-    assert "set.1.backbone.bn1.running_mean" in state
+    assert {name.split(".")[2] for name in state if name.startswith("memory.archive.")} == {"1"}
+    assert "memory.archive.1.backbone.bn1.running_mean" in state
     knowledge = body.knowledge.clone()
     fresh = body.initial_state(0)
-    assert not [name for name in fresh if name.startswith(("set.", "memory.received."))]
+    assert not [name for name in fresh if name.startswith(("memory.archive.", "memory.received."))]
     body.load(fresh)
     assert body.attention.shape[0] == len(body.knowledge) == 0
     body.load(state)

@@ -33,7 +33,7 @@ from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.create import resize
 from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
-from fedlscl.server import FedAvg
+from fedlscl.server import Context, FedAvg
 
 Make = Callable[..., Federation]
 LENGTH = 8_136 + 769 * 8  # length of a gradient with the 8 classes of `Patterns`
@@ -174,7 +174,7 @@ def test_the_first_of_each_label() -> None:
 
 def lists(body: Any, indices: Tensor) -> dict[int, list[int]]:
     found: dict[int, list[int]] = {}
-    for index, label in zip(indices.tolist(), body.data.dataset.train.labels[indices.numpy()].tolist(), strict=True):
+    for index, label in zip(indices.tolist(), body.data.labels(indices).tolist(), strict=True):
         found.setdefault(label, []).append(index)
     return found
 
@@ -182,7 +182,7 @@ def lists(body: Any, indices: Tensor) -> dict[int, list[int]]:
 def test_exemplars_share_the_budget(tmp_path: Path, long_data: FederatedDataModule, vit: FrozenViT) -> None:
     federation = make_federation(tmp_path, long_data, vit, client(), server())
     body = restore_client(federation, 0)
-    parts = body.data.split.clients[0].tasks
+    parts = body.data.tasks
     before: dict[int, list[int]] = {}
     for task, number in ((1, 1), (1, 2), (2, 3), (3, 4)):
         body.begin_round(Round(task, number, False, 0))
@@ -191,7 +191,7 @@ def test_exemplars_share_the_budget(tmp_path: Path, long_data: FederatedDataModu
         assert sorted(found) == sorted(learned)
         assert sum(map(len, found.values())) <= 11
         for label, chosen in found.items():
-            available = sum(int(body.data.dataset.train.labels[i] == label) for p in parts for i in p.train)
+            available = sum(int((body.data.labels(torch.as_tensor(p.train)) == label).sum()) for p in parts)
             assert len(chosen) == len(set(chosen)) == min(11 // len(learned), available)
             assert chosen == before[label][: len(chosen)]
         used = [index for batch in body.train_dataloader() for index in batch.images.indices.tolist()]
@@ -204,7 +204,7 @@ def test_the_first_exemplar_is_the_image_nearest_the_class_mean(body: Any) -> No
     fit(body, 1, 1)
     body.eval()
     for label, chosen in lists(body, body.memory.candidates).items():
-        members = [i for i in body.current.tolist() if int(body.data.dataset.train.labels[i]) == label]
+        members = body.current[body.data.labels(body.current) == label].tolist()
         pixels, _ = body.data.batch("train", torch.tensor(members))
         with torch.no_grad():
             features = F.normalize(output_of(body, pixels).representation.double(), dim=1)
@@ -292,7 +292,7 @@ def test_what_was_not_detected_is_not_yet_learned(make: Make) -> None:
     fit(body, 2, 3)
     assert body.signal
     assert replayed()
-    assert body.old.nonzero().flatten().tolist() == list(body.data.split.clients[0].tasks[0].classes)
+    assert body.old.nonzero().flatten().tolist() == list(body.data.tasks[0].classes)
     body.threshold = 100.0
     fit(body, 2, 4)  # and stays learned
     assert replayed()
@@ -333,7 +333,7 @@ def test_a_step_has_both_halves_only_with_a_teacher(body: Any) -> None:
     fit(body, 1, 1)
     batch = next(iter(body.train_dataloader()))
     body.eval()
-    output = body.output(batch.images, "train")
+    output = body.output(batch.images)
     alone = body.collaborative_losses(output, batch)
     assert set(alone) == {"compensation"}
     body.targets = lambda images: torch.full((len(images.labels), 8), 0.5)
@@ -349,8 +349,9 @@ class Told(GLFCServer):
         super().__init__(1, monitors=1)
         self.scores = scores
 
-    def _reconstruct(self, gradients: Tensor, rng: torch.Generator, trainer: Any) -> None:
+    def _reconstruct(self, gradients: Tensor, rng: torch.Generator, trainer: Any) -> dict[str, float]:
         self.labels = labels_of(gradients, self.classes)
+        return {}
 
     def _score(self, model: Any, trainer: Any) -> Tensor:
         return torch.tensor([self.scores.pop(0)])
@@ -365,11 +366,12 @@ def test_the_best_model_is_kept_and_starts_anew_with_new_gradients(make: Make) -
     for number in range(6):
         tensors = shifted(start, number)
         extra = {"gradients": gradients} if number in (1, 4) else {}  # a first round without leaves nothing to score
-        answer = proxy.aggregate({0: Upload(0, 1, 1, 5, {**tensors, **extra})}, 2, empty, make_trainer)
-        assert set(answer) == {0, 1}
+        told, _ = proxy.aggregate({0: Upload(0, 1, 1, 5, {**tensors, **extra})}, Context(2, empty, make_trainer))
+        assert set(told) == {0, 1}
+        answer = told[1].tensors
         sent.append(tensors)
-        answers.append({which: below(answer[1], f"teacher.{which}.") for which in TEACHERS})
-        assert same({name: answer[1][name] for name in tensors}, tensors)
+        answers.append({which: below(answer, f"teacher.{which}.") for which in TEACHERS})
+        assert same({name: answer[name] for name in tensors}, tensors)
         proxy.load(copy_of(proxy.state()))
     kept = {"latest": {1: 1, 3: 3, 4: 4}, "previous": {4: 3}}  # by round the model that is sent
     for which, models in kept.items():
@@ -395,23 +397,23 @@ def test_the_mean_is_uniform_and_scored_on_the_monitor_images(make: Make) -> Non
             1, 1, 1, 99, {**shifted(start, 2.0), "head.weight": start["head.weight"], "gradients": gradients[1:]}
         ),
     }
-    answers = proxy.aggregate(uploads, 2, Round(1, 1, False, 0), make_trainer)
-    torch.testing.assert_close(answers[0]["head.bias"], torch.arange(8.0) + 1)
+    answers, metrics = proxy.aggregate(uploads, Context(2, Round(1, 1, False, 0), make_trainer))
+    torch.testing.assert_close(answers[0].tensors["head.bias"], torch.arange(8.0) + 1)
     assert proxy.labels.tolist() == [7, 7, 1, 1, 7, 7]
     assert proxy.images.shape == (6, 3, 32, 32)
     assert 0 <= float(proxy.images.min()) <= float(proxy.images.max()) <= 1
-    assert proxy.metrics["score"] == pytest.approx(100 * 2 / 3)
-    assert proxy.metrics["mismatch"] > 0
+    assert metrics["score"] == pytest.approx(100 * 2 / 3)
+    assert metrics["mismatch"] > 0
 
 
 def test_a_gradient_that_cannot_be_inverted_gives_no_images(make: Make) -> None:
     proxy = server()
     body = restore_client(make(client=client(), server=proxy), 0)
     upload = Upload(0, 1, 1, 1, {**copy_of(body.shared()), "gradients": torch.full((1, LENGTH), 1e30)})
-    proxy.aggregate({0: upload}, 1, Round(1, 1, False, 0), make_trainer)
+    _, metrics = proxy.aggregate({0: upload}, Context(1, Round(1, 1, False, 0), make_trainer))
     assert all(bool(tensor.isfinite().all()) for tensor in proxy.state().values())
     assert len(proxy.images) == len(proxy.labels) == 0
-    assert proxy.metrics == {}
+    assert metrics == {}
 
 
 # ---- messages and settings

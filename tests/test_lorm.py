@@ -43,7 +43,7 @@ from fedlscl.methods.lorm.server import LoRMServer
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
-from fedlscl.server import FedAvg
+from fedlscl.server import Context, FedAvg
 
 Make = Callable[..., Federation]
 Wire = list[tuple[Message, bytes]]
@@ -223,15 +223,23 @@ def test_the_start_is_the_frozen_vit(body: Any, vit: FrozenViT) -> None:
         assert torch.equal(output_of(body, images).representation, vit(images))
 
 
+def kept_of_a_task(body: Any) -> dict[str, Tensor]:
+    """Shaped as what is kept of a finished task, by name."""
+    factors = {name: t for name, t in body.shared().items() if name.startswith(("a.", "b."))}
+    return {**factors, **{f"gram.{layer}": factors[f"a.{layer}"][:, 0] for layer in LAYERS}}
+
+
 def pretend(body: Any, tasks: int) -> None:
     """Factors of the current task and of so many before it, as if they had been learned."""
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in [*body.a, *body.b]:
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=rng))
-    for name, none in body.past.items():
-        random = torch.randn(tasks, *none.shape[1:], generator=rng)
-        body.past[name] = random.square() if name.startswith("gram.") else 0.3 * random
+    body.memory.archive.clear()
+    for name, like in kept_of_a_task(body).items():
+        random = torch.randn(tasks, *like.shape, generator=rng)
+        for task, tensor in enumerate(random.square() if name.startswith("gram.") else 0.3 * random, 1):
+            body.memory.archive.setdefault(task, {})[name] = tensor
 
 
 def dense(vit: FrozenViT, change: Callable[[str, int], Tensor]) -> FrozenViT:
@@ -252,8 +260,7 @@ def product(body: Any, layer: str, block: int) -> Tensor:
 
 def earlier(body: Any, layer: str, block: int) -> list[Tensor]:
     """B A of the tasks before."""
-    pairs = zip(body.past[f"b.{layer}"], body.past[f"a.{layer}"], strict=True)
-    return [b[block] @ a[block] for b, a in pairs]
+    return [one[f"b.{layer}"][block] @ one[f"a.{layer}"][block] for one in body.memory.archive.values()]
 
 
 def between_rounds(body: Any, layer: str, block: int) -> Tensor:
@@ -288,7 +295,7 @@ def test_finished_tasks_count_by_their_inputs(body: Any, vit: FrozenViT) -> None
     images = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
 
     def change(layer: str, block: int) -> Tensor:
-        grams = [g[block].diag() for g in body.past[f"gram.{layer}"]]
+        grams = [one[f"gram.{layer}"][block].diag() for one in body.memory.archive.values()]
         u = torch.stack([delta @ g for delta, g in zip(earlier(body, layer, block), grams, strict=True)]).sum(0)
         return u @ torch.linalg.inv(torch.stack(grams).sum(0))
 
@@ -416,7 +423,10 @@ def test_turns_merges_and_tasks_in_a_federation_with_absent_clients(make: Make, 
         assert same(common, server.a)
         body: Any = restore_client(federation, 0)
         assert body.merges == (0 if ends else (result.round - 1) % 3 + 1)
-        assert all(len(tensor) == result.round // 3 for tensor in body.past.values())
+        assert list(body.memory.archive) == list(range(1, result.round // 3 + 1))
+        shapes = {name: tensor.shape for name, tensor in kept_of_a_task(body).items()}
+        for one in body.memory.archive.values():
+            assert {name: tensor.shape for name, tensor in one.items()} == shapes
     assert result.round == 6
     assert joined_late  # somebody was new in a round of A
 
@@ -429,8 +439,7 @@ def test_a_run_goes_on_in_the_middle_of_a_task(tmp_path: Path, data: FederatedDa
     whole = federation("one")
     wanted = run(whole)
     first = []
-    for result in (broken := federation("other")).run(Recorder()):
-        broken.store.commit({"round": result.round})
+    for result in federation("other").run(Recorder()):
         first.append(result)
         if result.round == 2:  # both factors have been merged once
             break
@@ -446,11 +455,13 @@ def test_a_finished_task_is_kept_and_the_next_begins_anew(make: Make, wire: Wire
     run(federation)
     body = restore_client(federation, 0)
     of_round = {m.round: m.tensors for m, _ in wire if isinstance(m, Download) and m.client == 0}
+    assert list(body.memory.archive) == [1, 2]
     for layer in LAYERS:
-        for task, (for_b, for_a) in enumerate(((1, 2), (3, 4))):
-            assert torch.equal(body.past[f"b.{layer}"][task], of_round[for_b][f"merged.b.{layer}"])
-            assert torch.equal(body.past[f"a.{layer}"][task], of_round[for_a][f"merged.a.{layer}"])
-            assert torch.equal(body.past[f"gram.{layer}"][task], of_round[for_a][f"gram.{layer}"])
+        for task, (for_b, for_a) in {1: (1, 2), 2: (3, 4)}.items():
+            kept = body.memory.archive[task]
+            assert torch.equal(kept[f"b.{layer}"], of_round[for_b][f"merged.b.{layer}"])
+            assert torch.equal(kept[f"a.{layer}"], of_round[for_a][f"merged.a.{layer}"])
+            assert torch.equal(kept[f"gram.{layer}"], of_round[for_a][f"gram.{layer}"])
         assert not body.shared()[f"b.{layer}"].any()
         shape = body.shared()[f"a.{layer}"].shape
         assert torch.equal(first[f"a.{layer}"], initial(shape, int(body.origin), 1, layer))
@@ -493,7 +504,8 @@ def test_messages_have_the_bytes_of_the_formula() -> None:
     for number in (1, 2):
         body.round = Round(1, number, number == 2, 0)
         upload = body.upload()
-        answer = server.aggregate({0: upload}, 1, body.round, make_trainer)[0]
+        answers, _ = server.aggregate({0: upload}, Context(1, body.round, make_trainer))
+        answer = answers[0].tensors
         sizes.append([sum(t.nbytes for t in message.values()) for message in (upload.tensors, answer)])
         body.download(Download(0, 1, number, 0, answer))
     assert sizes == [[8_233_360, 5_616_016], [7_053_712, 4_436_368 + 258_048]]

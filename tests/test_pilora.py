@@ -21,6 +21,7 @@ from helpers import (
     make_client,
     make_data,
     make_federation,
+    make_trainer,
     output_of,
     parameters,
     restore_client,
@@ -43,7 +44,7 @@ from fedlscl.methods.pilora.server import PILoRAServer
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
-from fedlscl.server import FedAvg
+from fedlscl.server import Context, FedAvg
 
 Make = Callable[..., Federation]
 Wire = list[tuple[Message, bytes]]
@@ -65,9 +66,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def images_of(body: Any, task: int) -> Tensor:
-    pixels: Tensor = body.data.batch(
-        "train", torch.as_tensor(body.data.split.clients[body.index].tasks[task - 1].train)
-    )[0]
+    pixels: Tensor = body.data.batch("train", body.data.tasks[task - 1].train)[0]
     return pixels
 
 
@@ -260,6 +259,13 @@ def upload(index: int, samples: int, rows: dict[int, tuple[Tensor, Tensor]], oth
     )
 
 
+def answered(server: PILoRAServer, uploads: dict[int, Upload], clients: int, round: int) -> dict[int, Any]:
+    """The tensors of a server's answers in a round."""
+    answers, metrics = server.aggregate(uploads, Context(clients, Round(1, round, False, 0), make_trainer))
+    assert metrics == {}
+    return {index: answer.tensors for index, answer in answers.items()}
+
+
 def served(uploads: dict[int, Upload], clients: int, **changes: Any) -> tuple[PILoRAServer, Any, Tensor]:
     """A server after one round, its answers, and the prototypes before."""
     model = nn.Module()
@@ -267,7 +273,7 @@ def served(uploads: dict[int, Upload], clients: int, **changes: Any) -> tuple[PI
     server = PILoRAServer(**changes)
     server.begin({"means": ...}, {}, lambda: model)  # type: ignore[dict-item]
     before = server.prototypes.clone()
-    answers = server.aggregate(uploads, clients, Round(1, 1, False, 0), lambda: None)  # type: ignore[arg-type,return-value]
+    answers = answered(server, uploads, clients, 1)
     assert torch.equal(model.prototypes, before)  # type: ignore[arg-type]
     return server, answers, before
 
@@ -319,7 +325,7 @@ def test_all_clients_may_count_with_their_unchanged_copies() -> None:
     again = upload(0, 1, {1: (mine, mean)})
     other = PILoRAServer(proto_clients="all")
     other.load(server.state())  # the copies of a later round are what was answered last
-    answers = other.aggregate({0: again}, 5, Round(1, 2, False, 0), lambda: None)  # type: ignore[arg-type,return-value]
+    answers = answered(other, {0: again}, 5, 2)
     torch.testing.assert_close(answers[0]["prototypes"], (SHARE * mine + (1 - SHARE) * row)[None])
     torch.testing.assert_close(server.prototypes[1], row)  # not that of the other
 
@@ -352,7 +358,7 @@ def test_messages_have_the_bytes_of_the_formulas(classes: int, monkeypatch: pyte
     message = Upload.from_bytes(Upload(0, 1, 1, 9, tensors).to_bytes(), body.upload_schema())
     server = PILoRAServer()
     server.begin(body.upload_schema(), body.download_schema(), lambda: body)
-    answers = server.aggregate({0: message}, 2, Round(1, 1, False, 0), lambda: None)  # type: ignore[arg-type,return-value]
+    answers = answered(server, {0: message}, 2, 1)
     assert sum(tensor.nbytes for tensor in answers[0].values()) == 73_728
     assert sum(tensor.nbytes for tensor in answers[1].values()) == 4 * 16 * 768
     assert set(Download.from_bytes(Download(0, 1, 1, 0, answers[0]).to_bytes(), body.download_schema()).tensors) == {
@@ -379,7 +385,7 @@ def test_a_mean_is_that_of_the_features_after_training(body: Any) -> None:
     fit(body, 1, 1)
     body.eval()
     images = images_of(body, 1)
-    labels = body.data.labels(torch.as_tensor(body.data.split.clients[0].tasks[0].train))
+    labels = body.data.labels(torch.as_tensor(body.data.tasks[0].train))
     with torch.no_grad():
         features = output_of(body, images).representation
     tensors = body.outgoing()
@@ -411,7 +417,7 @@ def test_a_round_trains_the_current_pair_and_prototypes_alone(make: Make) -> Non
     assert torch.equal(body.earlier_b, first["b"])
     second = parameters(body)
     moved = (second["prototypes"] != first["prototypes"]).any(dim=1).nonzero().squeeze(1).tolist()
-    assert moved == current(body.data, 0, 2)
+    assert moved == list(body.data.tasks[1].classes)
     assert bool((second["b"] != 0).any())
     fit(body, 2, 3)
     assert torch.equal(body.earlier_a, first["a"])  # a task's second round opens nothing
@@ -421,7 +427,6 @@ def test_a_new_pair_changes_nothing_at_first_and_is_the_same_for_all(make: Make)
     federation = make(client=client(), server=PILoRAServer())
     results = federation.run(Recorder())
     next(results)
-    federation.store.commit({"round": 1})
     images, opened = images_of(restore_client(federation, 0), 1), []
     for index in range(3):
         body = restore_client(federation, index)
@@ -461,7 +466,7 @@ def test_what_a_client_has_learned_stays_though_others_train_it(
 ) -> None:
     federation = make(data=long_data, client=client(), server=PILoRAServer(), rounds=2)
     after: list[list[Tensor]] = []
-    for result in federation.run(Recorder()):
+    for _ in federation.run(Recorder()):
         after.append([restore_client(federation, index).prototypes.detach().clone() for index in range(3)])
     shared = 0
     for index in range(3):
@@ -540,7 +545,7 @@ def test_one_who_was_absent_learns_two_tasks_under_the_pair_of_the_second(
 def test_distances_and_gradients_are_float32_under_autocast(body: Any) -> None:
     body.begin_round(Round(1, 1, False, 0))
     images = images_of(body, 1)
-    labels = body.data.labels(torch.as_tensor(body.data.split.clients[0].tasks[0].train))
+    labels = body.data.labels(torch.as_tensor(body.data.tasks[0].train))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = output_of(body, images)
         loss = F.cross_entropy(output.logits, labels)
@@ -548,7 +553,7 @@ def test_distances_and_gradients_are_float32_under_autocast(body: Any) -> None:
     loss.backward()  # type: ignore[no-untyped-call]
     assert bool((body.b.grad != 0).any())
     rows = (body.prototypes.grad != 0).any(dim=1).nonzero().squeeze(1).tolist()
-    assert rows == current(body.data, 0, 1)
+    assert rows == list(body.data.tasks[0].classes)
 
 
 @pytest.mark.parametrize(

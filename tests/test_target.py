@@ -72,6 +72,15 @@ def test_new_columns_get_no_gradient_and_the_teacher_is_the_minimum() -> None:
     assert float(gradient.abs().max()) < 1e-7
 
 
+def hear(body: Client, message: Download) -> None:
+    """Take an answer as a worker does."""
+    body.download(message)
+    body.trainer = make_trainer()
+    body.eval()
+    with torch.no_grad():
+        body.on_download_end()
+
+
 def boundary(body: Client, number: int = 1, count: int = 6, seed: int = 0) -> dict[str, Tensor]:
     """What a server says at the end of a task."""
     rng = torch.Generator().manual_seed(seed)
@@ -79,9 +88,7 @@ def boundary(body: Client, number: int = 1, count: int = 6, seed: int = 0) -> di
     classes = torch.zeros(body.num_classes, dtype=torch.bool)
     classes[[1, 4]] = True
     tensors = {**copy_of(body.shared()), "images": images, "classes": classes}
-    body.download(Download(0, number, number, 0, tensors))
-    body.begin_evaluation(number)
-    make_trainer().test(body, verbose=False)
+    hear(body, Download(0, number, number, 0, tensors))
     return tensors
 
 
@@ -111,7 +118,7 @@ def test_the_client_keeps_images_and_their_teachers_logits_unchanged(make: Make)
     torch.testing.assert_close(received["logits"], wanted, rtol=1e-4, atol=1e-5)
     assert received["images"].equal(sent["images"])
     fit(body, 2, 2)
-    body.download(Download(0, 2, 2, 0, copy_of(body.shared())))  # an answer in the middle of a task
+    hear(body, Download(0, 2, 2, 0, copy_of(body.shared())))  # an answer in the middle of a task
     body.begin_evaluation(2)
     make_trainer().test(body, verbose=False)
     assert same(body.memory.received, received)
@@ -233,7 +240,6 @@ def test_the_model_that_is_inverted_is_the_one_that_travels(make: Make, monkeypa
     federation = make(client=client(), server=server())
     monkeypatch.setattr(target_server, "fit_once", spy)
     next(federation.run(Recorder()))
-    federation.store.commit({"round": 1})
     assert len(made) == 1
     body = restore_client(federation, 2)
     assert same(copy_of(made[0].teacher.state_dict()), copy_of(body.shared()))
