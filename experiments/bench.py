@@ -117,7 +117,7 @@ TINY = Scale(
     ),
     federation=(
         *("--data.split.clients=2", "--data.split.min_public_images=2", "--federation.rounds=1"),
-        *("--data.split.train_per_class=8", "--data.split.test_per_class=2", "--model.batch_size=32"),
+        *("--data.split.train_per_class=8", "--data.split.test_per_class=2", "--model.batch_size=16"),
     ),
 )
 scale = Scale()
@@ -253,7 +253,7 @@ def replay() -> Iterator[Row]:
     """Steps of both phases with the same number of images, in the same rounds."""
     for precision in ("32-true", "bf16-mixed"):
         bench, times = Bench(CPU, f"--trainer.precision={precision}"), PhaseTimes()
-        for number in range(6):
+        for number in range(2 * scale.repeat):
             bench.begin()
             sizes = {phase: {len(s) for p, s in bench.client.plan if p == phase} for phase, _ in bench.client.plan}
             bench.fit(*([times] if number else []))
@@ -331,7 +331,7 @@ def hardware() -> Iterator[Row]:
     for (name, words), precision in itertools.product(sizes.items(), ("32-true", "bf16-mixed")):
         peak = matmul_flops(torch.float32 if precision == "32-true" else torch.bfloat16, device)
         bench, times = Bench(*words, f"--trainer.precision={precision}"), PhaseTimes()
-        for _ in range(3):
+        for _ in range(scale.repeat):
             times.seconds.clear()
             bench.begin()
             bench.fit(times)
