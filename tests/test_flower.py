@@ -27,13 +27,14 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlscl.cli import configuration_sha256, describe, main
+from fedlscl.cli import main
 from fedlscl.deployment import flower
 from fedlscl.deployment.flower import COMPUTE, END, FIT, WHO, FlowerTransport, client_app, server_app
 from fedlscl.deployment.shares import deal
 from fedlscl.federation.algorithm import Federation, RoundResult
 from fedlscl.messages import Download, Upload
 from fedlscl.models.vit import FrozenViT
+from fedlscl.run.configuration import Configuration
 
 pytestmark = pytest.mark.usefixtures("command_line")
 
@@ -121,7 +122,7 @@ class Place:
         setting = {**SETTING, "data": {**SETTING["data"], "cache_dir": str(folder)}, "federation": {"rounds": rounds}}
         (folder / "setting.yaml").write_text(yaml.safe_dump(setting))
         self.words = ["--config", str(folder / "setting.yaml"), *method]
-        experiment = describe(self.words)
+        experiment = Configuration(self.words).build()
         experiment.load()
         self.experiment = experiment
         for _ in deal(experiment.data, experiment.server.public_images, folder / "shares"):
@@ -135,7 +136,7 @@ class Place:
     def on_flower(self, timeout: float = 5.0) -> Federation:
         """The server with its share alone, where its run folder stands."""
         experiment = flower._experiment(shlex.join(self.words), str(self.folder / "shares" / "server"))
-        configuration = configuration_sha256(self.words)
+        configuration = Configuration(self.words).sha256
         transport = partial(FlowerTransport, grid=self.wire, configuration=configuration, timeout=timeout)
         return replace(experiment, run_dir=self.folder / "server", transport=transport).federation()
 
@@ -198,7 +199,7 @@ def test_the_command_and_the_apps_write_the_same_summary(place: Place) -> None:
 def test_some_clients_may_be_absent_from_a_round(place: Place) -> None:
     place.words += ["--federation.clients_per_round", "2"]
     place.wire.words += ["--federation.clients_per_round", "2"]
-    place.experiment = describe(place.words)
+    place.experiment = Configuration(place.words).build()
     place.experiment.load()
     assert outcome(run(place.on_flower())) == outcome(run(place.in_process()))
 
@@ -482,7 +483,7 @@ def test_a_node_that_does_not_belong_is_refused_and_nobody_else_notices(
 
 
 def test_data_of_another_split_are_refused(place: Place, caplog: pytest.LogCaptureFixture) -> None:
-    other = describe([*place.words, "--seed_everything", "8"])
+    other = Configuration([*place.words, "--seed_everything", "8"]).build()
     other.load()
     for _ in deal(other.data, 0, place.folder / "others"):
         pass
