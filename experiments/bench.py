@@ -45,7 +45,7 @@ from torch.profiler import profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedlscl import seeds
-from fedlscl.cli import describe, main
+from fedlscl.cli import main
 from fedlscl.client import Client
 from fedlscl.data.source import Dataset, ImageSet, Source
 from fedlscl.evaluation import MASKS
@@ -55,6 +55,7 @@ from fedlscl.messages import Received, TensorSpec, Upload
 from fedlscl.methods import o2d as distillation
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL, IterativeO2D
 from fedlscl.models.adapters import LowRank
+from fedlscl.run.configuration import Configuration
 from fedlscl.run.experiment import Experiment
 from fedlscl.schedule import Round
 from fedlscl.server import Context
@@ -127,7 +128,7 @@ scale = Scale()
 
 def experiment(words: Sequence[str], run_dir: str) -> Experiment:
     """What the command line `fedlscl fit` makes of these words."""
-    described = describe([*words, *scale.words, f"--run_dir={run_dir}"])
+    described = Configuration([*words, *scale.words, f"--run_dir={run_dir}"]).build()
     described.load()
     return described
 

@@ -31,7 +31,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedlscl.cli import describe
+from fedlscl.run.configuration import Configuration
 
 HERE = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent
@@ -171,7 +171,7 @@ class Deployment:
         config.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items()))
         options = [f"--run-config={config}", "--format=json"]
         if self.simulate:
-            clients = describe(self.words).data.split_spec.clients
+            clients = Configuration(self.words).build().data.split_spec.clients
             options.append(
                 f"--federation-config=num-supernodes={clients} client-resources-num-cpus=1 "
                 f"init-args-num-cpus={self.simulate}"

@@ -16,11 +16,12 @@ import torch
 import yaml
 from helpers import SETTING
 
-from fedlscl.cli import default_run_dir, main
+from fedlscl.cli import main
 from fedlscl.client import Client
 from fedlscl.continual import NoReplay, Replay
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL
 from fedlscl.methods.small_model import SmallModelClient
+from fedlscl.run.configuration import Configuration
 from fedlscl.run.experiment import Experiment
 from fedlscl.server import FedAvg
 
@@ -140,7 +141,7 @@ def test_a_run_without_a_name_finds_its_folder_again(setting: str, built: list[E
     assert other != same
     assert all(name.startswith("runs/tiny-fed_lscl-seed7-") for name in (same, other))
     assert named == "here"
-    assert default_run_dir(dict(built[0].config)) == same
+    assert str(Configuration(["--config", setting]).run_dir) == same
 
 
 def test_the_first_look(capsys: pytest.CaptureFixture[str]) -> None:

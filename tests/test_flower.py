@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlscl import cli
-from fedlscl.cli import configuration_sha256, main
+from fedlscl.cli import main
 from fedlscl.deployment import flower
 from fedlscl.deployment.flower import COST, END, FIT, WHO, FlowerTransport, client_app, server_app
 from fedlscl.deployment.shares import deal
@@ -38,6 +37,7 @@ from fedlscl.federation.algorithm import Federation
 from fedlscl.federation.callback import RoundResult
 from fedlscl.messages import Download, Upload
 from fedlscl.models.vit import FrozenViT
+from fedlscl.run.configuration import Configuration
 from fedlscl.run.experiment import Experiment
 
 pytestmark = pytest.mark.usefixtures("command_line")
@@ -121,28 +121,36 @@ class Clock:
         self.now += seconds
 
 
-_parse, _describe = cli._parsed, cli.describe
+class Known(Configuration):
+    """A configuration that is parsed and built once for the same words.
+
+    Both take longer than a round does here, and every node asks for the same.
+    """
+
+    def __new__(cls, words: Sequence[str]) -> Known:
+        return known(tuple(words))
+
+    def __init__(self, words: Sequence[str]) -> None:
+        """All is there."""
+
+    def build(self) -> Experiment:
+        return fresh(self.built)
+
+    @cached_property
+    def built(self) -> Experiment:
+        return super().build()
 
 
 @cache
-def parsed(words: tuple[str, ...]) -> cli.Parsed:
-    return _parse(list(words))
-
-
-@cache
-def described(words: tuple[str, ...]) -> Experiment:
-    return _describe(words)
-
-
-def describe(words: Sequence[str]) -> Experiment:
-    """As `cli.describe`, which takes longer than a round does here, and is asked the same by every node."""
-    return fresh(described(tuple(words)))
+def known(words: tuple[str, ...]) -> Known:
+    made = object.__new__(Known)
+    Configuration.__init__(made, words)
+    return made
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_parsed", lambda words: parsed(tuple(words)))
-    monkeypatch.setattr(flower, "describe", describe)
+    monkeypatch.setattr(flower, "Configuration", Known)
     monkeypatch.setattr(flower, "time", Clock())
     for name in ("run_id", "task_id", "node_id"):  # as Flower sets them in the process of an app; nodes begin at 100
         monkeypatch.setattr(TaskIdentity, f"_{name}", 0)
@@ -151,7 +159,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True, scope="module")
 def _forget() -> Iterator[None]:
     yield
-    for cached in (parsed, described, flower._worker):
+    for cached in (known, flower._worker):
         cached.cache_clear()
 
 
@@ -169,7 +177,7 @@ def prepare(folder: Path, method: list[str], rounds: int = 1) -> Ground:
     setting = {**SETTING, "data": {**SETTING["data"], "cache_dir": str(folder)}, "federation": {"rounds": rounds}}
     (folder / "setting.yaml").write_text(yaml.safe_dump(setting))
     words = ["--config", str(folder / "setting.yaml"), *method]
-    experiment = describe(words)
+    experiment = Known(words).build()
     experiment.load()
     for _ in deal(experiment.data, experiment.server.server_images, folder / "dealt"):
         pass
@@ -184,7 +192,7 @@ class Place:
 
     def __init__(self, folder: Path, ground: Ground) -> None:
         self.folder, self.known, self.words = folder, ground.known, [*ground.words]
-        self.experiment = describe(self.words)
+        self.experiment = Known(self.words).build()
         self.experiment.load()
         shutil.copytree(ground.folder / "dealt", folder / "shares")
         nodes = {100 + n: {"client": n, "data": f"shares/client-{n}"} for n in range(3)}
@@ -211,7 +219,7 @@ class Place:
     def on_flower(self, timeout: float = 5.0) -> Federation:
         """The server with its share alone, where its run folder stands."""
         experiment = flower._experiment(shlex.join(self.words), str(self.folder / "shares" / "server"))
-        configuration = configuration_sha256(self.words)
+        configuration = Configuration(self.words).sha256
         transport = partial(FlowerTransport, grid=self.wire, configuration=configuration, timeout=timeout)
         return replace(experiment, run_dir=self.folder / "server", transport=transport).federation()
 
@@ -283,7 +291,7 @@ def test_the_command_and_the_apps_write_the_same_summary(place: Place) -> None:
 def test_some_clients_may_be_absent_from_a_round(place: Place) -> None:
     place.words += ["--federation.clients_per_round", "2"]
     place.wire.words += ["--federation.clients_per_round", "2"]
-    place.experiment = describe(place.words)
+    place.experiment = Configuration(place.words).build()
     place.experiment.load()
     assert outcome(run(place.on_flower())) == outcome(run(place.in_process()))
 
@@ -553,7 +561,7 @@ def test_a_node_that_does_not_belong_is_refused_and_nobody_else_notices(
 
 
 def test_data_of_another_split_are_refused(place: Place, caplog: pytest.LogCaptureFixture) -> None:
-    other = describe([*place.words, "--seed_everything", "8"])
+    other = Configuration([*place.words, "--seed_everything", "8"]).build()
     other.load()
     for _ in deal(other.data, 0, place.folder / "others"):
         pass

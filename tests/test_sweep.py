@@ -19,9 +19,18 @@ from helpers import SETTING
 from rich.console import Console
 from test_cli import METHOD
 
-from fedlscl import cli
 from fedlscl.cli import SETTING_VARIABLE, main
-from fedlscl.run.sweep import LOG, PlannedRun, command_lines, narrowed, not_arrived, plan, read_sweep, run_all
+from fedlscl.run.sweep import (
+    LOG,
+    PlannedRun,
+    command_lines,
+    configured,
+    narrowed,
+    not_arrived,
+    plan,
+    read_sweep,
+    run_all,
+)
 
 ROOT = Path(__file__).parent.parent
 SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
@@ -46,7 +55,7 @@ def parsed() -> dict[tuple[str, ...], dict[str, Any]]:
 def configuration(words: list[str], parsed: dict[tuple[str, ...], dict[str, Any]]) -> dict[str, Any]:
     key = tuple(words)
     if key not in parsed:
-        parsed[key] = cli._configuration(words)
+        parsed[key] = configured(words).values
     return json.loads(json.dumps(parsed[key]))  # type: ignore[no-any-return]
 
 
@@ -108,16 +117,16 @@ def test_every_command_line_is_the_configuration_that_was_meant(
         if parameters["seed_everything"] != 1999:  # not the default, so that it has to arrive
             continue
         files = [word for word in words if word.startswith("--config")]
-        expected = configuration(["fit", *files], parsed)
+        expected = configuration(["fedlscl", "fit", *files], parsed)
         for name, value in parameters.items():
             if name == "seed_everything":
                 expected["seed_everything"] = value
             elif name != "config":
                 put(expected, name, value)
-        assert configuration(words[1:], parsed) == expected
+        assert configuration(words, parsed) == expected
         # the server may send the fields of a run in another order
         fixed = words[: len(words) - len(parameters)]
-        assert configuration([*fixed, *reversed(words[len(fixed) :])][1:], parsed) == expected
+        assert configuration([*fixed, *reversed(words[len(fixed) :])], parsed) == expected
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -127,7 +136,7 @@ def test_every_sweep_works_on_every_setting(
 ) -> None:
     monkeypatch.setenv(SETTING_VARIABLE, setting)
     parameters, words = command_lines(read_sweep(path))[-1]
-    config = cli._configuration(words[1:])
+    config = configured(words).values
     assert config["setting"] == setting
     assert not_arrived(parameters, config) == []
 
@@ -181,22 +190,30 @@ def test_a_file_that_is_no_mapping_or_no_yaml(tmp_path: Path) -> None:
             read_sweep(tmp_path / "sweep.yaml")
 
 
-def test_a_value_that_does_not_arrive_is_an_error(tmp_path: Path) -> None:
-    sweep = read_sweep(sweep_file(tmp_path))
-    deaf = {"model": {"class_path": "X", "init_args": {"block": 1}}, "seed_everything": 5}
+def let_all_be(monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], run_dir: str | None = None) -> None:
+    """Every command line is of this configuration, with a run folder of its own if there is no `run_dir`."""
     folders = itertools.count()
+    monkeypatch.setattr(
+        "fedlscl.run.sweep.configured",
+        lambda words: SimpleNamespace(values=values, run_dir=Path(run_dir or str(next(folders)))),
+    )
+
+
+def test_a_value_that_does_not_arrive_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = read_sweep(sweep_file(tmp_path))
+    let_all_be(monkeypatch, {"model": {"class_path": "X", "init_args": {"block": 1}}, "seed_everything": 5})
     with pytest.raises(ValueError, match=r"model\.block=2.* does not do what the sweep says: model\.block is 1, not 2"):
-        plan(sweep, [], lambda words: deaf, lambda config: str(next(folders)))
-    without = {"model": {"class_path": "X"}, "seed_everything": 5}
+        plan(sweep, [])
+    let_all_be(monkeypatch, {"model": {"class_path": "X"}, "seed_everything": 5})
     with pytest.raises(ValueError, match=r"model\.block is None, not 1"):
-        plan(sweep, [], lambda words: without, lambda config: str(next(folders)))
+        plan(sweep, [])
 
 
-def test_two_runs_that_are_the_same_are_an_error(tmp_path: Path) -> None:
+def test_two_runs_that_are_the_same_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = read_sweep(sweep_file(tmp_path, parameters={"model.block": {"values": [1, 1.0]}}))
-    config = {"model": {"init_args": {"block": 1}}}
+    let_all_be(monkeypatch, {"model": {"init_args": {"block": 1}}}, run_dir="always")
     with pytest.raises(ValueError, match="are the same run"):
-        plan(sweep, [], lambda words: config, lambda config: "always")
+        plan(sweep, [])
 
 
 def test_the_fields_of_a_configuration_file_must_arrive_unless_a_parameter_replaces_them(tmp_path: Path) -> None:
@@ -330,7 +347,7 @@ def test_a_sweep_from_the_command_line_to_its_numbers(
     config = json.loads(summary.read_text())["config"]
     assert config["model"]["init_args"]["block"] == 1
     left: list[list[bool]] = []
-    monkeypatch.setattr(cli, "run_all", lambda runs, *_: left.append([run.finished for run in runs]))
+    monkeypatch.setattr("fedlscl.run.sweep.run_all", lambda runs, *_: left.append([run.finished for run in runs]))
     main(words)
     assert left == [[True, False]]
     assert "2 runs, 1 of them finished before" in capsys.readouterr().out

@@ -32,7 +32,6 @@ from flwr.serverapp import Grid, ServerApp
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
-from fedlscl.cli import configuration_sha256, describe, run_dir_of, weights_of
 from fedlscl.data.module import FederatedDataModule
 from fedlscl.deployment.node import End, Known, Node
 from fedlscl.deployment.shares import LocalShare
@@ -44,6 +43,8 @@ from fedlscl.federation.template import Template
 from fedlscl.federation.transport import LEDGER, Fitted
 from fedlscl.federation.worker import COUNTS, Accuracy, Worker
 from fedlscl.messages import Download
+from fedlscl.models.vit import weights_sha256
+from fedlscl.run.configuration import Configuration
 from fedlscl.run.experiment import Experiment
 from fedlscl.schedule import Round
 
@@ -73,8 +74,8 @@ def serve(grid: Grid, context: Context) -> None:
     if isinstance(timeout, str) or not timeout > 0:
         raise ValueError(f"timeout is {timeout!r}, must be a positive number of seconds")
     experiment = _experiment(str(config["words"]), str(config["data"]))
-    configuration = configuration_sha256(shlex.split(str(config["words"])))
-    transport = partial(FlowerTransport, grid=grid, configuration=configuration, timeout=timeout)
+    configuration = Configuration(shlex.split(str(config["words"])))
+    transport = partial(FlowerTransport, grid=grid, configuration=configuration.sha256, timeout=timeout)
     experiment = replace(experiment, transport=transport)
     experiment.run(Console())
 
@@ -316,11 +317,12 @@ def who(message: Message, context: Context) -> Message:
     data.setup()
     words, own_words = str(context.run_config["words"]), str(context.node_config.get("words", ""))
     with _as_error():
+        weights = Configuration(shlex.split(f"{words} {own_words}")).values["backbone"]["weights"]
         own = {
             "split": data.split_sha256,
             "list of classes": _names_sha256(data),
-            "configuration": configuration_sha256(shlex.split(words)),
-            "file of weights": weights_of(shlex.split(f"{words} {own_words}")) or "none",
+            "configuration": Configuration(shlex.split(words)).sha256,
+            "file of weights": weights_sha256(weights) or "none",
         }
     return _reply(message, who=ConfigRecord({"client": index, **own}))
 
@@ -395,7 +397,7 @@ def _client(context: Context) -> int:
 def _worker(words: str, own_words: str, data: str) -> tuple[Worker, Path]:
     """What clients train with, and their folder; a process that answers several messages builds it once."""
     with _as_error():
-        folder = Path(run_dir_of(shlex.split(words)))
+        folder = Configuration(shlex.split(words)).run_dir
     return Worker(_experiment(f"{words} {own_words}", data).template()), folder
 
 
@@ -431,7 +433,7 @@ def _experiment(words: str, data: str) -> Experiment:
         ValueError: if the words describe none; what is wrong with them is on the standard error.
     """
     with _as_error():
-        experiment = describe(shlex.split(words))
+        experiment = Configuration(shlex.split(words)).build()
     if data:
         whole, share = experiment.data, LocalShare(Path(data), experiment.data.device_mib)
         for name, of_share, configured in (
@@ -452,7 +454,7 @@ def _as_error() -> Iterator[None]:
     try:
         with redirect_stderr(said):
             yield
-    except ValueError as error:  # of shlex
+    except (ValueError, OSError) as error:  # of shlex, and of what cannot be built
         raise ValueError(f"words of the run or the node: {error}") from error
     except SystemExit as end:
         reason = " ".join(said.getvalue().split())[-500:] or end

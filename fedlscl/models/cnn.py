@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from fedlscl.models.create import _create, resize
@@ -71,6 +70,8 @@ class SmallModel(nn.Module):
     std: Tensor
 
     def __init__(self, spec: SmallModelSpec, name: str, unit_length: bool = True) -> None:
+        from timm.data.config import resolve_model_data_config  # takes seconds, which only building a model is worth
+
         super().__init__()
         self.unit_length = unit_length
         self.image_size = spec.image_size

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import timm
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,6 +21,8 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 def _create(group: str, name: str, pretrained: bool, model_args: Mapping[str, Any]) -> nn.Module:
+    import timm  # takes seconds, which only building a model is worth
+
     if not timm.is_model(name):
         close = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
         raise ValueError(f"{group}.name: timm has no model '{name}'; similar names: {', '.join(close) or 'none'}")

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.data.config import resolve_model_data_config
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from fedlscl import seeds
@@ -58,6 +56,9 @@ class FrozenViT(nn.Module):
         std: list[float] | None = None,
         cache_mib: float = 4096,
     ) -> None:
+        from timm.data.config import resolve_model_data_config  # takes seconds, which only building a model is worth
+        from timm.models.vision_transformer import VisionTransformer
+
         super().__init__()
         at_least(0, "backbone", cache_mib=cache_mib)
         self.cache_mib = cache_mib
@@ -181,7 +182,9 @@ def _find(weights: str) -> Path:
     )
 
 
-def _load_vit(vit: VisionTransformer, path: Path) -> None:
+def _load_vit(vit: Any, path: Path) -> None:
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
     try:
         stored = load_file(path)
     except SafetensorError as error:

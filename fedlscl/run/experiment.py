@@ -29,7 +29,6 @@ from fedlscl.federation.transport import InProcess, Transport
 from fedlscl.files import write_atomically
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
-from fedlscl.run import plots
 from fedlscl.run.callback import RunCallback, accuracy_arrays
 from fedlscl.run.console import FederationProgress, summary_table
 from fedlscl.run.fields import short
@@ -236,6 +235,8 @@ class Experiment:
         )
 
     def _draw(self, summary: Summary, history: list[dict[str, Any]], tracker: Tracker) -> None:
+        from fedlscl.run import plots  # and with it matplotlib
+
         title = f"{self.method} on {self.setting}, seed {self.seed}"
         plots.accuracy_over_rounds(history, self.run_dir / PICTURE, title=title)
         tracker.image("accuracy_over_rounds", self.run_dir / PICTURE)

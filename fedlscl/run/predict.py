@@ -13,9 +13,7 @@ from fedlscl.client import Client
 from fedlscl.data.folders import decode_image
 from fedlscl.data.splits import Split
 from fedlscl.federation import store as checkpoint
-from fedlscl.models.cnn import SmallModelSpec
-from fedlscl.models.vit import FrozenViT
-from fedlscl.run import names
+from fedlscl.run.configuration import Configuration
 
 
 class Prediction(NamedTuple):
@@ -70,13 +68,8 @@ def predict(run_dir: Path, images: Sequence[str], client: int = 0) -> list[Predi
 
 def _load(run_dir: Path, client: int, num_classes: int) -> Client:
     """The client's networks as the run left them, in evaluation mode."""
-    parser = names.Parser(exit_on_error=False)
-    parser.add_subclass_arguments(Client, "model")
-    parser.add_class_arguments(FrozenViT, "backbone")
-    parser.add_class_arguments(SmallModelSpec, "cnn")
-    config = names.load((run_dir / "config.yaml").read_text())
-    parts = parser.instantiate_classes(parser.parse_object({key: config[key] for key in ("model", "backbone", "cnn")}))
-    body: Client = parts.model.assemble(parts.backbone, parts.cnn, parts.cnn.name_of(client), num_classes)
+    model, vit, cnn = Configuration(["--config", str(run_dir / "config.yaml")]).networks()
+    body = model.assemble(vit, cnn, cnn.name_of(client), num_classes)
     body.load(checkpoint.read(run_dir / "checkpoint", checkpoint.client_name(client)))
     body.eval()
     return body

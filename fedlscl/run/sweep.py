@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from fedlscl.run.configuration import Configuration
 from fedlscl.run.fields import flat, short
 
 ARGS = "${args}"
@@ -135,33 +136,27 @@ def command_lines(sweep: Mapping[str, Any]) -> list[tuple[dict[str, Any], list[s
     return lines
 
 
-def plan(
-    sweep: Mapping[str, Any],
-    further: Sequence[str],
-    configuration: Callable[[list[str]], dict[str, Any]],
-    run_dir: Callable[[dict[str, Any]], str],
-) -> list[PlannedRun]:
+def plan(sweep: Mapping[str, Any], further: Sequence[str]) -> list[PlannedRun]:
     """Parse every command line, and make sure that each says what the sweep means.
 
     Args:
         sweep: what :func:`read_sweep` or :func:`narrowed` returns.
         further: words put behind every command line.
-        configuration: gives the configuration of the words behind `fedlscl`.
-        run_dir: gives the run folder of a configuration.
 
     Returns:
         The runs, in the order of the grid.
 
     Raises:
         ValueError: if a value of the sweep does not arrive in the configuration, or two runs are the same.
+        SystemExit: if a command line describes no run; why is on the standard error.
     """
     planned: dict[Path, PlannedRun] = {}
     for parameters, line in command_lines(sweep):
         words = [*line, *further]
-        config = configuration(words[1:])
-        if lost := not_arrived(parameters, config):
+        configuration = configured(words)
+        if lost := not_arrived(parameters, configuration.values):
             raise ValueError(f"`{shlex.join(words)}` does not do what the sweep says: {'; '.join(lost)}")
-        folder = Path(run_dir(config))
+        folder = configuration.run_dir
         if folder in planned:
             raise ValueError(
                 f"`{shlex.join(words)}` and `{shlex.join(planned[folder].words)}` are the same run: "
@@ -169,6 +164,23 @@ def plan(
             )
         planned[folder] = PlannedRun(tuple(words), folder)
     return list(planned.values())
+
+
+def configured(words: Sequence[str]) -> Configuration:
+    """The configuration of a command line, `fedlscl fit` and what is behind it.
+
+    Raises:
+        ValueError: if it names its run folder.
+        SystemExit: if it describes no run; why, and of which command line, is on the standard error.
+    """
+    try:
+        configuration = Configuration(words[2:])
+    except SystemExit:
+        print(f"fedlscl: that was said of `{shlex.join(words)}`", file=sys.stderr)  # noqa: T201
+        raise
+    if configuration.run_dir != configuration.default_run_dir:
+        raise ValueError("run_dir must not be given to a sweep: each run has a folder of its own below runs/")
+    return configuration
 
 
 def not_arrived(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
