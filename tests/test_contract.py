@@ -75,7 +75,7 @@ class Motion(Callback):
         change = (parameter.detach() - self.before[name]) != 0
         if len(change) != client.num_classes:
             return bool(change.any())
-        seen = client.data.split.clients[client.index].tasks[: client.memory.begun]
+        seen = client.data.tasks[: client.memory.begun]
         return all(bool(change[label].any()) for part in seen for label in part.classes)
 
 

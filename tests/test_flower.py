@@ -30,8 +30,11 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlscl.cli import main
-from fedlscl.deployment import flower
-from fedlscl.deployment.flower import COST, END, FIT, WHO, FlowerTransport, client_app, server_app
+from fedlscl.deployment.flower import client, server, words
+from fedlscl.deployment.flower.client import client_app
+from fedlscl.deployment.flower.server import FlowerTransport, server_app
+from fedlscl.deployment.flower.wire import COST, END, FIT, WHO
+from fedlscl.deployment.flower.words import experiment_of
 from fedlscl.deployment.shares import deal
 from fedlscl.federation.algorithm import Federation
 from fedlscl.federation.callback import RoundResult
@@ -150,8 +153,9 @@ def known(words: tuple[str, ...]) -> Known:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flower, "Configuration", Known)
-    monkeypatch.setattr(flower, "time", Clock())
+    for module in (client, server, words):
+        monkeypatch.setattr(module, "Configuration", Known)
+    monkeypatch.setattr(server, "time", Clock())
     for name in ("run_id", "task_id", "node_id"):  # as Flower sets them in the process of an app; nodes begin at 100
         monkeypatch.setattr(TaskIdentity, f"_{name}", 0)
 
@@ -159,7 +163,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True, scope="module")
 def _forget() -> Iterator[None]:
     yield
-    for cached in (known, flower._worker):
+    for cached in (known, client._worker):
         cached.cache_clear()
 
 
@@ -218,7 +222,7 @@ class Place:
 
     def on_flower(self, timeout: float = 5.0) -> Federation:
         """The server with its share alone, where its run folder stands."""
-        experiment = flower._experiment(shlex.join(self.words), str(self.folder / "shares" / "server"))
+        experiment = experiment_of(shlex.join(self.words), str(self.folder / "shares" / "server"))
         configuration = Configuration(self.words).sha256
         transport = partial(FlowerTransport, grid=self.wire, configuration=configuration, timeout=timeout)
         return replace(experiment, run_dir=self.folder / "server", transport=transport).federation()
@@ -260,7 +264,7 @@ def place(tmp_path: Path, method: list[str], grounds: list[Ground], tmp_path_fac
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
 def test_every_method_ends_with_the_numbers_that_it_has_in_one_process(path: Path, tmp_path: Path) -> None:
     """Every node has its own images alone; bytes, accuracies and the server's metrics are equal to the last bit."""
-    flower._worker.cache_clear()  # of the method before
+    client._worker.cache_clear()  # of the method before
     place = Place(tmp_path, prepare(tmp_path, ["--config", str(path), *budget(path)]))
     if path.stem == "joint":
         with pytest.raises(ValueError, match="needs the images of all clients in one place"):
@@ -274,8 +278,8 @@ def test_every_method_ends_with_the_numbers_that_it_has_in_one_process(path: Pat
 def test_the_command_and_the_apps_write_the_same_summary(place: Place) -> None:
     """Metrics of the clients' training, counted operations and all."""
     main(["fit", *place.words, "--run_dir", "one"])
-    server = place.folder / "shares" / "server"
-    run_config = {"words": f"{shlex.join(place.words)} --run_dir other", "data": str(server), "timeout": 5.0}
+    of_server = place.folder / "shares" / "server"
+    run_config = {"words": f"{shlex.join(place.words)} --run_dir other", "data": str(of_server), "timeout": 5.0}
     server_app(place.wire, Context(0, 0, {}, RecordDict(), run_config))  # type: ignore[arg-type]
     one, other = (json.loads(Path(name, "summary.json").read_text()) for name in ("one", "other"))
     assert lasting(one) == lasting(other)
@@ -676,8 +680,8 @@ def test_config_records_hold_no_names(place: Place) -> None:
 def test_a_run_in_which_a_client_was_lost_at_the_end_has_its_numbers_without_it(place: Place) -> None:
     """Averages are those of the others, and what is unknown is null."""
     place.wire.fault = lambda message, reply: None if reply and in_round(message, 4, {FIT, END}) else reply
-    server = place.folder / "shares" / "server"
-    run_config = {"words": f"{shlex.join(place.words)} --run_dir run", "data": str(server), "timeout": 1.0}
+    of_server = place.folder / "shares" / "server"
+    run_config = {"words": f"{shlex.join(place.words)} --run_dir run", "data": str(of_server), "timeout": 1.0}
     server_app(place.wire, Context(0, 0, {}, RecordDict(), run_config))  # type: ignore[arg-type]
 
     def refuse(text: str) -> None:
@@ -783,9 +787,9 @@ def test_who_stays_away_holds_nobody_up(place: Place, monkeypatch: pytest.Monkey
     """In the exchange in which it is missed first it has until the time-out, and no time in the next."""
     place.wire.offline = {102}
     slept = []
-    monkeypatch.setattr(flower.time, "sleep", slept.append)
+    monkeypatch.setattr(server.time, "sleep", slept.append)
     now = iter(range(10**9))
-    monkeypatch.setattr(flower.time, "monotonic", lambda: next(now) / 10)
+    monkeypatch.setattr(server.time, "monotonic", lambda: next(now) / 10)
     federation = place.on_flower(timeout=50)
     rounds = federation.run(Recorder())
     assert next(rounds).skipped == {2: "TimeoutError: no node of this client within 50 s"}

@@ -43,7 +43,8 @@ def test_a_command_line_is_parsed_without_what_runs_it(script: str) -> None:
 
 def test_a_message_of_flower_imports_only_what_answers_it() -> None:
     pytest.importorskip("flwr")
-    there = imported("import fedlscl.deployment.flower")
+    there = imported("import fedlscl.deployment.flower.client")
+    assert "fedlscl.deployment.flower.server" not in there
     assert not NEVER & there
     assert not {"fedlscl.cli", "fedlscl.run.plots", "fedlscl.run.sweep", "fedlscl.run.predict"} & there
     assert not [name for name in there if name.startswith(("fedlscl.analysis", "fedlscl.methods"))]

@@ -1,64 +1,50 @@
-"""The same federation on Flower: the clients on other machines, or several at once on this one.
-
-The only module that knows Flower. `server_app` runs an experiment whose messages Flower carries; `client_app` answers
-for one client, whose state is on the disk of its own machine. Flower makes both anew whenever it likes, from the words
-of the command line, which travel as ``words`` in the run's configuration.
-
-What crosses the wire: the serialised `Upload` and `Download` as they are in one process, and numbers.
-"""
+"""The server's side of a federation on Flower: the app, and how messages reach clients at nodes."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import io
-import json
 import logging
-import math
-import re
 import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
-from functools import cache, partial
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
-from fedlscl.data.module import FederatedDataModule
-from fedlscl.deployment.node import End, Known, Node
-from fedlscl.deployment.shares import LocalShare
+from fedlscl.deployment.flower.wire import (
+    COST,
+    END,
+    ENDS,
+    FIT,
+    UPLOAD,
+    WHO,
+    array_of,
+    metrics_of,
+    names_sha256,
+    payload,
+)
+from fedlscl.deployment.flower.words import experiment_of
 from fedlscl.evaluation import MASKS
 from fedlscl.federation.algorithm import MOST_SAID
 from fedlscl.federation.callback import FederationCallback
 from fedlscl.federation.store import Store
 from fedlscl.federation.template import Template
 from fedlscl.federation.transport import LEDGER, Fitted
-from fedlscl.federation.worker import COUNTS, Accuracy, Worker
+from fedlscl.federation.worker import COUNTS, Accuracy
 from fedlscl.messages import Download
-from fedlscl.models.vit import weights_sha256
 from fedlscl.run.configuration import Configuration
-from fedlscl.run.experiment import Experiment
 from fedlscl.schedule import Round
 
 log = logging.getLogger(__name__)
 
+
 POLL_SECONDS = 0.1  # at first, and after each reply; more and more up to
 SLOWEST_POLL_SECONDS = 2.0
-FIT, END, WHO, COST = "train", "evaluate", "query.who", "query.cost"
-
 server_app = ServerApp()
-client_app = ClientApp()
-
-
-# ---- the server's side
 
 
 @server_app.main()
@@ -73,7 +59,7 @@ def serve(grid: Grid, context: Context) -> None:
     timeout = config["timeout"]
     if isinstance(timeout, str) or not timeout > 0:
         raise ValueError(f"timeout is {timeout!r}, must be a positive number of seconds")
-    experiment = _experiment(str(config["words"]), str(config["data"]))
+    experiment = experiment_of(str(config["words"]), str(config["data"]))
     configuration = Configuration(shlex.split(str(config["words"])))
     transport = partial(FlowerTransport, grid=grid, configuration=configuration.sha256, timeout=timeout)
     experiment = replace(experiment, transport=transport)
@@ -130,8 +116,8 @@ class FlowerTransport:
         if isinstance(reply, str):
             return Fitted(client, None, reply)
         try:
-            metrics = _numbers(reply, "metrics")
-            message = _payload(reply, UPLOAD) if uploads else None
+            metrics = metrics_of(reply, "metrics")
+            message = payload(reply, UPLOAD) if uploads else None
         except ValueError as error:
             return Fitted(client, None, f"{type(error).__name__}: {error}")
         if logger is not None:
@@ -175,7 +161,7 @@ class FlowerTransport:
             problem = reply
             if not isinstance(reply, str):
                 try:
-                    counts = {name: int(value) for name, value in _numbers(reply, "cost").items()}
+                    counts = {name: int(value) for name, value in metrics_of(reply, "cost").items()}
                     if set(counts) == set(COUNTS) and min(counts.values()) >= 0:
                         return counts
                     problem = f"it counts {sorted(counts)}"
@@ -255,7 +241,7 @@ class FlowerTransport:
             {
                 "round": ConfigRecord({**numbers, **more}),
                 "ends": ConfigRecord({**ends}),
-                "downloads": ArrayRecord({name: _array(message) for name, message in messages.items()}),
+                "downloads": ArrayRecord({name: array_of(message) for name, message in messages.items()}),
             }
         )
 
@@ -288,7 +274,7 @@ class FlowerTransport:
         data = self.template.data
         for name, own in (
             ("split", data.split_sha256),
-            ("list of classes", _names_sha256(data)),
+            ("list of classes", names_sha256(data)),
             ("configuration", self.configuration),
             ("file of weights", self.template.vit.weights_sha256 or "none"),
         ):
@@ -303,183 +289,12 @@ class FlowerTransport:
         return None
 
 
-# ---- the client's side
-
-
-@client_app.query("who")
-def who(message: Message, context: Context) -> Message:
-    """Say which client this is, of which classes and split its data are, and what the run's words mean here.
-
-    Its own words may name the weights by another path.
-    """
-    index, folder = _client(context), str(context.node_config.get("data", ""))
-    data = LocalShare(Path(folder)) if folder else _own(context)[1].template.data
-    data.setup()
-    words, own_words = str(context.run_config["words"]), str(context.node_config.get("words", ""))
-    with _as_error():
-        weights = Configuration(shlex.split(f"{words} {own_words}")).values["backbone"]["weights"]
-        own = {
-            "split": data.split_sha256,
-            "list of classes": _names_sha256(data),
-            "configuration": Configuration(shlex.split(words)).sha256,
-            "file of weights": weights_sha256(weights) or "none",
-        }
-    return _reply(message, who=ConfigRecord({"client": index, **own}))
-
-
-@client_app.train()
-def fit(message: Message, context: Context) -> Message:
-    """Train in a round, and reply with the upload and what training logged."""
-    numbers, metrics = message.content.config_records["round"], _Metrics()
-    with _node(message, context) as node:
-        round = Round(
-            _integer(numbers, "task"), _integer(numbers, "round"), bool(numbers["ends_task"]), node.worker.template.seed
-        )
-        upload = node.fit(round, _known(message.content), bool(numbers["uploads"]), metrics)
-    records: dict[str, Any] = {"metrics": MetricRecord({**metrics.values})}
-    if upload is not None:
-        records["upload"] = ArrayRecord({UPLOAD: _array(upload)})
-    return _reply(message, **records)
-
-
-@client_app.evaluate()
-def end(message: Message, context: Context) -> Message:
-    """Hear the end of a round, and reply with the accuracies."""
-    with _node(message, context) as node:
-        accuracy = node.end(_known(message.content))
-    return _reply(message, accuracy=MetricRecord({**accuracy}))
-
-
-@client_app.query("cost")
-def cost(message: Message, context: Context) -> Message:
-    """Count what this client trains and computes."""
-    with _node(message, context) as node:
-        counts = node.cost(_known(message.content))
-    return _reply(message, cost=MetricRecord({**counts}))
-
-
-@contextmanager
-def _node(message: Message, context: Context) -> Iterator[Node]:
-    """This client and its disk; waits for a simulation's worker that still answers a message that has timed out."""
-    index, worker, folder = _own(context)
-    meant = _integer(message.content.config_records["round"], "client")
-    if meant != index:
-        raise ValueError(f"the message is for client {meant}, and this is client {index}")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f".client-{index}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield Node(worker, index, folder / f"client-{index}")
-
-
-def _own(context: Context) -> tuple[int, Worker, Path]:
-    """Which client this is, what it trains with, and where its state is.
-
-    In the node's configuration: ``client``, its number; ``data``, its share as `fedlscl deal` writes it; ``words``,
-    what is different on this machine, such as ``--trainer.accelerator gpu``. In a simulation all is that of the run.
-    """
-    config, index = context.node_config, _client(context)
-    worker, folder = _worker(
-        str(context.run_config["words"]), str(config.get("words", "")), str(config.get("data", ""))
-    )
-    if not 0 <= index < worker.template.clients or not worker.template.data.split.clients[index].tasks:
-        raise ValueError(f"client is {index} in the node's configuration, but the data there are not of that client")
-    return index, worker, folder
-
-
-def _client(context: Context) -> int:
-    index = context.node_config.get("client", context.node_config.get("partition-id"))
-    if type(index) is not int:
-        raise ValueError(f"client is {index!r} in the node's configuration, must be a number: client=0")
-    return index
-
-
-@cache
-def _worker(words: str, own_words: str, data: str) -> tuple[Worker, Path]:
-    """What clients train with, and their folder; a process that answers several messages builds it once."""
-    with _as_error():
-        folder = Configuration(shlex.split(words)).run_dir
-    return Worker(_experiment(f"{words} {own_words}", data).template()), folder
-
-
-class _Metrics(Logger):
-    """Keeps what a fit logs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.values: dict[str, float] = {}
-
-    @property
-    def name(self) -> str:
-        return "client"
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.values |= {name: float(value) for name, value in metrics.items()}
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-
-# ---- both
-
-
-def _experiment(words: str, data: str) -> Experiment:
-    """The experiment of a command line, with the data of `data`, a share, if that is not empty.
-
-    Raises:
-        ValueError: if the words describe none; what is wrong with them is on the standard error.
-    """
-    with _as_error():
-        experiment = Configuration(shlex.split(words)).build()
-    if data:
-        whole, share = experiment.data, LocalShare(Path(data), experiment.data.device_mib)
-        for name, of_share, configured in (
-            ("seed", share.seed, whole.seed),
-            ("split", share.split_spec, whole.split_spec),
-        ):
-            if of_share != configured:
-                raise ValueError(f"{data} was dealt with data.{name} {of_share}, the run has {configured}; deal again")
-        experiment = replace(experiment, data=share)
-    experiment.load()
-    return experiment
-
-
-@contextmanager
-def _as_error() -> Iterator[None]:
-    """Words that cannot be parsed end a command; here they must not end Flower's process."""
-    said = io.StringIO()
-    try:
-        with redirect_stderr(said):
-            yield
-    except (ValueError, OSError) as error:  # of shlex, and of what cannot be built
-        raise ValueError(f"words of the run or the node: {error}") from error
-    except SystemExit as end:
-        reason = " ".join(said.getvalue().split())[-500:] or end
-        raise ValueError(f"words of the run or the node: {reason}") from end
-
-
-UPLOAD = "upload"
-ENDS = ("task", "round", "accepted")
 _COLUMNS = ("client", *ENDS, "answered")
-_STYPE = "safetensors"
 NODE_UNAVAILABLE = 5  # of Flower's error codes, which its public modules do not name
-METRIC, MOST_METRICS = re.compile(r"[\w/.-]{1,64}"), 64
-
-
-def _names_sha256(data: FederatedDataModule) -> str:
-    return hashlib.sha256(json.dumps(data.class_names).encode()).hexdigest()
 
 
 def _missed(client: int, round: int) -> str:
     return f"missed-{client}-{round}"
-
-
-def _array(message: bytes) -> Array:
-    """A serialised message as Flower carries it."""
-    return Array("uint8", (len(message),), _STYPE, message)
 
 
 def _problem(error: Error) -> str:
@@ -490,24 +305,6 @@ def _problem(error: Error) -> str:
 def _is_away(reply: RecordDict | Error) -> bool:
     """Whether Flower has replied itself, because it has not heard of the node for a while."""
     return isinstance(reply, Error) and reply.code == NODE_UNAVAILABLE
-
-
-def _payload(content: RecordDict, name: str) -> bytes:
-    array = content.array_records.get(name, ArrayRecord()).get(name)
-    if array is None or array.stype != _STYPE:
-        raise ValueError(f"the reply holds no '{name}'")
-    return array.data
-
-
-def _numbers(content: RecordDict, name: str) -> dict[str, float]:
-    numbers: dict[str, float] = {}
-    for key, value in content.metric_records.get(name, MetricRecord()).items():
-        if isinstance(value, list) or not math.isfinite(value):
-            raise ValueError(f"{name}: {key[:64]} is {str(value)[:40]}, must be a finite number")
-        if not METRIC.fullmatch(key) or len(numbers) == MOST_METRICS:
-            raise ValueError(f"{name}: {key[:64]!r} is no name of a metric, or one too many")
-        numbers[key] = value
-    return numbers
 
 
 def _accuracy(content: RecordDict, tasks: int) -> Accuracy:
@@ -524,35 +321,3 @@ def _accuracy(content: RecordDict, tasks: int) -> Accuracy:
             raise ValueError(f"accuracy under mask {mask} is {str(values)[:40]}, must be {tasks} numbers in %")
         accuracy[mask] = [float(value) for value in values]
     return accuracy
-
-
-def _known(content: RecordDict) -> Known:
-    """What the server knows of this client, as its message says it."""
-    messages = {name: array.data for name, array in content.array_records["downloads"].items()}
-    tasks, rounds, accepted = (_integers(content.config_records["ends"], name) for name in ENDS)
-    return Known(
-        since=_integer(content.config_records["round"], "since"),
-        start=messages.get("0"),
-        ends=tuple(
-            End(task, round, bool(counts), messages.get(str(round)))
-            for task, round, counts in zip(tasks, rounds, accepted, strict=True)
-        ),
-    )
-
-
-def _integer(record: ConfigRecord, name: str) -> int:
-    value = record.get(name)
-    if type(value) is not int:
-        raise ValueError(f"the message's {name} is {str(value)[:40]}, must be a whole number")
-    return value
-
-
-def _integers(record: ConfigRecord, name: str) -> list[int]:
-    values = record.get(name, [])
-    if not isinstance(values, list):
-        raise ValueError(f"the message's {name} is {str(values)[:40]}, must be a list")
-    return [int(value) for value in values]
-
-
-def _reply(message: Message, **records: Any) -> Message:
-    return Message(RecordDict(records), reply_to=message)

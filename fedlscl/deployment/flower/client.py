@@ -1,0 +1,183 @@
+"""A client's side of a federation on Flower: the app that answers for one client, whose state is on its own disk.
+
+Flower makes it anew whenever it likes, from the words of the command line.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from lightning.pytorch.loggers import Logger
+
+from fedlscl.deployment.flower.wire import (
+    ENDS,
+    UPLOAD,
+    array_of,
+    names_sha256,
+)
+from fedlscl.deployment.flower.words import as_error, experiment_of
+from fedlscl.deployment.node import End, Known, Node
+from fedlscl.deployment.shares import LocalShare
+from fedlscl.federation.worker import Worker
+from fedlscl.models.vit import weights_sha256
+from fedlscl.run.configuration import Configuration
+from fedlscl.schedule import Round
+
+client_app = ClientApp()
+
+
+@client_app.query("who")
+def who(message: Message, context: Context) -> Message:
+    """Say which client this is, of which classes and split its data are, and what the run's words mean here.
+
+    Its own words may name the weights by another path.
+    """
+    index, folder = _client(context), str(context.node_config.get("data", ""))
+    data = LocalShare(Path(folder)) if folder else _own(context)[1].template.data
+    data.setup()
+    words, own_words = str(context.run_config["words"]), str(context.node_config.get("words", ""))
+    with as_error():
+        weights = Configuration(shlex.split(f"{words} {own_words}")).values["backbone"]["weights"]
+        own = {
+            "split": data.split_sha256,
+            "list of classes": names_sha256(data),
+            "configuration": Configuration(shlex.split(words)).sha256,
+            "file of weights": weights_sha256(weights) or "none",
+        }
+    return _reply(message, who=ConfigRecord({"client": index, **own}))
+
+
+@client_app.train()
+def fit(message: Message, context: Context) -> Message:
+    """Train in a round, and reply with the upload and what training logged."""
+    numbers, metrics = message.content.config_records["round"], _Metrics()
+    with _node(message, context) as node:
+        round = Round(
+            _integer(numbers, "task"), _integer(numbers, "round"), bool(numbers["ends_task"]), node.worker.template.seed
+        )
+        upload = node.fit(round, _known(message.content), bool(numbers["uploads"]), metrics)
+    records: dict[str, Any] = {"metrics": MetricRecord({**metrics.values})}
+    if upload is not None:
+        records["upload"] = ArrayRecord({UPLOAD: array_of(upload)})
+    return _reply(message, **records)
+
+
+@client_app.evaluate()
+def end(message: Message, context: Context) -> Message:
+    """Hear the end of a round, and reply with the accuracies."""
+    with _node(message, context) as node:
+        accuracy = node.end(_known(message.content))
+    return _reply(message, accuracy=MetricRecord({**accuracy}))
+
+
+@client_app.query("cost")
+def cost(message: Message, context: Context) -> Message:
+    """Count what this client trains and computes."""
+    with _node(message, context) as node:
+        counts = node.cost(_known(message.content))
+    return _reply(message, cost=MetricRecord({**counts}))
+
+
+@contextmanager
+def _node(message: Message, context: Context) -> Iterator[Node]:
+    """This client and its disk; waits for a simulation's worker that still answers a message that has timed out."""
+    index, worker, folder = _own(context)
+    meant = _integer(message.content.config_records["round"], "client")
+    if meant != index:
+        raise ValueError(f"the message is for client {meant}, and this is client {index}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f".client-{index}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield Node(worker, index, folder / f"client-{index}")
+
+
+def _own(context: Context) -> tuple[int, Worker, Path]:
+    """Which client this is, what it trains with, and where its state is.
+
+    In the node's configuration: ``client``, its number; ``data``, its share as `fedlscl deal` writes it; ``words``,
+    what is different on this machine, such as ``--trainer.accelerator gpu``. In a simulation all is that of the run.
+    """
+    config, index = context.node_config, _client(context)
+    worker, folder = _worker(
+        str(context.run_config["words"]), str(config.get("words", "")), str(config.get("data", ""))
+    )
+    if not 0 <= index < worker.template.clients or not worker.template.data.split.clients[index].tasks:
+        raise ValueError(f"client is {index} in the node's configuration, but the data there are not of that client")
+    return index, worker, folder
+
+
+def _client(context: Context) -> int:
+    index = context.node_config.get("client", context.node_config.get("partition-id"))
+    if type(index) is not int:
+        raise ValueError(f"client is {index!r} in the node's configuration, must be a number: client=0")
+    return index
+
+
+@cache
+def _worker(words: str, own_words: str, data: str) -> tuple[Worker, Path]:
+    """What clients train with, and their folder; a process that answers several messages builds it once."""
+    with as_error():
+        folder = Configuration(shlex.split(words)).run_dir
+    return Worker(experiment_of(f"{words} {own_words}", data).template()), folder
+
+
+class _Metrics(Logger):
+    """Keeps what a fit logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, float] = {}
+
+    @property
+    def name(self) -> str:
+        return "client"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.values |= {name: float(value) for name, value in metrics.items()}
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def _known(content: RecordDict) -> Known:
+    """What the server knows of this client, as its message says it."""
+    messages = {name: array.data for name, array in content.array_records["downloads"].items()}
+    tasks, rounds, accepted = (_integers(content.config_records["ends"], name) for name in ENDS)
+    return Known(
+        since=_integer(content.config_records["round"], "since"),
+        start=messages.get("0"),
+        ends=tuple(
+            End(task, round, bool(counts), messages.get(str(round)))
+            for task, round, counts in zip(tasks, rounds, accepted, strict=True)
+        ),
+    )
+
+
+def _integer(record: ConfigRecord, name: str) -> int:
+    value = record.get(name)
+    if type(value) is not int:
+        raise ValueError(f"the message's {name} is {str(value)[:40]}, must be a whole number")
+    return value
+
+
+def _integers(record: ConfigRecord, name: str) -> list[int]:
+    values = record.get(name, [])
+    if not isinstance(values, list):
+        raise ValueError(f"the message's {name} is {str(values)[:40]}, must be a list")
+    return [int(value) for value in values]
+
+
+def _reply(message: Message, **records: Any) -> Message:
+    return Message(RecordDict(records), reply_to=message)
