@@ -27,13 +27,16 @@ if TYPE_CHECKING:
     from fedlscl.federation.callback import RoundResult as RoundResult
     from fedlscl.messages import AtMost as AtMost
     from fedlscl.messages import Download as Download
+    from fedlscl.messages import MessageError as MessageError
     from fedlscl.messages import Schema as Schema
     from fedlscl.messages import TensorSpec as TensorSpec
     from fedlscl.messages import Upload as Upload
     from fedlscl.messages import schema_of as schema_of
+    from fedlscl.models.cnn import SmallModel as SmallModel
     from fedlscl.models.cnn import SmallModelSpec as SmallModelSpec
     from fedlscl.models.vit import FrozenViT as FrozenViT
     from fedlscl.run.simulation import simulate as simulate
+    from fedlscl.schedule import Round as Round
     from fedlscl.server import Answer as Answer
     from fedlscl.server import Answers as Answers
     from fedlscl.server import Context as Context
@@ -55,10 +58,11 @@ _HOMES = {
     "data.source": ("Dataset", "ImageSet", "Source"),
     "data.splits": ("SplitSpec",),
     "federation.callback": ("RoundResult",),
-    "messages": ("AtMost", "Download", "Schema", "TensorSpec", "Upload", "schema_of"),
-    "models.cnn": ("SmallModelSpec",),
+    "messages": ("AtMost", "Download", "MessageError", "Schema", "TensorSpec", "Upload", "schema_of"),
+    "models.cnn": ("SmallModel", "SmallModelSpec"),
     "models.vit": ("FrozenViT",),
     "run.simulation": ("simulate",),
+    "schedule": ("Round",),
     "server": ("Answer", "Answers", "Context", "FedAvg", "Isolated", "Metrics", "Server"),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
