@@ -19,6 +19,7 @@ from torch import Tensor
 from fedlscl.files import replacing, sync, write_atomically
 
 MANIFEST = "state.json"
+FORMAT = 2  # raise it when what clients and servers keep gets other names or another meaning
 
 
 _OURS = re.compile(r"[\w-]+\.\d+\.safetensors|\..+\.tmp")
@@ -34,8 +35,20 @@ def read(folder: Path, name: str) -> dict[str, Tensor]:
 
     Raises:
         KeyError: if there is nothing under that name.
+        ValueError: if another version of fedlscl has written the folder.
     """
-    return _load(folder, json.loads((folder / MANIFEST).read_text())["files"][name])
+    return _load(folder, _manifest(folder)["files"][name])
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What a folder's manifest says."""
+    state: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    if (found := state.get("format", 1)) != FORMAT:
+        raise ValueError(
+            f"'{folder}' holds states in format {found}, this version of fedlscl has {FORMAT}: use the version that "
+            "wrote them, or give another run_dir"
+        )
+    return state
 
 
 def _load(folder: Path, files: list[str]) -> dict[str, Tensor]:
@@ -48,15 +61,17 @@ class Store:
 
     Args:
         folder: created if missing; continued if it holds a complete round.
+
+    Raises:
+        ValueError: if the folder holds something else, or states of another version of fedlscl.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        manifest = folder / MANIFEST
         state: dict[str, Any] = {"version": 0, "files": {}, "progress": {}}
-        if manifest.exists():
-            state = json.loads(manifest.read_text())
+        if (folder / MANIFEST).exists():
+            state = _manifest(folder)
         elif foreign := [path.name for path in folder.iterdir() if not _OURS.fullmatch(path.name)]:
             raise ValueError(f"'{folder}' holds other files ({foreign[0]}); a checkpoint needs a folder of its own")
         self.version: int = state["version"]
@@ -116,7 +131,7 @@ class Store:
         self._unsaved.clear()
         self.version += 1
         self.progress = dict(progress)
-        state = {"version": self.version, "files": self.files, "progress": self.progress}
+        state = {"format": FORMAT, "version": self.version, "files": self.files, "progress": self.progress}
         write_atomically(self.folder / MANIFEST, json.dumps(state).encode())
         self._remove_others()
 
