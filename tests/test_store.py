@@ -183,7 +183,7 @@ def test_an_amendment_is_as_small_as_what_has_changed(tmp_path: Path) -> None:
 def test_nothing_but_safetensors_and_json_is_kept(committed: Path) -> None:
     for path in committed.iterdir():
         if path.name == MANIFEST:
-            assert set(json.loads(path.read_text())) == {"version", "files", "progress"}
+            assert set(json.loads(path.read_text())) == {"format", "version", "files", "progress"}
         else:
             assert path.suffix == ".safetensors"
             with safe_open(path, framework="pt") as file:
