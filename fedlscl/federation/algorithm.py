@@ -67,14 +67,13 @@ class Federation:
             RuntimeError: if nobody takes part in a round to its end; what was done before is in the store.
         """
         callback = callback or FederationCallback()
-        history = self.history
+        history = self.store.progress.get("history", [])
         tasks, seed = self.template.data.split.spec.tasks, self.template.seed
         for round in self.schedule.after(len(history), tasks, seed):
             result = self._round(round, callback)
-            history.append(result)
             callback.on_round_end(result)
-            entries = [entry.to_json() for entry in history]
-            self.store.commit({"round": round.number, "history": entries, **callback.state_dict()})
+            history = [*history, result.to_json()]
+            self.store.commit({"round": round.number, "history": history, **callback.state_dict()})
             yield result
 
     def _round(self, round: Round, callback: FederationCallback) -> RoundResult:

@@ -8,6 +8,9 @@ from typing import Any, Literal
 import torch.utils.deterministic
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+TALKATIVE = ("lightning.pytorch", "lightning.fabric")
+"""Loggers that tell of devices and hints whenever a Trainer is made, which here is hundreds of times."""
+
 
 class RoundTrainer(Trainer):
     """A Trainer for one pass over one round's batches on one device.

@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import Logger
 
 from fedlscl.client import Client
 from fedlscl.data.module import FederatedDataModule
-from fedlscl.federation.trainer import RoundTrainer
+from fedlscl.federation.trainer import TALKATIVE, RoundTrainer
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 from fedlscl.run.experiment import Experiment, Tracking
@@ -108,8 +108,7 @@ class Configuration:
             if threads < 1:
                 raise ValueError(f"threads is {threads}, must be at least 1")
             torch.set_num_threads(threads)
-        # of devices and loggers is told whenever a Trainer is made, which here is hundreds of times
-        for name in ("lightning.pytorch", "lightning.fabric"):
+        for name in TALKATIVE:
             logging.getLogger(name).setLevel(logging.WARNING)
         try:
             values = self._cli.build()

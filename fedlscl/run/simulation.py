@@ -22,16 +22,13 @@ from fedlscl.federation.algorithm import Federation
 from fedlscl.federation.callback import FederationCallback, RoundResult
 from fedlscl.federation.store import Store
 from fedlscl.federation.template import Template
-from fedlscl.federation.trainer import RoundTrainer
+from fedlscl.federation.trainer import TALKATIVE, RoundTrainer
 from fedlscl.federation.transport import InProcess
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 from fedlscl.run.console import FederationProgress, ProgressCallback
 from fedlscl.schedule import Schedule
 from fedlscl.server import Server
-
-TALKATIVE = ("lightning.pytorch", "lightning.fabric")
-"""Loggers that tell of devices and hints whenever a Trainer is made, which here is hundreds of times."""
 
 
 def simulate(
