@@ -148,7 +148,8 @@ class FedWeITClient(Client):
         super().on_train_start()
         if self.memory.archive:
             self.reference = self.memory.received["reference"].to(self.device)
-            self.held = self.memory.archive.stacked("mask", self.mask).sigmoid().square().sum(0)
+            gates = [one["mask"].sigmoid().square() for one in self.memory.archive.values()]
+            self.held = torch.stack(gates).sum(0)
 
     def collaborative_losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy and the terms on the weights."""
