@@ -441,7 +441,8 @@ def test_every_round_begins_with_a_copy_and_ends_with_a_step_of_the_generator(
     def watch(images: Tensor, targets: Tensor, number: int) -> Any:
         generator, copied = (copy_of(dict(net.named_parameters())) for net in (module.generator, module.copied))
         starts.append((generator, same(generator, copied)))
-        moments.append(len(module.optimizers()[0].optimizer.state))
+        optimizers: Any = module.optimizers()
+        moments.append(len(optimizers[0].optimizer.state))
         return objective(images, targets, number)
 
     first = copy_of(dict(module.generator.named_parameters()))
