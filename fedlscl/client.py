@@ -48,6 +48,8 @@ class Client(ClientModel):
     automatic_optimization = False
     # the masks under which a test image is classified with parameters that the task it belongs to has chosen
     task_aware: ClassVar[tuple[str, ...]] = ()
+    # settings of which the method allows one value: the name, and the word or the class of the object
+    required: ClassVar[tuple[tuple[str, str | type], ...]] = ()
     current_mask: Tensor  # (K,) true for the classes of the current task
     seen_mask: Tensor  # (K,) true for all classes of this client up to the current task
     learned_mask: Tensor  # (K,) true for the classes of this client's finished tasks
@@ -83,6 +85,12 @@ class Client(ClientModel):
         self.evaluation_batch_size, self.gradient_clip = evaluation_batch_size, gradient_clip
         self.train_mask, self.buffer_size, self.selection = train_mask, buffer_size, selection
         self.snapshot = snapshot
+        for name, wanted in self.required:
+            value = getattr(self, name)
+            found = value if isinstance(value, str) else type(value)
+            if found != wanted:
+                given, right = (one.__name__ if isinstance(one, type) else one for one in (found, wanted))
+                raise ValueError(f"model.{name} is {given}, must be {right} for {type(self).__name__}")
         # Buffers follow the module to its device; these belong to one fit or test and to no state
         for name in ("current_mask", "seen_mask", "learned_mask", "competing_mask"):
             self.register_buffer(name, torch.empty(0), persistent=False)
@@ -99,9 +107,13 @@ class Client(ClientModel):
         self.learned_mask = self.data.class_mask(0, self.memory.learned)
         self.current, self.current_mask, self.seen_mask = self.training_set()
         self.competing_mask = self.current_mask if self.train_mask == "task" else self.seen_mask
+        self.draw_plan()
+        self.train()
+
+    def draw_plan(self) -> None:
+        """Lay down the steps of this round: the samples of each pass, in random order."""
         rng = self.rng("order")
         self.plan = make_plan(self.passes(rng), self.batch_size, rng)
-        self.train()
 
     def training_set(self) -> tuple[Tensor, Tensor, Tensor]:
         """Images (n,) of the current task, its classes (K,), and all classes seen (K,)."""

@@ -18,7 +18,7 @@ from fedlscl.batches import Output
 from fedlscl.data.local import LocalData
 from fedlscl.data.module import FederatedDataModule
 from fedlscl.data.splits import Split
-from fedlscl.memory import Memory, below
+from fedlscl.memory import Memory, above, below
 from fedlscl.messages import Download, Schema, schema_of
 from fedlscl.models.cache import Lookup
 from fedlscl.models.cnn import SmallModelSpec
@@ -110,8 +110,8 @@ class ClientModel(LightningModule, ABC):
 
     def state(self) -> dict[str, Tensor]:
         """Everything of this client that must survive a round, as named tensors on the CPU."""
-        model = {f"model.{name}": tensor.detach().cpu() for name, tensor in self.state_dict().items()}
-        return model | {f"memory.{name}": tensor for name, tensor in self.memory.to_tensors().items()}
+        model = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
+        return above(model, "model.") | above(self.memory.to_tensors(), "memory.")
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over networks and memory from what `state` returned."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+T = TypeVar("T")
 Ranking = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 
 
@@ -52,24 +54,32 @@ SELECTIONS: dict[str, Ranking] = {"lowest_loss": lowest_loss, "herding": herding
 def select(
     ranking: Ranking, losses: Tensor, features: Tensor, labels: Tensor, per_class: int, rng: torch.Generator
 ) -> Tensor:
-    """The `per_class` first samples of every class under `ranking`, or all of a class that has fewer.
+    """The `per_class` first samples of every class under `ranking`, or all of a class that has fewer; see `ranked`.
+
+    Returns:
+        (at most M x classes,) positions into the n samples, ascending.
+    """
+    return torch.cat([one[:per_class] for one in ranked(ranking, losses, features, labels, rng)]).sort().values
+
+
+def ranked(
+    ranking: Ranking, losses: Tensor, features: Tensor, labels: Tensor, rng: torch.Generator
+) -> Iterator[Tensor]:
+    """The samples of every class in the order of `ranking`, class by class, ascending.
 
     Args:
         ranking: one of `SELECTIONS`.
         losses: (n,) cross-entropy of each sample.
         features: (n, d) representation of each sample.
         labels: (n,) class numbers.
-        per_class: M.
         rng: for rankings that draw.
 
-    Returns:
-        (at most M x classes,) positions into the n samples, ascending.
+    Yields:
+        (samples of the class,) positions into the n samples.
     """
-    kept = []
     for label in torch.unique(labels).tolist():
         members = (labels == label).nonzero().squeeze(1)
-        kept.append(members[ranking(losses[members], features[members], rng)[:per_class]])
-    return torch.cat(kept).sort().values
+        yield members[ranking(losses[members], features[members], rng)]
 
 
 def _no_samples() -> Tensor:
@@ -149,7 +159,7 @@ class Memory:
             "buffer": self.buffer,
             "candidates": self.candidates,
             **{f"{group}.{name}": value for group in _GROUPS for name, value in getattr(self, group).items()},
-            **{f"archive.{name}": value for name, value in self.archive.to_tensors().items()},
+            **above(self.archive.to_tensors(), "archive."),
         }
 
     @classmethod
@@ -164,3 +174,8 @@ class Memory:
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with `prefix`, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def above(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
+    """The reverse of `below`: tensors, or what they look like, under names that begin with `prefix`."""
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}

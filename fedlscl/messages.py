@@ -57,10 +57,14 @@ class TensorSpec:
         return cls(tuple(tensor.shape), tensor.dtype)
 
     @property
+    def largest(self) -> tuple[int, ...]:
+        """Shape of the largest tensor that fits."""
+        return tuple(size.limit if isinstance(size, AtMost) else size for size in self.shape)
+
+    @property
     def max_bytes(self) -> int:
         """Size of the largest tensor that fits, in bytes."""
-        sizes = (size.limit if isinstance(size, AtMost) else size for size in self.shape)
-        return math.prod(sizes) * self.dtype.itemsize
+        return math.prod(self.largest) * self.dtype.itemsize
 
     def problem(self, shape: tuple[int, ...], dtype: torch.dtype | None) -> str | None:
         """Why a tensor of this shape and dtype is not acceptable, or None."""
@@ -82,6 +86,11 @@ Schema = Mapping[str, TensorSpec]
 def schema_of(tensors: Mapping[str, Tensor]) -> Schema:
     """The schema that tensors of exactly these names, shapes and dtypes fulfil."""
     return {name: TensorSpec.like(tensor) for name, tensor in tensors.items()}
+
+
+def optional(schema: Schema) -> Schema:
+    """The schema of which every tensor may be missing."""
+    return {name: replace(spec, optional=True) for name, spec in schema.items()}
 
 
 @dataclass(frozen=True)

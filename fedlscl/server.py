@@ -78,14 +78,15 @@ class Server(ABC):
     """What every method's server does once a round."""
 
     listens: ClassVar[bool] = True  # false: nobody uploads anything
+    serves: ClassVar[str] = ""  # the client that it is made for, where it cannot serve all
+    needs: ClassVar[tuple[str, ...]] = ()  # what such clients send, up to the first dot in the tensors' names
+    gives: ClassVar[tuple[str, ...]] = ()  # likewise what they take back
 
     def __init__(self) -> None:
         self.server_images = 0  # how many labelled training images of each class this server must have of its own
 
-    def begin(  # noqa: B027 - most servers have nothing to check
-        self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]
-    ) -> None:
-        """Hear, before any training, what clients will send and take back.
+    def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
+        """Hear, before any training, what clients will send and take back, and refuse those without what it `needs`.
 
         Args:
             uploads: what an upload looks like.
@@ -96,6 +97,13 @@ class Server(ABC):
         Raises:
             ValueError: if the server cannot work with these messages.
         """
+        for wanted, schema, how in ((self.needs, uploads, "send"), (self.gives, downloads, "take back")):
+            there = {name.partition(".")[0] for name in schema}
+            if missing := [name for name in wanted if name not in there]:
+                raise ValueError(
+                    f"server is {type(self).__name__}, which needs clients that {how} '{missing[0]}', but model does "
+                    f"not; take the model {self.serves}, or the server FedAvg"
+                )
 
     def hold(self, images: Tensor, labels: Tensor) -> None:
         """Keep the server's own images, if any are wanted; called once, before any training.
@@ -157,6 +165,7 @@ class FedAvg(Server):
 
     def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
         """Average what clients take back; of what else they send FedAvg makes no use."""
+        super().begin(uploads, downloads, model)
         if not downloads:
             raise ValueError("server: FedAvg has nothing to average, since model shares no tensor; take Isolated")
         self.names = tuple(name for name, spec in downloads.items() if not spec.optional)

@@ -133,7 +133,56 @@ def test_a_local_snapshot_of_images_to_come_is_refused() -> None:
         make_client(FedAvgClient, continual=Watching(), snapshot="local")
 
 
+class Settled(FedAvgClient):
+    """Works in one way only."""
+
+    required = (("train_mask", "task"), ("continual", NoReplay))
+
+
+class Quiet(NoReplay):
+    """A strategy of a user's own, of which a method cannot know what it does."""
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"train_mask": "seen"}, r"model\.train_mask is seen, must be task for Settled"),
+        ({"continual": Watching()}, r"model\.continual is Watching, must be NoReplay for Settled"),
+        ({"continual": Quiet()}, r"model\.continual is Quiet, must be NoReplay for Settled"),
+    ],
+)
+def test_a_setting_that_the_method_requires_is_named(settings: dict[str, Any], text: str) -> None:
+    suitable = {"train_mask": "task", "continual": NoReplay()}
+    assert make_client(Settled, **suitable).train_mask == "task"
+    with pytest.raises(ValueError, match=text):
+        make_client(Settled, **{**suitable, **settings})
+
+
 # ---- servers
+
+
+class Choosy(FedAvg):
+    """Serves clients that send `a` and take back `b`."""
+
+    serves, needs, gives = "SomeClient", ("a",), ("b",)
+
+
+@pytest.mark.parametrize(
+    ("up", "down", "problem"),
+    [
+        (["x", "ab.weight"], ["x", "b.bias"], "send 'a', but model does not"),
+        (["x", "a.weight"], ["x", "ab"], "take back 'b', but model does not"),
+        (["x", "a"], [], "take back 'b', but model does not"),
+    ],
+)
+def test_a_server_refuses_clients_without_what_it_needs(up: list[str], down: list[str], problem: str) -> None:
+    one = TensorSpec((1,))
+    server = Choosy()
+    fitting = dict.fromkeys(["x", "a.weight"], one), {"x": one, "b": TensorSpec((1,), optional=True)}
+    server.begin(*fitting, lambda: pytest.fail("no model is wanted"))
+    assert server.names == ("x",)
+    with pytest.raises(ValueError, match=f"server is Choosy, .*clients that {problem}; take the model SomeClient, or"):
+        server.begin(dict.fromkeys(up, one), dict.fromkeys(down, one), lambda: pytest.fail("no model is wanted"))
 
 
 class Ageing(FedAvg):

@@ -598,7 +598,7 @@ def test_a_servers_setting_out_of_range_is_named(change: dict[str, Any], text: s
 
 
 def test_the_server_refuses_clients_without_a_global_prompt(make: Make) -> None:
-    with pytest.raises(ValueError, match=r"fuses global prompts, which model does not have; take .*FedMGPClient"):
+    with pytest.raises(ValueError, match=r"FedMGPServer, .* send 'prompt', .* the model FedMGPClient"):
         make(client=make_client(FedAvgClient, train_mask="task"), server=server())
 
 

@@ -24,11 +24,18 @@ from fedlscl.federation.trainer import fit_once
 from fedlscl.memory import below
 from fedlscl.messages import Download, Message, Upload
 from fedlscl.methods.fedavg import FedAvgClient
-from fedlscl.methods.glfc.client import TEACHERS, GLFCClient, first_of_each
+from fedlscl.methods.glfc.client import (
+    TEACHERS,
+    GLFCClient,
+    binary,
+    entropy,
+    first_of_each,
+    gradient_compensation,
+    relation_distillation,
+    weights,
+)
 from fedlscl.methods.glfc.gradients import encoded, encoding_net, labels_of
-from fedlscl.methods.glfc.losses import binary, entropy, gradient_compensation, relation_distillation, weights
-from fedlscl.methods.glfc.reconstruction import Reconstruction
-from fedlscl.methods.glfc.server import GLFCServer
+from fedlscl.methods.glfc.server import GLFCServer, Reconstruction
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.create import resize
 from fedlscl.models.vit import FrozenViT
@@ -148,7 +155,7 @@ def test_an_image_is_fitted_to_its_gradient() -> None:
     net, rng = encoding_net(3), torch.Generator().manual_seed(0)
     truth = torch.rand(2, 3, 32, 32, generator=rng)
     gradients = torch.stack([encoded(net, truth[n : n + 1], torch.tensor([n + 1])) for n in range(2)])
-    module = Reconstruction(gradients, 3, iterations=12, learning_rate=0.1, monitors=3, rng=rng)
+    module = Reconstruction(gradients, 3, server(iterations=12, learning_rate=0.1, monitors=3), rng)
     near = truth + 0.1 * torch.randn(truth.shape, generator=rng)  # from afar it takes hundreds of iterations
     with torch.no_grad():
         for image, start in zip(module.images, near, strict=True):
@@ -309,7 +316,7 @@ def test_the_teacher_is_the_latest_best_after_a_signal_and_then_the_previous(mak
     federation = make(client=client(), server=server())
     body = restore_client(federation, 0)
     fit(body, 1, 1)
-    assert body.targets is None
+    assert len(body.soft) == 0
     start = copy_of(body.shared())
     models = {"latest": shifted(start, 0.01), "previous": shifted(start, -0.02)}
     teachers = {f"teacher.{which}.{name}": t for which, model in models.items() for name, t in model.items()}
@@ -336,7 +343,7 @@ def test_a_step_has_both_halves_only_with_a_teacher(body: Any) -> None:
     output = body.output(batch.images)
     alone = body.collaborative_losses(output, batch)
     assert set(alone) == {"compensation"}
-    body.targets = lambda images: torch.full((len(images.labels), 8), 0.5)
+    body.soft = torch.full((len(body.asked), 8), 0.5)
     both = body.collaborative_losses(output, batch)
     assert set(both) == {"compensation", "relation"}
     torch.testing.assert_close(2 * both["compensation"], alone["compensation"])
@@ -377,8 +384,8 @@ def test_the_best_model_is_kept_and_starts_anew_with_new_gradients(make: Make) -
     for which, models in kept.items():
         for number, answer in enumerate(answers):
             assert same(answer[which], sent[models[number]] if number in models else {})
-    assert same(proxy.teachers["latest"], sent[4])
-    assert same(proxy.teachers["previous"], sent[3])
+    assert same(below(proxy.teachers, "latest."), sent[4])
+    assert same(below(proxy.teachers, "previous."), sent[3])
 
 
 def test_the_mean_is_uniform_and_scored_on_the_monitor_images(make: Make) -> None:
@@ -440,7 +447,7 @@ def test_a_message_has_the_bytes_of_the_formula(vit: FrozenViT, classes: int, si
         ({"threshold": math.nan}, r"model\.threshold is nan"),
         ({"perturbation_steps": -1}, r"model\.perturbation_steps is -1"),
         ({"perturbation_rate": -0.1}, r"model\.perturbation_rate is -0\.1"),
-        ({"snapshot": "local"}, r"model\.snapshot is local, .*; take deployed"),
+        ({"snapshot": "local"}, r"model\.snapshot is local, must be deployed for GLFCClient"),
     ],
 )
 def test_wrong_settings_of_the_client_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -462,7 +469,7 @@ def test_wrong_settings_of_the_server_are_refused(settings: dict[str, Any], mess
 
 
 def test_a_client_and_a_server_that_do_not_fit_are_refused(make: Make) -> None:
-    with pytest.raises(ValueError, match="GLFCServer needs the gradients"):
+    with pytest.raises(ValueError, match=r"GLFCServer, .* send 'gradients', .* the model GLFCClient"):
         make(client=make_client(FedAvgClient, continual=NoReplay()), server=server())
     federation = make(client=client(), server=FedAvg())  # GLFC without its proxy has no teacher, but is possible
     assert isinstance(restore_client(federation, 0), nn.Module)

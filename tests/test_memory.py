@@ -9,7 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlscl.memory import SELECTIONS, Archive, Memory, Ranking, herding, lowest_loss, random, select
+from fedlscl.memory import (
+    SELECTIONS,
+    Archive,
+    Memory,
+    Ranking,
+    above,
+    below,
+    herding,
+    lowest_loss,
+    random,
+    ranked,
+    select,
+)
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -128,6 +140,19 @@ def test_lowest_loss_keeps_nothing_that_is_worse_than_what_it_leaves() -> None:
     left[kept] = False
     for label in range(3):
         assert losses[kept][labels[kept] == label].max() <= losses[left & (labels == label)].min()
+
+
+def test_the_samples_of_each_class_are_ranked_class_by_class() -> None:
+    losses, labels = torch.tensor([3.0, 1.0, 2.0, 0.5, 1.0]), torch.tensor([4, 0, 4, 0, 4])
+    found = list(ranked(lowest_loss, losses, torch.zeros(5, 1), labels, rng()))
+    assert [positions.tolist() for positions in found] == [[3, 1], [4, 2, 0]]
+
+
+def test_a_prefix_is_put_before_names_and_taken_off() -> None:
+    tensors = {"a": torch.ones(1), "b.c": torch.zeros(2)}
+    named = above(tensors, "x.")
+    assert list(named) == ["x.a", "x.b.c"]
+    assert below({**named, "xa": torch.ones(1)}, "x.") == tensors
 
 
 def test_the_names_that_configurations_use_stay() -> None:

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlscl.messages import AtMost, Download, Message, MessageError, Received, Schema, TensorSpec, Upload
+from fedlscl.messages import AtMost, Download, Message, MessageError, Received, Schema, TensorSpec, Upload, optional
 
 SCHEMA: Schema = {
     "weight": TensorSpec((2, 3)),
@@ -387,6 +387,15 @@ def test_a_specification_knows_its_largest_size() -> None:
     assert TensorSpec((2, 3)).max_bytes == 24
     assert TensorSpec((AtMost(4), 3), torch.float64).max_bytes == 96
     assert TensorSpec((), torch.int64).max_bytes == 8
+    assert TensorSpec((AtMost(4), 3)).largest == (4, 3)
+
+
+def test_of_an_optional_schema_every_tensor_may_be_missing() -> None:
+    schema = optional({"x": TensorSpec((AtMost(2), 3), torch.int64), "y": TensorSpec((), optional=True)})
+    assert schema == {
+        "x": TensorSpec((AtMost(2), 3), torch.int64, optional=True),
+        "y": TensorSpec((), optional=True),
+    }
     assert TensorSpec.like(torch.zeros(2, 5, dtype=torch.int32)) == TensorSpec((2, 5), torch.int32)
 
 

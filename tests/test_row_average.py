@@ -84,7 +84,7 @@ def test_the_bytes_of_the_formula(make: Make) -> None:
 
 def test_impossible_settings_are_named(make: Make) -> None:
     silent = make_client(FrozenViTClient, continual=NoReplay(), share="head")
-    with pytest.raises(ValueError, match="RowAverage wants 'class_counts' from the clients"):
+    with pytest.raises(ValueError, match=r"RowAverage, .* send 'class_counts', .* CountingFrozenViTClient"):
         make(client=silent, server=RowAverage(ROWS))
     counting = make_client(CountingFrozenViTClient, continual=NoReplay(), share="head", hidden=5)
     with pytest.raises(ValueError, match=r"server\.rows names 'weight'.*\['2\.weight', '2\.bias'\]"):
@@ -94,7 +94,7 @@ def test_impossible_settings_are_named(make: Make) -> None:
 
 
 def test_images_that_are_replayed_would_not_be_counted() -> None:
-    with pytest.raises(ValueError, match=r"model\.continual must be NoReplay"):
+    with pytest.raises(ValueError, match=r"model\.continual is Replay, must be NoReplay for CountingFrozenViTClient"):
         make_client(CountingFrozenViTClient, share="head")
 
 

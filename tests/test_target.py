@@ -57,18 +57,23 @@ def test_the_distillation_is_the_formula() -> None:
         wanted = [math.exp(float(z) / 2) for z in teacher[b]]
         mine = [math.exp(float(logits[b, c]) / 2) for c in columns]
         total -= sum(w / sum(wanted) * math.log(m / sum(mine)) for w, m in zip(wanted, mine, strict=True))
-    assert float(target_client.distillation(logits, teacher, OLD, 2.0)) == pytest.approx(total / 3, rel=1e-5)
+    assert float(target_client.distillation(logits[:, OLD], teacher, 2.0)) == pytest.approx(total / 3, rel=1e-5)
 
 
-def test_new_columns_get_no_gradient_and_the_teacher_is_the_minimum() -> None:
-    logits, teacher = torch.randn(4, 5, requires_grad=True), torch.randn(4, 3)
-    (gradient,) = torch.autograd.grad(target_client.distillation(logits, teacher, OLD, 2.0), logits)
-    assert not gradient[:, ~OLD].any()
-    assert bool((gradient[:, OLD] != 0).all())
-    same_logits = torch.zeros(4, 5)
-    same_logits[:, OLD] = teacher
-    same_logits.requires_grad_()
-    (gradient,) = torch.autograd.grad(target_client.distillation(same_logits, teacher, OLD, 2.0), same_logits)
+def test_new_columns_get_no_gradient_and_the_teacher_is_the_minimum(make: Make) -> None:
+    body = restore_client(make(client=client(), server=server()), 0)
+    fit(body, 1, 1)
+    boundary(body, count=4)
+    received = body.memory.received
+    old = received["classes"]
+    assert 0 < int(old.sum()) < body.num_classes
+    student = body.old_logits(received["images"])
+    (gradient,) = torch.autograd.grad(
+        target_client.distillation(student, torch.randn(student.shape), 2.0), body.head.bias, retain_graph=True
+    )
+    assert not gradient[~old].any()
+    assert bool((gradient[old] != 0).all())
+    (gradient,) = torch.autograd.grad(target_client.distillation(student, student.detach(), 2.0), student)
     assert float(gradient.abs().max()) < 1e-7
 
 
@@ -172,8 +177,8 @@ def test_distillation_holds_the_old_columns(make: Make) -> None:
         body.eval()
         received = body.memory.received
         with torch.no_grad():
-            now = body(received["images"], {}).logits
-            drift.append(float(target_client.distillation(now, received["logits"], received["classes"], 2.0)))
+            now = body.old_logits(received["images"])
+            drift.append(float(target_client.distillation(now, received["logits"], 2.0)))
     assert drift[1] < drift[0]
 
 
@@ -286,15 +291,16 @@ def test_matching_statistics_have_no_distance() -> None:
     assert away == pytest.approx(float(wanted), rel=1e-4)
     assert net.norm.running_mean is not None
     assert net.norm.running_var is not None
-    net.norm.running_mean.copy_(met[0].mean.detach())
-    net.norm.running_var.copy_(met[0].variance.detach())
+    now = met[0].now.detach()
+    net.norm.running_mean.copy_(now[0])
+    net.norm.running_var.copy_(now[1])
     assert float(synthesis.statistics_distance(met, [], like).detach()) == 0
     # a batch counts for a tenth, the rounds before for the rest
-    off = [(met[0].mean.detach() + 1, met[0].variance.detach())]
+    off = [torch.stack([now[0] + 1, now[1]])]
     assert float(synthesis.statistics_distance(met, off, like).detach()) == pytest.approx(0.9 * 2, rel=1e-4)
     assert synthesis.mixed([], off) == off
-    later = synthesis.mixed(off, [(met[0].mean.detach(), met[0].variance.detach())])
-    torch.testing.assert_close(later[0][0], met[0].mean.detach() + 0.9)
+    later = synthesis.mixed(off, [now])
+    torch.testing.assert_close(later[0][0], now[0] + 0.9)
 
 
 def test_without_batch_normalisation_there_are_no_statistics() -> None:
@@ -435,7 +441,8 @@ def test_every_round_begins_with_a_copy_and_ends_with_a_step_of_the_generator(
     def watch(images: Tensor, targets: Tensor, number: int) -> Any:
         generator, copied = (copy_of(dict(net.named_parameters())) for net in (module.generator, module.copied))
         starts.append((generator, same(generator, copied)))
-        moments.append(len(module._optimizers()[0].optimizer.state))
+        optimizers: Any = module.optimizers()
+        moments.append(len(optimizers[0].optimizer.state))
         return objective(images, targets, number)
 
     first = copy_of(dict(module.generator.named_parameters()))
@@ -519,7 +526,7 @@ def test_more_images_than_a_client_takes_are_refused(make: Make) -> None:
 
 
 def test_a_client_of_another_method_is_refused(make: Make) -> None:
-    with pytest.raises(ValueError, match="TARGETServer hands out synthetic images"):
+    with pytest.raises(ValueError, match=r"TARGETServer, .* send 'classes', .* the model TARGETClient"):
         make(client=client(FedAvgClient), server=server())
 
 

@@ -13,13 +13,13 @@ Logged: collaborate/cross_entropy, collaborate/prototype (the second term).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedlscl import Answer, Answers, Batch, Context, FrozenViT, Metrics, Output, Schema, Server, SmallModelSpec, Upload
+from fedlscl import Answer, Answers, Batch, Context, FrozenViT, Metrics, Output, Server, SmallModelSpec, Upload
 from fedlscl.checks import at_least
 from fedlscl.messages import MessageError
 from fedlscl.methods.fedavg import FedAvgClient
@@ -74,10 +74,7 @@ class FedProtoClient(FedAvgClient):
 class FedProtoServer(Server):
     """Averages prototypes class by class, each weighted by the number of its images."""
 
-    def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
-        """Only for clients that send prototypes."""
-        if set(uploads) != {"prototypes", "images"}:
-            raise ValueError("server: FedProtoServer averages prototypes, which model does not send; take FedAvg")
+    serves, needs = "FedProtoClient", ("prototypes", "images")
 
     def check(self, upload: Upload) -> None:
         """Every image behind the upload is behind one of its prototypes."""

@@ -16,7 +16,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -70,22 +70,16 @@ class DataFreeClient(FedAvgClient):
 class DataFreeServer(FedAvg):
     """The mean of the clients' models, and after each task what is made of it without data.
 
-    A method defines `make_replay`, `hands_out` and `prefix`.
+    A method defines `make_replay`, `serves` and `gives`.
     """
 
-    hands_out: ClassVar[str]  # what is made, in words
-    prefix: ClassVar[str]  # with which the names of its tensors begin
+    needs = ("classes",)
 
     def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
-        """For clients that tell their classes and take what is made."""
+        """As yet no class has been learned."""
         super().begin(uploads, downloads, model)
-        if not ("classes" in uploads and any(name.startswith(self.prefix) for name in downloads)):
-            raise ValueError(
-                f"server: {type(self).__name__} hands out {self.hands_out} of the classes that clients learned, which "
-                "is not what model exchanges; take FedAvg or the client of the method"
-            )
         self.model = model
-        self.learned = torch.zeros(uploads["classes"].shape, dtype=torch.bool)  # type: ignore[arg-type]
+        self.learned = torch.zeros(uploads["classes"].largest, dtype=torch.bool)
 
     def state(self) -> dict[str, Tensor]:
         """Old, the classes that any client has told of."""
@@ -192,15 +186,14 @@ class Met(NamedTuple):
     """What one layer of batch normalisation was given."""
 
     layer: nn.modules.batchnorm._BatchNorm  # with `running_mean` and `running_var` (C,)
-    mean: Tensor  # (C,) of the batch
-    variance: Tensor  # (C,) of the batch, biased
+    now: Tensor  # (2, C) mean and variance of the batch, the latter biased
 
     @property
-    def running(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance (C,) of what the layer was given in training."""
+    def running(self) -> Tensor:
+        """Mean and variance (2, C) of what the layer was given in training."""
         assert self.layer.running_mean is not None  # `batch_statistics` looks at such layers alone
         assert self.layer.running_var is not None
-        return self.layer.running_mean, self.layer.running_var
+        return torch.stack([self.layer.running_mean, self.layer.running_var])
 
 
 @contextmanager
@@ -215,7 +208,7 @@ def batch_statistics(model: nn.Module) -> Iterator[list[Met]]:
         x = inputs[0].float()
         dims = [dim for dim in range(x.ndim) if dim != 1]
         assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        met.append(Met(layer, x.mean(dims), x.var(dims, unbiased=False)))
+        met.append(Met(layer, torch.stack([x.mean(dims), x.var(dims, unbiased=False)])))
 
     layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     hooks = [layer.register_forward_pre_hook(look) for layer in layers]

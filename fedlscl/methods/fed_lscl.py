@@ -16,7 +16,7 @@ Logged: collaborate/cross_entropy; replay/cross_entropy, replay/features (lambda
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -110,18 +110,12 @@ class O2D(Server):
         strength: lambda, which holds a student to its own generator.
     """
 
+    serves, needs = "FedLSCL", Generator._fields
+
     def __init__(self, strength: float = 0.5) -> None:
         super().__init__()
         at_least(0, "server", strength=strength)
         self.strength = strength
-
-    def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
-        """O2D is for clients that share a linear generator and send features with it."""
-        if set(uploads) != {"weight", "bias", "features"}:
-            raise ValueError(
-                f"server: one-by-one distillation needs uploads of weight, bias and features, but model sends "
-                f"{', '.join(sorted(uploads)[:3]) or 'nothing'}; take FedAvg or Isolated"
-            )
 
     @abstractmethod
     def fuse(
@@ -145,7 +139,7 @@ class O2D(Server):
 
 
 def _generator(upload: Upload) -> Generator:
-    return Generator(**upload.tensors)
+    return Generator(*(upload.tensors[name] for name in Generator._fields))
 
 
 class ExactO2D(O2D):

@@ -16,12 +16,12 @@ Logged: collaborate/cross_entropy.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from fedlscl.continual import Continual, NoReplay
+from fedlscl.continual import NoReplay
 from fedlscl.messages import Schema, TensorSpec, Upload, schema_of
 from fedlscl.methods.frozen_vit import FrozenViTClient
 from fedlscl.server import Answer, Answers, Context, FedAvg, Metrics
@@ -32,10 +32,7 @@ COUNTS = "class_counts"
 class CountingFrozenViTClient(FrozenViTClient):
     """`FrozenViTClient`, which also says how many images of each class it trained on; for the settings see there."""
 
-    def __init__(self, continual: Continual, **kwargs: Any) -> None:
-        super().__init__(continual=continual, **kwargs)
-        if not isinstance(continual, NoReplay):
-            raise ValueError("model.continual must be NoReplay: only current images are counted")
+    required = (("continual", NoReplay),)  # only current images are counted
 
     def outgoing(self) -> dict[str, Tensor]:
         """What is shared, and the images of each class (K,)."""
@@ -54,15 +51,15 @@ class RowAverage(FedAvg):
         weighting: how the others are averaged, see `FedAvg`.
     """
 
+    serves, needs = "CountingFrozenViTClient", (COUNTS,)
+
     def __init__(self, rows: list[str], weighting: Literal["samples", "uniform"] = "samples") -> None:
         super().__init__(weighting)
         self.rows = rows
 
     def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
-        """Only for clients that count, and for tensors with as many rows as there are classes."""
+        """Only for tensors with as many rows as there are classes."""
         super().begin(uploads, downloads, model)
-        if COUNTS not in uploads:
-            raise ValueError(f"server: RowAverage wants '{COUNTS}' from the clients; take a model that sends it")
         for name in self.rows:
             if name not in self.names or uploads[name].shape[:1] != uploads[COUNTS].shape:
                 fitting = [n for n in self.names if uploads[n].shape[:1] == uploads[COUNTS].shape]

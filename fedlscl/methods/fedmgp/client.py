@@ -16,7 +16,8 @@ from fedlscl.checks import at_least
 from fedlscl.client import Client
 from fedlscl.continual import NoReplay
 from fedlscl.losses import masked_cross_entropy
-from fedlscl.messages import Schema, TensorSpec, schema_of
+from fedlscl.memory import above
+from fedlscl.messages import Schema, optional, schema_of
 from fedlscl.methods.fed_l2p import similarities
 from fedlscl.methods.frozen_vit import make_head
 from fedlscl.models.adapters import Prefixes
@@ -38,6 +39,7 @@ class FedMGPClient(Client):
     """
 
     task_aware = ("task",)
+    required = (("train_mask", "task"), ("continual", NoReplay))  # each task has a head of its own
     owner: Tensor  # (K,) int64, number of the last task that the head of a class is for; 0 for classes not learned
 
     def __init__(
@@ -54,11 +56,6 @@ class FedMGPClient(Client):
         at_least(0, "model", hidden=hidden, pull=pull)
         if not blocks or min(blocks) < 0 or len(set(blocks)) < len(blocks):
             raise ValueError(f"model.blocks is {list(blocks)}, must name blocks, counted from 0, each once")
-        if self.train_mask != "task":
-            raise ValueError(f"model.train_mask is {self.train_mask}, must be task: each task has a head of its own")
-        if type(self.continual) is not NoReplay:
-            kind = type(self.continual).__name__
-            raise ValueError(f"model.continual is {kind}, must be NoReplay: finished tasks keep their parameters")
         self.length, self.local_length, self.blocks, self.hidden, self.pull = length, local_length, blocks, hidden, pull
 
     def build(self, vit: FrozenViT, cnn: SmallModelSpec, cnn_name: str, num_classes: int) -> None:
@@ -123,28 +120,18 @@ class FedMGPClient(Client):
                 yield phase, self.epoch(len(self.memory.buffer), len(self.current))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy and pull of the phase."""
-        frozen = self.precomputed("train", batch.images.indices, self.device)
-        of_phase = self.global_losses if batch.phase == "global" else self.local_losses
-        return of_phase(frozen, batch.images.labels)
-
-    def global_losses(self, frozen: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-        """The terms that move prompt, key and global head, and nothing else."""
-        features = self.pooled(self.vit.encode(self.entering(frozen["tokens"], self.prompt), 0))
-        return {
-            "cross_entropy": masked_cross_entropy(self.global_head(features), labels, self.current_mask),
-            "pull": -self.pull * similarity(frozen["query"], self.key),
-        }
-
-    def local_losses(self, frozen: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-        """The terms that move the slots of the labels, their keys and the local head, and nothing else."""
-        with torch.no_grad():
+        """Cross-entropy and pull, which move prompt, key and head of the phase, and nothing else."""
+        frozen, labels = self.precomputed("train", batch.images.indices, self.device), batch.images.labels
+        with torch.set_grad_enabled(batch.phase == "global"):
             entering = self.entering(frozen["tokens"], self.prompt)
-            query = self.pooled(self.vit.encode(entering, 0))
-        logits = self.local_head(self.prefixed(entering, labels))
+            features = self.pooled(self.vit.encode(entering, 0))
+        if batch.phase == "local":
+            logits, query, keys = self.local_head(self.prefixed(entering, labels)), features, self.slot_keys[labels]
+        else:
+            logits, query, keys = self.global_head(features), frozen["query"], self.key
         return {
             "cross_entropy": masked_cross_entropy(logits, labels, self.current_mask),
-            "pull": -self.pull * similarity(query, self.slot_keys[labels]),
+            "pull": -self.pull * similarity(query, keys),
         }
 
     def on_train_end(self) -> None:
@@ -166,13 +153,13 @@ class FedMGPClient(Client):
 
     def shared(self) -> dict[str, Tensor]:
         """Global prompt, key and head."""
-        named = {f"global_head.{name}": parameter for name, parameter in self.global_head.named_parameters()}
-        return {"prompt": self.prompt, "key": self.key, **named}
+        head = above(dict(self.global_head.named_parameters()), "global_head.")
+        return {"prompt": self.prompt, "key": self.key, **head}
 
     def download_schema(self) -> Schema:
         """The head may be missing: then the client goes on with its own."""
-        schema = {name: TensorSpec(s.shape, s.dtype, optional=True) for name, s in schema_of(self.shared()).items()}
-        return {**schema, "prompt": TensorSpec.like(self.prompt), "key": TensorSpec.like(self.key)}
+        needed = {"prompt": self.prompt, "key": self.key}
+        return {**optional(schema_of(self.shared())), **schema_of(needed)}
 
     # ---- evaluation
 

@@ -28,6 +28,8 @@ class FedMGPServer(Server):
         learning_rate: of Adam.
     """
 
+    serves, needs = "FedMGPClient", ("prompt", "key", "global_head")
+
     def __init__(
         self,
         fusion: Literal["distil", "client0"] = "distil",
@@ -45,11 +47,8 @@ class FedMGPServer(Server):
         self.server_images = surrogates if fusion == "distil" else 0
 
     def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
-        """Only for clients with a global prompt."""
-        if not isinstance(model(), FedMGPClient):
-            raise ValueError(
-                "server: FedMGPServer fuses global prompts, which model does not have; take FedMGPClient or FedAvg"
-            )
+        """The models that prompts are fused with are those of the clients."""
+        super().begin(uploads, downloads, model)
         self.model = model
 
     def hold(self, images: Tensor, labels: Tensor) -> None:
@@ -65,7 +64,7 @@ class FedMGPServer(Server):
         student, *teachers = [uploads[index].tensors["prompt"] for index in sorted(uploads)]
         mean = average((upload.tensors, upload.samples) for upload in uploads.values())
         model = self.model()
-        assert isinstance(model, FedMGPClient)  # `begin` has looked
+        assert isinstance(model, FedMGPClient)  # nobody else sends such prompts
         model.adopt({**mean, "prompt": student})
         rng = seeds.generator(context.round.seed, "fusion", context.round.number)
         distillation = Distillation(model, self._steps(rng), teachers)

@@ -15,18 +15,9 @@ from fedlscl.checks import at_least
 from fedlscl.client import Client
 from fedlscl.continual import NoReplay
 from fedlscl.evaluation import MASKS
-from fedlscl.memory import below
-from fedlscl.messages import AtMost, Download, Schema, TensorSpec, schema_of
-from fedlscl.methods.fedweit.decomposition import (
-    Sparse,
-    attended,
-    beyond,
-    dense,
-    drift,
-    entries,
-    kept_channels,
-    per_channel,
-)
+from fedlscl.memory import above, below
+from fedlscl.messages import AtMost, Download, Schema, TensorSpec, optional, schema_of
+from fedlscl.methods.fedweit.decomposition import attended, beyond, dense, drift, entries, kept_channels, per_channel
 from fedlscl.models.cnn import SmallModel, SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
@@ -48,6 +39,7 @@ class FedWeITClient(Client):
     """
 
     task_aware = MASKS
+    required = (("train_mask", "task"), ("continual", NoReplay))  # finished tasks keep their parameters
     knowledge: Tensor  # (J, n) the A_j
     adaptive: nn.Parameter  # (n,) A
     mask: nn.Parameter  # (c,) m
@@ -60,11 +52,6 @@ class FedWeITClient(Client):
         at_least(0, "model", decay=decay, sparsity=sparsity, drift=drift)
         if not 0 <= pruned < 1:
             raise ValueError(f"model.pruned is {pruned}, must be at least 0 and below 1")
-        if self.train_mask != "task":
-            raise ValueError(f"model.train_mask is {self.train_mask}, must be task: each task has a head of its own")
-        if type(self.continual) is not NoReplay:
-            kind = type(self.continual).__name__
-            raise ValueError(f"model.continual is {kind}, must be NoReplay: finished tasks keep their parameters")
         self.decay, self.sparsity, self.drift, self.pruned = decay, sparsity, drift, pruned
 
     def build(self, vit: FrozenViT, cnn: SmallModelSpec, cnn_name: str, num_classes: int) -> None:
@@ -137,23 +124,22 @@ class FedWeITClient(Client):
         self.mask.copy_(torch.cat([torch.randn(c, generator=rng) / math.sqrt(c) for c in self.channels]))
         reference = {"reference": weights.cpu()} if self.memory.archive else {}
         self.memory.received = {**reference, **below(self.memory.received, "next.")}
-        self.knowledge = self._knowledge().to(self.device)
+        self._fetch()
         others = len(self.knowledge)
         alpha = torch.randn(others, len(self.shapes), generator=rng) / math.sqrt(max(1, others))
         self.attention = nn.Parameter(alpha.to(self.device))
 
-    def _knowledge(self) -> Tensor:
-        """(J, n) the knowledge base of the current task, dense."""
+    def _fetch(self) -> None:
+        """Take the knowledge base of the current task out of what was received."""
         received, size = self.memory.received, sum(self.sizes)
-        if "counts" not in received:
-            return torch.zeros(0, size)
-        return dense(Sparse(*(received[name] for name in Sparse._fields)), size)
+        known = dense(received, size) if "counts" in received else torch.zeros(0, size)
+        self.knowledge = known.to(self.device)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """The knowledge base has its size from the state."""
         self.attention = nn.Parameter(torch.zeros_like(state["model.attention"], device=self.device))
         super().load(state)
-        self.knowledge = self._knowledge().to(self.device)
+        self._fetch()
 
     # ---- training
 
@@ -175,9 +161,8 @@ class FedWeITClient(Client):
             "sparsity": self.sparsity * self.adaptive.abs().sum(),
         }
         if self.memory.archive:
-            parts = torch.split(self.reference, self.sizes)
-            before = [part.view_as(w) for part, w in zip(parts, weights, strict=True)]
-            terms["drift"] = self.drift * drift(weights, before, torch.split(self.held, self.channels))
+            before, held = torch.split(self.reference, self.sizes), torch.split(self.held, self.channels)
+            terms["drift"] = self.drift * drift(weights, before, held)
         return terms
 
     def on_train_end(self) -> None:
@@ -187,7 +172,7 @@ class FedWeITClient(Client):
 
     def shared(self) -> dict[str, Tensor]:
         """W."""
-        return {f"cnn.{name}": weight for name, weight in self._weights().items()}
+        return above(self._weights(), "cnn.")
 
     def outgoing(self) -> dict[str, Tensor]:
         """The channels of W that count for the current task; A when the task ends."""
@@ -197,8 +182,7 @@ class FedWeITClient(Client):
             kept = kept_channels(mask, self.pruned)
             sent |= {name: weight[kept], f"{name}.kept": kept}
         if self.round.ends_task:
-            places, values = entries(beyond(self.adaptive.detach(), self.sparsity))
-            sent |= {"adaptive.places": places, "adaptive.values": values}
+            sent |= above(entries(beyond(self.adaptive.detach(), self.sparsity)), "adaptive.")
         return sent
 
     def upload_schema(self) -> Schema:
@@ -207,30 +191,21 @@ class FedWeITClient(Client):
         for name, weight in self.shared().items():
             schema[name] = TensorSpec((AtMost(len(weight)), *weight.shape[1:]), weight.dtype)
             schema[f"{name}.kept"] = TensorSpec((len(weight),), torch.bool)
-        limit = AtMost(sum(self.sizes))
-        schema["adaptive.places"] = TensorSpec((limit,), torch.int32, optional=True)
-        schema["adaptive.values"] = TensorSpec((limit,), optional=True)
-        return schema
+        return {**schema, **above(entries_schema(sum(self.sizes)), "adaptive.")}
 
     def download(self, message: Download) -> None:
         """Take over W where somebody sent it, and keep the A of others for the next task."""
-        own = self.shared()
         with torch.no_grad():
-            for name, weight in own.items():
+            for name, weight in self.shared().items():
                 sent = message.tensors[name].to(weight.device)
                 weight.copy_(torch.where(sent != 0, sent, weight))
-        others = below(message.tensors, "others.")
-        self.memory.received |= {f"next.{name}": tensor for name, tensor in others.items()}
+        self.memory.received |= above(below(message.tensors, "others."), "next.")
 
     def download_schema(self) -> Schema:
         """W, and perhaps the A of all others."""
-        limit = AtMost(CLIENTS * sum(self.sizes))
-        return {
-            **schema_of(self.shared()),
-            "others.places": TensorSpec((limit,), torch.int32, optional=True),
-            "others.values": TensorSpec((limit,), optional=True),
-            "others.counts": TensorSpec((AtMost(CLIENTS),), torch.int32, optional=True),
-        }
+        counts = TensorSpec((AtMost(CLIENTS),), torch.int32, optional=True)
+        others = {**entries_schema(CLIENTS * sum(self.sizes)), "counts": counts}
+        return {**schema_of(self.shared()), **above(others, "others.")}
 
     # ---- evaluation
 
@@ -250,3 +225,8 @@ class FedWeITClient(Client):
         one = self.memory.archive[min(ends)]
         rest = {name: tensor for name, tensor in one.items() if name not in ("mask", "added")}
         return self._run(images, {**self._theta(one["mask"], one["added"]), **rest}).logits
+
+
+def entries_schema(most: int) -> Schema:
+    """What `entries` gives looks like, of vectors with at most so many entries; none of it need be there."""
+    return optional({"places": TensorSpec((AtMost(most),), torch.int32), "values": TensorSpec((AtMost(most),))})

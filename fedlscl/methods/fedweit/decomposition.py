@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-
-
-class Sparse(NamedTuple):
-    """Some flat vectors, the entries of one after those of another."""
-
-    places: Tensor  # (entries,) int32, each in its vector
-    values: Tensor  # (entries,)
-    counts: Tensor  # (vectors,) int32, how many of the entries are of each
 
 
 def drift(weights: Sequence[Tensor], before: Sequence[Tensor], held: Sequence[Tensor]) -> Tensor:
@@ -22,10 +13,11 @@ def drift(weights: Sequence[Tensor], before: Sequence[Tensor], held: Sequence[Te
 
     Args:
         weights: W of each map, (c, ...) each.
-        before: W* of each map, (c, ...) each.
+        before: W* of each map, flat.
         held: of each map the sum over s of sigmoid(m_s)^2, (c,) each.
     """
-    moved = [((w - b).square().flatten(1).sum(1) * h).sum() for w, b, h in zip(weights, before, held, strict=True)]
+    maps = zip(weights, before, held, strict=True)
+    moved = [((w - b.view_as(w)).square().flatten(1).sum(1) * h).sum() for w, b, h in maps]
     return torch.stack(moved).sum() / 2
 
 
@@ -52,23 +44,24 @@ def per_channel(values: Tensor, weight: Tensor) -> Tensor:
     return values.view(-1, *[1] * (weight.ndim - 1))
 
 
-def entries(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Places (int32) and values of what is not zero in (n,); those of the first entry if all is."""
+def entries(flat: Tensor) -> dict[str, Tensor]:
+    """The `places` (int32) and `values` of what is not zero in (n,); those of the first entry if all is."""
     places = flat.nonzero().squeeze(1)
     if not len(places):
         places = places.new_zeros(1)
-    return places.int(), flat[places]
+    return {"places": places.int(), "values": flat[places]}
 
 
-def join(parts: Sequence[tuple[Tensor, Tensor]]) -> Sparse:
-    """Several vectors as `entries` gives them, in one."""
-    places, values = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Sparse(places, values, torch.tensor([len(one) for one, _ in parts], dtype=torch.int32))
+def join(vectors: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Several vectors as `entries` gives them, one behind another, and as `counts` how many entries each has."""
+    joined = {name: torch.cat([one[name] for one in vectors]) for name in ("places", "values")}
+    return {**joined, "counts": torch.tensor([len(one["places"]) for one in vectors], dtype=torch.int32)}
 
 
-def dense(sparse: Sparse, size: int) -> Tensor:
+def dense(joined: Mapping[str, Tensor], size: int) -> Tensor:
     """The reverse of `join` and `entries`: (vectors, n)."""
-    vectors = torch.zeros(len(sparse.counts), size)
-    owners = torch.arange(len(sparse.counts)).repeat_interleave(sparse.counts.long())
-    vectors[owners, sparse.places.long()] = sparse.values
+    counts = joined["counts"]
+    vectors = torch.zeros(len(counts), size)
+    owners = torch.arange(len(counts)).repeat_interleave(counts.long())
+    vectors[owners, joined["places"].long()] = joined["values"]
     return vectors

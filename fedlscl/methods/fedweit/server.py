@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from fedlscl.messages import AtMost, MessageError, Schema, Upload
+from fedlscl.memory import above, below
+from fedlscl.messages import MessageError, Schema, Upload
 from fedlscl.methods.fedweit.decomposition import join, per_channel
 from fedlscl.server import Answer, Answers, Context, Metrics, OnDemand, Server
 
@@ -15,17 +16,13 @@ from fedlscl.server import Answer, Answers, Context, Metrics, OnDemand, Server
 class FedWeITServer(Server):
     """Averages what was sent of W, and at the end of a task hands everyone the A of all others."""
 
+    serves, needs = "FedWeITClient", ("adaptive",)
+
     def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
-        """Only for clients that send channels and say which."""
+        """W is what all clients take back."""
+        super().begin(uploads, downloads, model)
         self.names = tuple(name for name, spec in downloads.items() if not spec.optional)
-        if not self.names or any(f"{name}.kept" not in uploads for name in self.names):
-            raise ValueError(
-                "server: FedWeITServer merges channels of W, but model does not say which it sends; "
-                "take FedWeITClient or FedAvg"
-            )
-        (entries,) = uploads["adaptive.places"].shape
-        assert isinstance(entries, AtMost)
-        self.entries = entries.limit
+        (self.entries,) = uploads["adaptive.places"].largest
 
     def check(self, upload: Upload) -> None:
         """As many channels as are said to be kept, and of A as many values as places, which there are."""
@@ -33,25 +30,26 @@ class FedWeITServer(Server):
         for name in self.names:
             if int(sent[f"{name}.kept"].sum()) != len(sent[name]):
                 raise MessageError(f"upload: '{name}' has not as many channels as '{name}.kept' says")
-        places, values = sent.get("adaptive.places"), sent.get("adaptive.values")
-        if (places is None) != (values is None):
+        adaptive = below(sent, "adaptive.")
+        if len(adaptive) == 1:
             raise MessageError("upload has 'adaptive.places' or 'adaptive.values' without the other")
-        if places is None or values is None:
+        if not adaptive:
             return
-        if len(places) != len(values) or places.min() < 0 or places.max() >= self.entries:
+        places = adaptive["places"]
+        if len(places) != len(adaptive["values"]) or places.min() < 0 or places.max() >= self.entries:
             raise MessageError(
                 f"upload: 'adaptive.places' must be a number from 0 to {self.entries - 1} for each of 'adaptive.values'"
             )
 
     def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:
         """One W for all clients, absent ones included, and to each the others' A."""
-        adaptives: dict[int, tuple[Tensor, Tensor]] = {}
+        adaptives: dict[int, Mapping[str, Tensor]] = {}
 
         def channels() -> Iterable[dict[str, tuple[Tensor, Tensor]]]:
             for index, upload in uploads.items():
                 sent = upload.tensors
-                if "adaptive.places" in sent:
-                    adaptives[index] = sent["adaptive.places"], sent["adaptive.values"]
+                if adaptive := below(sent, "adaptive."):
+                    adaptives[index] = adaptive
                 yield {name: (sent[name], sent[f"{name}.kept"]) for name in self.names}
 
         merged = merge(channels())
@@ -60,8 +58,7 @@ class FedWeITServer(Server):
             others = [part for other, part in adaptives.items() if other != index]
             if not others:
                 return Answer(merged)
-            joined = join(others)
-            return Answer({**merged, **{f"others.{name}": tensor for name, tensor in joined._asdict().items()}})
+            return Answer({**merged, **above(join(others), "others.")})
 
         return OnDemand(range(context.clients), answer), {}
 

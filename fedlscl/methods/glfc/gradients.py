@@ -15,9 +15,8 @@ FEATURES = 12 * (SIDE // 4) ** 2  # that its last layer sees
 def encoding_net(classes: int) -> nn.Sequential:
     """The network whose gradients are shared, (B, 3, 32, 32) to (B, K): the same for everyone and in every run."""
     with seeds.seeded(0, "glfc encoding net"):
-        layers: list[nn.Module] = []
-        for channels, stride in ((3, 2), (12, 2), (12, 1)):
-            layers += [nn.Conv2d(channels, 12, 5, stride, padding=2), nn.Sigmoid()]
+        maps = [nn.Conv2d(channels, 12, 5, stride, padding=2) for channels, stride in ((3, 2), (12, 2), (12, 1))]
+        layers = (layer for convolution in maps for layer in (convolution, nn.Sigmoid()))
         net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(FEATURES, classes))
         for parameter in net.parameters():
             nn.init.uniform_(parameter, -0.5, 0.5)

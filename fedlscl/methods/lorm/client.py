@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,8 +15,8 @@ from fedlscl.batches import Images, Output
 from fedlscl.checks import at_least
 from fedlscl.client import Client
 from fedlscl.continual import NoReplay
-from fedlscl.memory import below
-from fedlscl.messages import Download, Schema, TensorSpec
+from fedlscl.memory import above, below
+from fedlscl.messages import Download, Schema, TensorSpec, optional, schema_of
 from fedlscl.methods.lorm.merging import divided
 from fedlscl.models.adapters import LoRA, LowRank
 from fedlscl.models.cnn import SmallModelSpec
@@ -39,16 +38,12 @@ class LoRMClient(Client):
         **kwargs: settings of every client, see `Client`.
     """
 
+    required = (("continual", NoReplay),)  # every task is trained with factors of its own
     origin: Tensor  # from which the A of all tasks are drawn
 
     def __init__(self, rank: int = 16, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         at_least(1, "model", rank=rank)
-        if type(self.continual) is not NoReplay:
-            kind = type(self.continual).__name__
-            raise ValueError(
-                f"model.continual is {kind}, must be NoReplay: every task is trained with factors of its own"
-            )
         self.rank = rank
 
     def build(self, vit: FrozenViT, cnn: SmallModelSpec, cnn_name: str, num_classes: int) -> None:
@@ -177,15 +172,13 @@ class LoRMClient(Client):
 
     def download_schema(self) -> Schema:
         """Factors of one kind and the head, merged; perhaps Gram diagonals."""
-        merged = {f"merged.{name}": spec for name, spec in self._news().items()}
-        return {**merged, **{name: replace(spec, optional=True) for name, spec in self._diagonals().items()}}
+        return {**above(self._news(), "merged."), **optional(self._diagonals())}
 
-    def _news(self) -> dict[str, TensorSpec]:
+    def _news(self) -> Schema:
         factors = {**self._factors("a"), **self._factors("b")}
-        optional = {name: replace(TensorSpec.like(tensor), optional=True) for name, tensor in factors.items()}
-        return {**optional, **{name: TensorSpec.like(tensor) for name, tensor in self._head().items()}}
+        return {**optional(schema_of(factors)), **schema_of(self._head())}
 
-    def _diagonals(self) -> dict[str, TensorSpec]:
+    def _diagonals(self) -> Schema:
         return {f"gram.{layer}": TensorSpec((len(a), a.shape[2])) for layer, a in zip(LAYERS, self.a, strict=True)}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from fedlscl.memory import below
+from fedlscl.memory import above, below
 from fedlscl.messages import Schema, Upload
 from fedlscl.methods.lorm.client import LAYERS, LoRMClient, initial, turn
 from fedlscl.methods.lorm.merging import merge, projected, shrunk
@@ -21,6 +21,8 @@ class LoRMServer(Server):
         alpha: how much of the head's Gram matrix outside its diagonal counts.
     """
 
+    serves, needs = "LoRMClient", ("gram",)
+
     def __init__(self, alpha: float = 0.5) -> None:
         super().__init__()
         if not 0 <= alpha <= 1:
@@ -28,11 +30,8 @@ class LoRMServer(Server):
         self.alpha = alpha
 
     def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
-        """Only for clients that send factors and Gram matrices."""
-        if "gram.head" not in uploads:
-            raise ValueError(
-                "server: LoRMServer merges LoRA factors by their Gram matrices, but model sends none; take FedAvg"
-            )
+        """The common A is that of the common start."""
+        super().begin(uploads, downloads, model)
         body = model()
         assert isinstance(body, LoRMClient)
         self.origin = int(body.origin)
@@ -41,7 +40,7 @@ class LoRMServer(Server):
 
     def state(self) -> dict[str, Tensor]:
         """The common A, and the rounds of the current task so far."""
-        return {"merges": torch.tensor(self.merges), **{f"a.{layer}": a for layer, a in self.a.items()}}
+        return {"merges": torch.tensor(self.merges), **above(self.a, "a.")}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over both."""
@@ -67,7 +66,7 @@ class LoRMServer(Server):
 
         merged = merge(sent())
         merged["head.bias"] = merged["head.bias"].squeeze(1)
-        answer = {f"merged.{name}": tensor for name, tensor in merged.items()}
+        answer = above(merged, "merged.")
         self.merges += 1
         if which == "a":
             self.a = {layer: merged[f"a.{layer}"] for layer in LAYERS}

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from fedlscl import checks
 from fedlscl.batches import Batch, Output
 from fedlscl.losses import masked_cross_entropy
-from fedlscl.memory import below
-from fedlscl.messages import Schema, TensorSpec
+from fedlscl.memory import above, below
+from fedlscl.messages import Schema, optional, schema_of
 from fedlscl.methods.data_free import DataFreeClient
-from fedlscl.methods.mfcl.generator import LATENT, ImageGenerator, as_pixels, named, without_numbers
+from fedlscl.methods.mfcl.generator import LATENT, ImageGenerator, as_pixels, without_numbers
 from fedlscl.models.cnn import SmallModel
 
 
@@ -56,12 +56,11 @@ class MFCLClient(DataFreeClient):
 
     def replay_schema(self) -> Schema:
         """A generator."""
-        tensors = named(without_numbers(self.cnn.image_size).state_dict())
-        return {n: TensorSpec(tuple(tensor.shape), tensor.dtype, optional=True) for n, tensor in tensors.items()}
+        return optional(schema_of(above(without_numbers(self.cnn.image_size).state_dict(), "generator.")))
 
     def to_keep(self, made: dict[str, Tensor], model: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Generator and Old, and the model that came with them, which is the teacher."""
-        return {**made, **{f"teacher.{name}": tensor for name, tensor in model.items()}}
+        return {**made, **above(model, "teacher.")}
 
     def on_train_start(self) -> None:
         """Set up generator and teacher, once there are any."""

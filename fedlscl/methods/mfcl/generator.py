@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -130,9 +130,9 @@ def statistics_divergence(met: Iterable[Met], like: Tensor) -> Tensor:
     """
     found = []
     for one in met:
-        running_mean, running_variance = one.running
+        (running_mean, running_variance), (mean, variance) = one.running, one.now
         eps = one.layer.eps  # with it the variance is what the layer divides by, and not 0 for a constant channel
-        found.append(normal_divergence(running_mean, running_variance + eps, one.mean, one.variance + eps).mean())
+        found.append(normal_divergence(running_mean, running_variance + eps, mean, variance + eps).mean())
     return torch.stack(found).mean() if found else like.new_zeros(())
 
 
@@ -181,8 +181,3 @@ def without_numbers(size: int) -> ImageGenerator:
     """A generator whose tensors have shapes only; it draws nothing."""
     with torch.device("meta"):
         return ImageGenerator(size)
-
-
-def named(generator: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A generator's tensors under the names under which they travel."""
-    return {f"generator.{name}": tensor for name, tensor in generator.items()}

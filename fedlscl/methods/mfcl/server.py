@@ -9,11 +9,11 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from fedlscl.federation.trainer import fit_once
-from fedlscl.memory import below
+from fedlscl.memory import above, below
 from fedlscl.messages import Schema
 from fedlscl.methods.data_free import DataFreeServer
 from fedlscl.methods.mfcl.client import MFCLClient
-from fedlscl.methods.mfcl.generator import GeneratorSettings, GeneratorTraining, named
+from fedlscl.methods.mfcl.generator import GeneratorSettings, GeneratorTraining
 from fedlscl.server import Metrics
 
 
@@ -25,7 +25,7 @@ class MFCLServer(DataFreeServer):
         **training: of the generator, see `GeneratorSettings`.
     """
 
-    hands_out, prefix = "a generator", "generator."
+    serves, gives = "MFCLClient", ("generator",)
 
     def __init__(self, weighting: Literal["samples", "uniform"] = "uniform", **training: Any) -> None:
         super().__init__(weighting)
@@ -38,7 +38,7 @@ class MFCLServer(DataFreeServer):
 
     def state(self) -> dict[str, Tensor]:
         """Also the generator, once there is one."""
-        return {**super().state(), **named(self.generator)}
+        return {**super().state(), **above(self.generator, "generator.")}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take both over."""
@@ -54,4 +54,5 @@ class MFCLServer(DataFreeServer):
         fit_once(trainer(), training)
         state = training.generator.state_dict()
         self.generator = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        return named(self.generator), {name: float(value) for name, value in training.record.items()}
+        metrics = {name: float(value) for name, value in training.record.items()}
+        return above(self.generator, "generator."), metrics

@@ -39,6 +39,7 @@ class PILoRAClient(Client):
         **kwargs: settings of every client, see `Client`.
     """
 
+    required = (("continual", NoReplay),)  # finished tasks keep LoRA and prototypes
     opened: Tensor  # () number of the task that the current pair is for; 0 before the first
     earlier_a: Tensor  # (2, s r, d) those of the s finished tasks
     earlier_b: Tensor  # (2, d, s r)
@@ -61,9 +62,6 @@ class PILoRAClient(Client):
         given = {name: rate for name, rate in self.rates.items() if rate is not None}
         at_least(0, "model", **given, **self.weights)
         at_least(1, "model", rank=rank)
-        if type(self.continual) is not NoReplay:
-            kind = type(self.continual).__name__
-            raise ValueError(f"model.continual is {kind}, must be NoReplay: finished tasks keep LoRA and prototypes")
         self.block, self.rank = block, rank
 
     def build(self, vit: FrozenViT, cnn: SmallModelSpec, cnn_name: str, num_classes: int) -> None:

@@ -24,18 +24,16 @@ class PILoRAServer(Server):
         temperature: of the softmax that makes weights of them.
     """
 
+    serves, needs = "PILoRAClient", ("means",)
+
     def __init__(self, proto_clients: Literal["training", "all"] = "training", temperature: float = 0.2) -> None:
         super().__init__()
         positive("server", temperature=temperature)
         self.proto_clients, self.temperature = proto_clients, temperature
 
     def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
-        """Only for clients that send class means; the prototypes are those of the common start."""
-        if "means" not in uploads:
-            raise ValueError(
-                "server: PILoRAServer weighs prototypes by class means, but model sends none; "
-                "take PILoRAClient or FedAvg"
-            )
+        """The prototypes are those of the common start."""
+        super().begin(uploads, downloads, model)
         self.prototypes = model().get_parameter("prototypes").detach().clone()
 
     def check(self, upload: Upload) -> None:

@@ -44,12 +44,12 @@ class TARGETClient(DataFreeClient):
         """The model that came with synthetic images is their teacher: note its logits."""
         received = self.memory.received
         if received and "logits" not in received:
+            batches = torch.split(received["images"], self.evaluation_batch_size)
             with self.trainer.precision_plugin.forward_context():
-                parts = [self._old(batch) for batch in torch.split(received["images"], self.evaluation_batch_size)]
-            received["logits"] = torch.cat([part.cpu() for part in parts])
+                received["logits"] = torch.cat([self.old_logits(batch).cpu() for batch in batches])
 
-    def _old(self, images: Tensor) -> Tensor:
-        """Logits of the old classes for synthetic images, in float32."""
+    def old_logits(self, images: Tensor) -> Tensor:
+        """Logits (B, |Old|) of the old classes, ascending, for synthetic images, in float32."""
         logits: Tensor = self(images.to(self.device), {}).logits
         return logits[:, self.memory.received["classes"].to(self.device)].float()
 
@@ -64,20 +64,17 @@ class TARGETClient(DataFreeClient):
         received = self.memory.received
         if received:
             rows = torch.randint(len(received["images"]), (len(batch.images.labels),), generator=self.synthetic_rng)
-            teacher = received["logits"][rows].to(self.device)
-            logits = self(received["images"][rows].to(self.device), {}).logits
-            old = received["classes"].to(self.device)
-            terms["distillation"] = self.strength * distillation(logits, teacher, old, self.temperature)
+            student, teacher = self.old_logits(received["images"][rows]), received["logits"][rows].to(self.device)
+            terms["distillation"] = self.strength * distillation(student, teacher, self.temperature)
         return terms
 
 
-def distillation(logits: Tensor, teacher: Tensor, old: Tensor, temperature: float) -> Tensor:
-    """KD: the cross-entropy of the student's softened prediction among the old classes to the teacher's, a scalar.
+def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """KD: the cross-entropy of the student's softened prediction to the teacher's, a scalar.
 
     Args:
-        logits: (B, K) of the student; classes that are not `old` get no gradient.
-        teacher: (B, |Old|) of the teacher, for the old classes in ascending order.
-        old: (K,) true for the old classes.
+        student: its logits (B, |Old|).
+        teacher: its logits (B, |Old|).
         temperature: by which both are divided.
     """
-    return F.cross_entropy(logits[:, old].float() / temperature, (teacher / temperature).softmax(dim=1))
+    return F.cross_entropy(student / temperature, (teacher / temperature).softmax(dim=1))

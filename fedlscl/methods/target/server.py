@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from fedlscl.federation.trainer import fit_once
-from fedlscl.messages import AtMost, Schema
+from fedlscl.messages import Schema
 from fedlscl.methods.data_free import DataFreeServer
 from fedlscl.methods.target.synthesis import Inversion, InversionSettings
 from fedlscl.server import Metrics
@@ -24,7 +24,7 @@ class TARGETServer(DataFreeServer):
         **inversion: how the images are made, see `InversionSettings`.
     """
 
-    hands_out, prefix = "synthetic images", "images"
+    serves, gives = "TARGETClient", ("images",)
 
     def __init__(self, weighting: Literal["samples", "uniform"] = "uniform", **inversion: Any) -> None:
         super().__init__(weighting)
@@ -33,7 +33,7 @@ class TARGETServer(DataFreeServer):
     def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
         """For clients that take as many images as are made."""
         super().begin(uploads, downloads, model)
-        most, _, self.image_size, _ = (n.limit if isinstance(n, AtMost) else n for n in downloads["images"].shape)
+        most, _, self.image_size, _ = downloads["images"].largest
         rounds, size = self.settings.synthesis_rounds, self.settings.batch_size
         if rounds * size > most:
             raise ValueError(

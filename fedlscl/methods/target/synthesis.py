@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ LATENT = 256  # numbers in z
 MIXTURE = 0.9  # weight of the earlier rounds' statistics in L_BN
 BETAS = (0.5, 0.999)  # of the generator's Adam
 
-Statistics = list[tuple[Tensor, Tensor]]  # mean and variance (C,) of what each batch normalisation is given
+Statistics = list[Tensor]  # mean and variance, (2, C), of what each batch normalisation is given
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,8 @@ class InversionSettings:
         checks.at_least(1, "server", synthesis_rounds=self.synthesis_rounds, steps=self.steps)
         checks.at_least(2, "server", batch_size=self.batch_size)  # batch normalisation cannot train on one image
         checks.at_least(4, "server", gen_size=self.gen_size)
-        checks.at_least(0, "server", warm_up=self.warm_up, **self.weights)
-        checks.at_least(0, "server", generator_rate=self.generator_rate, latent_rate=self.latent_rate)
-        checks.at_least(0, "server", student_steps=self.student_steps, student_rate=self.student_rate)
         checks.positive("server", student_temperature=self.student_temperature)
+        checks.at_least(0, "server", **{name: value for name, value in vars(self).items() if name != "meta"})
         if self.meta not in ("maml", "reptile"):
             raise ValueError(f"server.meta is {self.meta}, must be maml or reptile")
 
@@ -109,39 +107,27 @@ class Inversion(DataFreeFit):
         self.images: list[Tensor] = []  # (batch_size, 3, s, s) uint8, of each round
         self.record: list[dict[str, float]] = []  # what is logged, of each round
 
-    def on_train_start(self) -> None:
-        """Nor does the student learn from them, save in its own training."""
-        super().on_train_start()
-        self.student.eval()
-
     def train_dataloader(self) -> list[int]:
         """The numbers of the synthesis rounds, from 1."""
         return list(range(1, self.settings.synthesis_rounds + 1))
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer, torch.optim.Optimizer]:
         """Of the generator's copy with z, of the generator, of the student."""
-        rate, steps = self.settings.generator_rate, self.settings.steps
-        groups: list[dict[str, Any]] = [
-            {"params": self.copied.parameters()},
-            {"params": [self.latent], "lr": self.settings.latent_rate},
-        ]
-        return (
-            torch.optim.Adam(groups, lr=rate, betas=BETAS),
-            torch.optim.Adam(self.generator.parameters(), lr=rate * steps, betas=BETAS),
-            torch.optim.SGD(self.student.parameters(), lr=self.settings.student_rate),
-        )
+        settings, rate = self.settings, self.settings.generator_rate
+        fast = torch.optim.Adam(self.copied.parameters(), lr=rate, betas=BETAS)
+        fast.add_param_group({"params": [self.latent], "lr": settings.latent_rate})
+        slow = torch.optim.Adam(self.generator.parameters(), lr=rate * settings.steps, betas=BETAS)
+        return fast, slow, torch.optim.SGD(self.student.parameters(), lr=settings.student_rate)
 
     def training_step(self, number: int, batch_idx: int) -> None:
         """One synthesis round, and the student's training after it."""
-        fast, slow, student = self._optimizers()
+        optimizers = self.optimizers()
+        assert isinstance(optimizers, list)  # there are three
+        fast, slow, student = optimizers
+        self.student.eval()  # it learns in its own training alone
         self._synthesise(number, fast, slow)
         if self.settings.warm_up <= number < self.settings.synthesis_rounds:  # nobody asks the student after the last
             self._train_student(student)
-
-    def _optimizers(self) -> list[LightningOptimizer]:
-        optimizers = self.optimizers()
-        assert isinstance(optimizers, list)
-        return optimizers
 
     def _synthesise(self, number: int, fast: LightningOptimizer, slow: LightningOptimizer) -> None:
         """Train a copy of the generator, keep its best batch, and let the generator follow."""
@@ -189,7 +175,7 @@ class Inversion(DataFreeFit):
             terms["adversarial"] = adversarial(self._see(self.student, shown), logits)
         recognised = float((logits.argmax(dim=1) == targets).float().mean())
         weighted = {name: settings.weights[name] * term for name, term in terms.items()}
-        return weighted, recognised, [(one.mean.detach(), one.variance.detach()) for one in met]
+        return weighted, recognised, [one.now.detach() for one in met]
 
     def _see(self, model: nn.Module, images: Tensor) -> Tensor:
         """Logits (B, |Old|) of images (B, 3, s, s) in 0..1."""
@@ -210,7 +196,6 @@ class Inversion(DataFreeFit):
             optimizer.zero_grad()
             self.manual_backward(loss)
             optimizer.step()
-        self.student.eval()
 
     def means(self) -> dict[str, float]:
         """What is logged, as means over the rounds that have it."""
@@ -239,9 +224,9 @@ def statistics_distance(met: list[Met], mixture: Statistics, like: Tensor) -> Te
         like: says dtype and device; without batch normalisation the result is 0.
     """
     total = like.new_zeros(())
-    for one, (mean, variance) in zip(met, mixed(mixture, [(one.mean, one.variance) for one in met]), strict=True):
-        running_mean, running_variance = one.running
-        total = total + (running_variance - variance).norm() + (running_mean - mean).norm()
+    for one, now in zip(met, mixed(mixture, [one.now for one in met]), strict=True):
+        mean, variance = one.running - now
+        total = total + variance.norm() + mean.norm()
     return total
 
 
@@ -249,10 +234,7 @@ def mixed(mixture: Statistics, met: Statistics) -> Statistics:
     """0.9 of the mixture so far and 0.1 of what was met; what was met if there is no mixture yet."""
     if not mixture:
         return met
-    return [
-        (MIXTURE * mean + (1 - MIXTURE) * now_mean, MIXTURE * variance + (1 - MIXTURE) * now_variance)
-        for (mean, variance), (now_mean, now_variance) in zip(mixture, met, strict=True)
-    ]
+    return [MIXTURE * before + (1 - MIXTURE) * now for before, now in zip(mixture, met, strict=True)]
 
 
 def adversarial(student: Tensor, teacher: Tensor) -> Tensor:
