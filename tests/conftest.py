@@ -6,8 +6,8 @@ import logging
 import os
 import sys
 
-# Byte code is kept even where the environment says otherwise: some 40 processes start here, and what they import takes
-# each of them 10 s to compile. This is read before the workers start
+# Byte code is kept even where the environment says otherwise: dozens of processes start here, and what they import
+# takes each of them 10 s to compile. This is read before the workers start
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # A worker takes file after file: the long ones first, and none waits at the end for another's
-LONGEST = ("contract", "flower", "deployment", "bench", "wandb_server", "sweep", "killed", "report")
+LONGEST = ("contract", "flower", "deployment", "bench", "report", "sweep", "killed", "wandb_server", "cli", "start")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from fedlscl.messages import Message
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
+from fedlscl.run.configuration import Configuration
 from fedlscl.run.experiment import Experiment
 from fedlscl.schedule import Round, Schedule
 from fedlscl.server import Isolated, Server
@@ -143,6 +145,33 @@ def fresh(experiment: Experiment) -> Experiment:
     """The same experiment of objects of its own, as if its words had been parsed again, which takes much longer."""
     made: Any = None  # it makes new Trainers and keeps nothing, but holds the whole parser
     return replace(deepcopy(replace(experiment, trainer=made)), trainer=experiment.trainer)
+
+
+class Known(Configuration):
+    """A configuration that is parsed and built once for the same words.
+
+    Both take longer than a round does here, and every node of a federation on Flower asks for the same.
+    """
+
+    def __new__(cls, words: Sequence[str]) -> Known:
+        return known(tuple(words))
+
+    def __init__(self, words: Sequence[str]) -> None:
+        """All is there."""
+
+    def build(self) -> Experiment:
+        return fresh(self.built)
+
+    @cached_property
+    def built(self) -> Experiment:
+        return super().build()
+
+
+@cache
+def known(words: tuple[str, ...]) -> Known:
+    made = object.__new__(Known)
+    Configuration.__init__(made, words)
+    return made
 
 
 def run(federation: Federation, callback: FederationCallback | None = None) -> list[RoundResult]:

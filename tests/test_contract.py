@@ -1,8 +1,15 @@
-"""What every method must keep to, for each file in experiments/methods, whatever the method is."""
+"""What every method must keep to, for each file in experiments/methods, whatever the method is.
+
+Two runs of each method are looked at from all sides: one with everyone in it, and one that is repeated on Flower and
+taken up again.
+"""
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from helpers import SETTING, Recorder, copy_of, fresh, outcome, restore_client, same
+from helpers import SETTING, Known, Recorder, copy_of, fresh, known, outcome, restore_client, same
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
@@ -79,15 +86,20 @@ class Motion(Callback):
         return all(bool(change[label].any()) for part in seen for label in part.classes)
 
 
-def experiment_of(method: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
-    """What the command line makes of a method's file under the tiny setting."""
+def words_of(method: Path, folder: Path) -> list[str]:
+    """The words for a method's file under the tiny setting."""
     setting = {**SETTING, "data": {**SETTING["data"], "cache_dir": str(folder)}}
     (folder / "setting.yaml").write_text(yaml.safe_dump(setting))
+    return ["--config", str(folder / "setting.yaml"), "--config", str(method), *budget(method), "--run_dir", "nodes"]
+
+
+def experiment_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Experiment:
+    """What the command line makes of words."""
     built: list[Experiment] = []
     with monkeypatch.context() as patch:
         patch.setattr(Experiment, "run", lambda self, console: built.append(self))
-        words = ["fit", "--config", str(folder / "setting.yaml"), "--config", str(method)]
-        main([*words, *budget(method)])
+        patch.setattr("fedlscl.run.configuration.Configuration", Known)
+        main(["fit", *words])
     return built[0]
 
 
@@ -113,11 +125,9 @@ def private_values(federation: Federation) -> dict[str, bytes]:
     return found
 
 
-def observed(federation: Federation, stop: int | None = None) -> Run:
-    """Run a federation, or its first `stop` rounds, under observation."""
-    sent: list[Sent] = []
-    private: dict[str, bytes] = {}
-    results = []
+@contextmanager
+def heard(sent: list[Sent]) -> Iterator[None]:
+    """Put every message that is serialised into a list."""
     serialise = Message.to_bytes
 
     def spy(self: Message) -> bytes:
@@ -127,29 +137,72 @@ def observed(federation: Federation, stop: int | None = None) -> Run:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Message, "to_bytes", spy)
+        yield
+
+
+def observed(federation: Federation, first: Path | None = None) -> Run:
+    """Run a federation under observation; `first` becomes a copy of its store as it was after the first round."""
+    sent: list[Sent] = []
+    private: dict[str, bytes] = {}
+    results = []
+    with heard(sent):
         for result in federation.run(Recorder()):
             results.append(result)
-            heard = len(sent)
+            so_far = len(sent)
             private |= {f"{name} in round {result.round}": v for name, v in private_values(federation).items()}
-            del sent[heard:]  # of looking on
-            if result.round == stop:
-                break
+            del sent[so_far:]  # of looking on
+            if first is not None and result.round == 1:
+                shutil.copytree(federation.store.folder, first)
     states = [copy_of(restore_client(federation, index).state()) for index in range(federation.clients)]
     return Run(results, sent, states, private, {})
 
 
-@pytest.fixture(scope="module", params=METHODS, ids=lambda path: path.stem)
+def kinds(method: Path) -> set[Hashable]:
+    """What tells methods apart in kind: their classes, and settings that are words, which choose between ways."""
+    content = yaml.safe_load(method.read_text())
+    settings = {**content["model"].get("init_args", {}), **content["server"].get("init_args", {})}
+    return {
+        (content["model"]["class_path"], content["server"]["class_path"]),
+        *((name, value) for name, value in settings.items() if isinstance(value, str)),
+        *((name, value["class_path"]) for name, value in settings.items() if isinstance(value, dict)),
+    }
+
+
+def first_of_their_kinds(methods: list[Path]) -> list[Path]:
+    """Methods that have together all kinds that there are."""
+    found: set[Hashable] = set()
+    first = []
+    for method in methods:
+        if not kinds(method) <= found:
+            first.append(method)
+            found |= kinds(method)
+    return first
+
+
+OF_A_KIND = first_of_their_kinds(METHODS)
+
+
+# those first, so that they have the same numbers for all tests: pytest runs by it what shares a fixture
+@pytest.fixture(
+    scope="module", params=[*OF_A_KIND, *(m for m in METHODS if m not in OF_A_KIND)], ids=lambda path: path.stem
+)
 def method(request: pytest.FixtureRequest) -> Path:
     path: Path = request.param
     return path
 
 
 @pytest.fixture(scope="module")
-def described(method: Path, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+def words(method: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return words_of(method, tmp_path_factory.mktemp(method.stem))
+
+
+@pytest.fixture(scope="module")
+def described(words: list[str]) -> Iterator[Experiment]:
     """What is run here, by `fresh` copies."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["fedlscl"])
-        return experiment_of(method, tmp_path_factory.mktemp(method.stem), patch)
+        yield experiment_of(words, patch)
+    known.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -226,24 +279,77 @@ def test_the_vit_is_not_part_of_a_state(whole: tuple[Experiment, Run]) -> None:
         assert not any(tensor.contiguous().numpy().tobytes() in vit for tensor in state.values())
 
 
-def test_absence_repetition_and_resumption(described: Experiment, tmp_path: Path) -> None:
-    """With one client absent in each round: equal seeds give equal runs, though one of the two is taken up again."""
+ABSENT = Schedule(1, clients_per_round=2)
+"""One client is absent from each round, and one of them begins with the second task."""
 
-    def federation(store: str) -> Federation:
-        experiment = replace(fresh(described), schedule=Schedule(1, clients_per_round=2))
-        return federation_of(experiment, tmp_path / store, {})
 
-    one = observed(federation("one"))
-    first = observed(federation("other"), stop=1)
-    rest = observed(federation("other"))
-    assert outcome([*first.results, *rest.results]) == outcome(one.results)
-    assert all(same(a, b) for a, b in zip(one.states, rest.states, strict=True))
+@pytest.fixture(scope="module")
+def absent(described: Experiment, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
+    """A run with one client absent in each of two rounds, and the folder of one that was ended after the first."""
+    folder, experiment = tmp_path_factory.mktemp("absent"), replace(fresh(described), schedule=ABSENT)
+    federation = federation_of(experiment, folder / "whole", {})
+    return observed(federation, first=folder / "ended" / federation.store.folder.name), folder / "ended"
+
+
+def uploads_of(sent: list[Sent]) -> dict[tuple[int, int], Upload]:
+    """By round and client."""
+    return {(m.round, m.client): m for m, _ in sent if isinstance(m, Upload)}
+
+
+def same_uploads(ones: dict[tuple[int, int], Upload], others: dict[tuple[int, int], Upload]) -> bool:
+    """Whether they are equal to the last bit."""
+    return ones.keys() == others.keys() and all(
+        (a.task, a.samples) == (b.task, b.samples) and same(a.tensors, b.tensors)
+        for a, b in ((one, others[key]) for key, one in ones.items())
+    )
+
+
+def test_clients_may_be_absent(absent: tuple[Run, Path]) -> None:
+    one, _ = absent
+    assert [(result.task, result.round) for result in one.results] == [(1, 1), (2, 2)]
     assert all(result.skipped == {} for result in one.results)
     assert all(len(result.bytes_up) in (0, 2) for result in one.results)
-    uploads = [[s for s in sent if isinstance(s.message, Upload)] for sent in (one.sent, first.sent + rest.sent)]
-    for (a, _), (b, _) in zip(*uploads, strict=True):
-        assert (a.client, a.task, a.round, a.samples) == (b.client, b.task, b.round, b.samples)
-        assert same(a.tensors, b.tensors)
+
+
+@pytest.mark.parametrize("method", OF_A_KIND, ids=lambda path: path.stem, indirect=True)
+def test_a_run_that_is_taken_up_again_has_the_same_numbers(described: Experiment, absent: tuple[Run, Path]) -> None:
+    one, ended = absent
+    rest = observed(federation_of(replace(fresh(described), schedule=ABSENT), ended, {}))
+    assert [result.round for result in rest.results] == [2]
+    assert outcome(rest.results) == outcome(one.results[1:])
+    assert all(same(a, b) for a, b in zip(one.states, rest.states, strict=True))
+    uploads = {key: upload for key, upload in uploads_of(one.sent).items() if key[0] == 2}
+    assert same_uploads(uploads, uploads_of(rest.sent))
+
+
+def test_equal_seeds_give_equal_runs_in_one_process_and_on_flower(
+    method: Path,
+    words: list[str],
+    described: Experiment,
+    absent: tuple[Run, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command_line: None,
+) -> None:
+    """On Flower every node has its own images alone; bytes, accuracies and metrics are equal to the last bit."""
+    one, _ = absent
+    pytest.importorskip("flwr")
+    from test_flower import Place, at_once, client, dealt
+
+    at_once(monkeypatch)
+    client._worker.cache_clear()  # of the method before
+    place = Place(tmp_path, dealt(tmp_path, words))
+    if method.stem == "joint":
+        with pytest.raises(ValueError, match="needs the images of all clients in one place"):
+            place.on_flower()
+        federation = place.in_process()
+    else:
+        federation = place.on_flower()
+    federation.schedule = ABSENT
+    again: list[Sent] = []
+    with heard(again):
+        assert outcome(list(federation.run(Recorder()))) == outcome(one.results)
+    assert same_uploads(uploads_of(one.sent), uploads_of(again))
 
 
 def test_another_seed_is_another_run(described: Experiment, tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,6 +81,30 @@ def expected(one: Path, setting: Path, command_line: None) -> dict[str, Any]:
     return lasting(json.loads((one / "run" / "summary.json").read_text()))
 
 
+@pytest.fixture(autouse=True)
+def alert(deploy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask about a run, which takes a process, once its summary is there and seldom before."""
+
+    def sleep(seconds: float) -> None:
+        if seconds < 1:
+            return time.sleep(seconds)
+        for _ in range(300):
+            if list(tmp_path.glob("apart/server/runs/*/summary.json")):
+                break
+            time.sleep(0.2)
+        return time.sleep(1)  # the process of the server's app has yet to end
+
+    monkeypatch.setattr(deploy, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+
+
+def ended(deploy: ModuleType, deployed: Any) -> dict[str, Any]:
+    """What Flower says about a run that has gone from its beginning to its end."""
+    run_id = deployed.run()
+    deploy.time.sleep(15)
+    status: dict[str, Any] = deployed.wait(run_id)
+    return status
+
+
 def of_the_server(folder: Path) -> dict[str, Any]:
     (path,) = (folder / "server" / "runs").glob("*/summary.json")
     return lasting(json.loads(path.read_text()))
@@ -95,14 +120,14 @@ def test_separate_processes_end_with_the_numbers_of_one_and_strangers_stay_outsi
         for index in range(2):
             deployed.register(f"client-{index}")
             deployed.start_node(f"client-{index}")
-        status = deployed.wait(deployed.run())
-        ended = deployed.processes["client-9"].wait(LONG)
+        status = ended(deploy, deployed)
+        code = deployed.processes["client-9"].wait(LONG)
         refused = deployed.log("client-9")
     assert of_the_server(tmp_path / "apart") == expected
     assert not (stranger / "runs").exists()
     assert "SuperNode ID" not in refused
     assert "Failed to activate SuperNode" in refused  # which differs from the others in its key alone
-    assert ended == 1
+    assert code == 1
     # each node's state is in its own folder, and the payload is part of what Flower has counted
     assert [len(list((tmp_path / "apart").glob(f"client-{n}/runs/*/client-{n}"))) for n in range(2)] == [1, 1]
     assert status["network-traffic"]["inbound-bytes"] > expected["bytes_up"]["total"]
@@ -113,5 +138,5 @@ def test_simulated_nodes_end_with_the_numbers_of_one_process(
     deploy: ModuleType, setting: Path, expected: dict[str, Any], tmp_path: Path
 ) -> None:
     with deploy.Deployment(tmp_path / "apart", ["--config", str(setting)], timeout=LONG, simulate=2) as deployed:
-        deployed.wait(deployed.run())
+        ended(deploy, deployed)
     assert of_the_server(tmp_path / "apart") == expected

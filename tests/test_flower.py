@@ -7,17 +7,17 @@ import logging
 import math
 import shlex
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from helpers import SETTING, Recorder, fresh, lasting, lasting_rows, outcome, same
+from helpers import SETTING, Known, Recorder, known, lasting, lasting_rows, outcome, same
 from safetensors.torch import load, save, save_file
 from test_cli import METHOD
 from test_contract import METHODS, budget
@@ -41,7 +41,6 @@ from fedlscl.federation.callback import RoundResult
 from fedlscl.messages import Download, Upload
 from fedlscl.models.vit import FrozenViT
 from fedlscl.run.configuration import Configuration
-from fedlscl.run.experiment import Experiment
 
 pytestmark = pytest.mark.usefixtures("command_line")
 
@@ -124,40 +123,18 @@ class Clock:
         self.now += seconds
 
 
-class Known(Configuration):
-    """A configuration that is parsed and built once for the same words.
-
-    Both take longer than a round does here, and every node asks for the same.
-    """
-
-    def __new__(cls, words: Sequence[str]) -> Known:
-        return known(tuple(words))
-
-    def __init__(self, words: Sequence[str]) -> None:
-        """All is there."""
-
-    def build(self) -> Experiment:
-        return fresh(self.built)
-
-    @cached_property
-    def built(self) -> Experiment:
-        return super().build()
-
-
-@cache
-def known(words: tuple[str, ...]) -> Known:
-    made = object.__new__(Known)
-    Configuration.__init__(made, words)
-    return made
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nodes answer without the process and the waiting that they have on Flower."""
     for module in (client, server, words):
         monkeypatch.setattr(module, "Configuration", Known)
     monkeypatch.setattr(server, "time", Clock())
     for name in ("run_id", "task_id", "node_id"):  # as Flower sets them in the process of an app; nodes begin at 100
         monkeypatch.setattr(TaskIdentity, f"_{name}", 0)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once(monkeypatch)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -180,7 +157,11 @@ def prepare(folder: Path, method: list[str], rounds: int = 1) -> Ground:
     """Write the setting and deal the data."""
     setting = {**SETTING, "data": {**SETTING["data"], "cache_dir": str(folder)}, "federation": {"rounds": rounds}}
     (folder / "setting.yaml").write_text(yaml.safe_dump(setting))
-    words = ["--config", str(folder / "setting.yaml"), *method]
+    return dealt(folder, ["--config", str(folder / "setting.yaml"), *method, "--run_dir", "nodes"])
+
+
+def dealt(folder: Path, words: list[str]) -> Ground:
+    """Deal the data of a configuration."""
     experiment = Known(words).build()
     experiment.load()
     for _ in deal(experiment.data, experiment.server.server_images, folder / "dealt"):
@@ -200,7 +181,7 @@ class Place:
         self.experiment.load()
         shutil.copytree(ground.folder / "dealt", folder / "shares")
         nodes = {100 + n: {"client": n, "data": f"shares/client-{n}"} for n in range(3)}
-        self.wire = Wire([*self.words, "--run_dir", "nodes"], nodes)
+        self.wire = Wire([*self.words], nodes)
 
     def in_process(self) -> Federation:
         return replace(self.experiment, run_dir=self.folder / "whole").federation()
@@ -259,20 +240,6 @@ def place(tmp_path: Path, method: list[str], grounds: list[Ground], tmp_path_fac
 
 
 # ---- the same numbers
-
-
-@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
-def test_every_method_ends_with_the_numbers_that_it_has_in_one_process(path: Path, tmp_path: Path) -> None:
-    """Every node has its own images alone; bytes, accuracies and the server's metrics are equal to the last bit."""
-    client._worker.cache_clear()  # of the method before
-    place = Place(tmp_path, prepare(tmp_path, ["--config", str(path), *budget(path)]))
-    if path.stem == "joint":
-        with pytest.raises(ValueError, match="needs the images of all clients in one place"):
-            place.on_flower()
-        return
-    expected = outcome(run(place.in_process()))
-    assert outcome(run(place.on_flower())) == expected
-    assert all(entry[4] == {} for entry in expected)  # nobody was left out
 
 
 def test_the_command_and_the_apps_write_the_same_summary(place: Place) -> None:

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -294,25 +293,26 @@ def test_cores_are_shared_among_jobs_unless_the_user_has_decided(
         assert (folder / "summary.json").read_text() == expected
 
 
-@pytest.mark.processes
-def test_ending_the_sweep_ends_its_runs(tmp_path: Path) -> None:
+def test_ending_the_sweep_ends_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     endless = (
-        "import sys, os, time, pathlib; pathlib.Path(sys.argv[1], 'pid').write_text(str(os.getpid())); time.sleep(99)"
+        "import sys, os, time, pathlib; pathlib.Path(sys.argv[1], 'pid').write_text(str(os.getpid())); time.sleep(999)"
     )
-    script = (
-        "import signal, sys; from pathlib import Path; from rich.console import Console\n"
-        "from fedlscl.run.sweep import PlannedRun, run_all\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
-        f"run = PlannedRun((sys.executable, '-c', {endless!r}, {str(tmp_path)!r}), Path({str(tmp_path)!r}))\n"
-        "run_all([run], 1, Console())"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script])
-    pid = tmp_path / "pid"
-    while not (pid.exists() and pid.read_text()):
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(300) == 143
+    run = PlannedRun((sys.executable, "-c", endless, str(tmp_path)), tmp_path)
+    pid, wait = tmp_path / "pid", time.sleep
+
+    def end_once_it_runs(seconds: float) -> None:
+        if pid.exists() and pid.read_text():
+            os.kill(os.getpid(), signal.SIGTERM)
+        wait(seconds)
+
+    monkeypatch.setattr("fedlscl.run.sweep.time.sleep", end_once_it_runs)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with pytest.raises(SystemExit) as end:
+            run_all([run], 1, Console(quiet=True))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert end.value.code == 143
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
 
