@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
+from fedlscl import methods
 from fedlscl.cli import main
 from fedlscl.client import Client
 from fedlscl.federation.algorithm import Federation
@@ -33,9 +35,11 @@ SERVER_BUDGET: dict[str, dict[str, int]] = {  # of the servers that train
 
 
 def budget(method: Path) -> list[str]:
-    """Words for as little work as shows what is tested."""
+    """Words for as little work as shows what is tested; not every client trains in steps."""
+    client = getattr(methods, yaml.safe_load(method.read_text())["model"]["class_path"])
+    accepted = inspect.signature(client).parameters
     return [
-        *(f"--model.init_args.{name}={value}" for name, value in BUDGET.items()),
+        *(f"--model.init_args.{name}={value}" for name, value in BUDGET.items() if {name, "kwargs"} & set(accepted)),
         *(f"--server.init_args.{name}={value}" for name, value in SERVER_BUDGET.get(method.stem, {}).items()),
     ]
 
