@@ -32,6 +32,7 @@ SERVER_BUDGET: dict[str, dict[str, int]] = {  # of the servers that train
     "target": {"synthesis_rounds": 3, "steps": 3, "batch_size": 8},
     "mfcl": {"steps": 6, "batch_size": 8},
 }
+HELD = {"ffa_lora": {"a.0"}}  # parameters that a method leaves as they were drawn
 
 
 def budget(method: Path) -> list[str]:
@@ -219,8 +220,8 @@ def test_nothing_private_travels(whole: tuple[Experiment, Run]) -> None:
 
 
 def test_training_moves_everything(whole: tuple[Experiment, Run]) -> None:
-    _, seen = whole
-    assert seen.still == {0: set(), 1: set(), 2: set()}
+    experiment, seen = whole
+    assert seen.still == dict.fromkeys(range(3), HELD.get(experiment.method, set()))
 
 
 def test_the_vit_is_not_part_of_a_state(whole: tuple[Experiment, Run]) -> None:
