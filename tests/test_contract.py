@@ -6,6 +6,7 @@ taken up again.
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
@@ -22,6 +23,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
+from fedlscl import methods
 from fedlscl.cli import main
 from fedlscl.client import Client
 from fedlscl.federation.algorithm import Federation
@@ -37,12 +39,15 @@ SERVER_BUDGET: dict[str, dict[str, int]] = {  # of the servers that train
     "target": {"synthesis_rounds": 3, "steps": 3, "batch_size": 8},
     "mfcl": {"steps": 6, "batch_size": 8},
 }
+HELD = {"ffa_lora": {"a.0"}}  # parameters that a method leaves as they were drawn
 
 
 def budget(method: Path) -> list[str]:
-    """Words for as little work as shows what is tested."""
+    """Words for as little work as shows what is tested; not every client trains in steps."""
+    client = getattr(methods, yaml.safe_load(method.read_text())["model"]["class_path"])
+    accepted = inspect.signature(client).parameters
     return [
-        *(f"--model.init_args.{name}={value}" for name, value in BUDGET.items()),
+        *(f"--model.init_args.{name}={value}" for name, value in BUDGET.items() if {name, "kwargs"} & set(accepted)),
         *(f"--server.init_args.{name}={value}" for name, value in SERVER_BUDGET.get(method.stem, {}).items()),
     ]
 
@@ -268,8 +273,8 @@ def test_nothing_private_travels(whole: tuple[Experiment, Run]) -> None:
 
 
 def test_training_moves_everything(whole: tuple[Experiment, Run]) -> None:
-    _, seen = whole
-    assert seen.still == {0: set(), 1: set(), 2: set()}
+    experiment, seen = whole
+    assert seen.still == dict.fromkeys(range(3), HELD.get(experiment.method, set()))
 
 
 def test_the_vit_is_not_part_of_a_state(whole: tuple[Experiment, Run]) -> None:

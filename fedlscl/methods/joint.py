@@ -12,14 +12,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedlscl.client import Client
 from fedlscl.data.local import LocalData
 from fedlscl.data.module import FederatedDataModule
 from fedlscl.data.splits import Split
 from fedlscl.methods.fedavg import FedAvgClient
+from fedlscl.methods.frozen_vit import FrozenViTClient
 
 
-class JointClient(FedAvgClient):
-    """A small model that sees everything; for the settings see `Client`."""
+class Pooled(Client):
+    """A client that sees the images of all clients and tasks at once, from the first round on."""
 
     def check(self, split: Split) -> None:
         """Only where all the data are."""
@@ -38,6 +40,17 @@ class JointClient(FedAvgClient):
         """Every image of every client and task is current, every class competes."""
         everything = torch.ones(self.num_classes, dtype=torch.bool)
         return self.everyone, everything, everything
+
+
+class JointClient(Pooled, FedAvgClient):
+    """A small model that sees everything; for the settings see `Client`."""
+
+    def on_train_end(self) -> None:
+        """No sample needs to be remembered."""
+
+
+class JointViTClient(Pooled, FrozenViTClient):
+    """A head on the frozen ViT, trained on everything: the upper bound that a frozen ViT has with a linear head."""
 
     def on_train_end(self) -> None:
         """No sample needs to be remembered."""

@@ -1,0 +1,60 @@
+"""The server of heads in closed form: it adds up, and solves.
+
+Shapes: K classes, p features that the head sees.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+
+from fedlscl.messages import MessageError, Schema, Upload
+from fedlscl.methods.statistics.client import StatisticsClient
+from fedlscl.methods.statistics.heads import added, as_message
+from fedlscl.server import Answer, Answers, Context, Metrics, Server
+
+
+class StatisticsServer(Server):
+    """Adds up what clients send, by client where the head needs that, and solves for the head when there is more."""
+
+    def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
+        """Only for clients that send sums; which, says their head."""
+        client = model()
+        if not isinstance(client, StatisticsClient) or not uploads:
+            raise ValueError("server: StatisticsServer adds up what StatisticsClient sends; take FedAvg or Isolated")
+        self.head, self.names = client.head, frozenset(uploads)
+        self.sums: dict[int, dict[str, Tensor]] = {}
+
+    def check(self, upload: Upload) -> None:
+        """All sums or none."""
+        if 0 < len(upload.tensors) < len(self.names):
+            raise MessageError(
+                f"upload: has {sorted(upload.tensors)} without {sorted(self.names - set(upload.tensors))}"
+            )
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums over all rounds."""
+        return {f"{client}.{name}": tensor for client, sums in self.sums.items() for name, tensor in sums.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take them over."""
+        self.sums = defaultdict(dict)
+        for key, tensor in state.items():
+            client, _, name = key.partition(".")
+            self.sums[int(client)][name] = tensor
+
+    def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:
+        """The same head for all clients, or no answer where nobody sent anything new."""
+        new = False
+        for client, upload in uploads.items():
+            if upload.tensors:
+                new, key = True, client if self.head.by_client else 0
+                self.sums[key] = added([self.sums.get(key, {}), upload.tensors])
+        if not new:
+            return {}, {}
+        counts = self.head.counts(added(self.sums.values()))
+        solution = self.head.solve(self.sums)
+        metrics = {"images": float(counts.sum()), **solution.metrics}
+        return dict.fromkeys(range(context.clients), Answer(as_message(solution, counts))), metrics
