@@ -183,7 +183,7 @@ def test_an_amendment_is_as_small_as_what_has_changed(tmp_path: Path) -> None:
 def test_nothing_but_safetensors_and_json_is_kept(committed: Path) -> None:
     for path in committed.iterdir():
         if path.name == MANIFEST:
-            assert set(json.loads(path.read_text())) == {"format", "version", "files", "progress"}
+            assert set(json.loads(path.read_text())) == {"format", "version", "files", "progress", "sha256"}
         else:
             assert path.suffix == ".safetensors"
             with safe_open(path, framework="pt") as file:
@@ -321,7 +321,7 @@ def test_the_content_is_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: 
     assert calls[:2] == ["fsync", "replace"]
 
 
-@pytest.mark.parametrize("written", [None, 1, 3])
+@pytest.mark.parametrize("written", [None, 1, 2, 4])
 def test_states_of_another_version_are_refused(tmp_path: Path, written: int | None) -> None:
     """What they are called may mean something else, or nothing, which would be lost without a word."""
     store = Store(tmp_path / "store")
@@ -329,8 +329,8 @@ def test_states_of_another_version_are_refused(tmp_path: Path, written: int | No
     store.commit({"round": 1})
     path = tmp_path / "store" / "state.json"
     state = json.loads(path.read_text())
-    del state["format"]
+    del state["format"], state["sha256"]  # which other versions may not have
     path.write_text(json.dumps(state if written is None else {**state, "format": written}))
     for use in (lambda: Store(tmp_path / "store"), lambda: read(tmp_path / "store", "client-0")):
-        with pytest.raises(ValueError, match=rf"holds states in format {written or 1}, this version of fedlscl has 2"):
+        with pytest.raises(ValueError, match=rf"holds states in format {written or 1}, this version of fedlscl has 3"):
             use()

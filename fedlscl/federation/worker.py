@@ -75,10 +75,13 @@ class Worker:
         """
         client.begin_round(round)
         with seeds.seeded(self.template.seed, "fit", client.index, round.number):
-            fit_once(self.template.trainer(logger), client)
+            try:
+                fit_once(self.template.trainer(logger), client)
+            except RuntimeError as error:  # as torch's about a matrix or probabilities that hold NaN
+                _check_finite(client, client.state(), error)
+                raise
         state = client.state()
-        if broken := [n for n, t in state.items() if t.is_floating_point() and not bool(t.isfinite().all())]:
-            raise FloatingPointError(f"training diverged: '{broken[0]}' holds NaN or infinite values")
+        _check_finite(client, state)
         return state
 
     def apply(self, client: Client, message: bytes) -> None:
@@ -130,3 +133,12 @@ class Worker:
         trained = sum(p.numel() for p in client.parameters() if p.requires_grad)
         counts = (trained, frozen.get_total_flops(), total.get_total_flops() - frozen.get_total_flops())
         return dict(zip(COUNTS, counts, strict=True))
+
+
+def _check_finite(client: Client, state: Mapping[str, Tensor], cause: Exception | None = None) -> None:
+    broken = [name for name, t in state.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+    if broken:
+        raise FloatingPointError(
+            f"training diverged: '{broken[0]}' holds NaN or infinite values; model.learning_rate is "
+            f"{client.learning_rate:g}, take a smaller one"
+        ) from cause
