@@ -74,8 +74,9 @@ def replacing(path: Path) -> Iterator[Path]:
                 left.unlink()
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        yield temporary
-        sync(temporary)
+        with naming(path):
+            yield temporary
+            sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
     finally:
@@ -87,13 +88,25 @@ def is_temporary(name: str) -> bool:
     return _TEMPORARY.fullmatch(name) is not None
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add to an error of the system which file it is about, which it does not say of one that is open."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
 def sync(path: Path) -> None:
     """Wait until what was written to a file, or the names in a folder, would also survive a power failure."""
     if os.name == "nt":  # there no folder can be opened, and no file that is not written to be forced onto the disk
         return
     opened = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(opened)
+        with naming(path):
+            os.fsync(opened)
     except OSError as error:
         if not (error.errno in (errno.EINVAL, *NO_LOCKS) and path.is_dir()):  # some network disks do so for files alone
             raise
@@ -150,7 +163,8 @@ def locked(path: Path) -> Iterator[None]:
             raise ValueError(f"'{path}' is a symbolic link, must be a file of its own: delete it") from error
         raise
     try:
-        _lock(file, path)
+        with naming(path):
+            _lock(file, path)
         yield
     finally:
         os.close(file)

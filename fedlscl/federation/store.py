@@ -17,7 +17,7 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fedlscl.files import Damaged, content_of, is_temporary, make_folder, sha256, sync, write_atomically
+from fedlscl.files import Damaged, content_of, is_temporary, make_folder, naming, sha256, sync, write_atomically
 
 MANIFEST = "state.json"
 FORMAT = 3  # raise it when what clients and servers keep gets other names or another meaning
@@ -192,7 +192,8 @@ class Store:
         if not self._has_manifest:  # first, so that one that is missing beside other files was lost
             self._write_manifest()
         path = self.folder / f"{name}.{self.version + 1}.safetensors"
-        path.write_bytes(content)  # under its own name at once: nobody asks for it before `commit`
+        with naming(path):
+            path.write_bytes(content)  # under its own name at once: nobody asks for it before `commit`
         return path
 
     def commit(self, progress: Mapping[str, Any]) -> None:

@@ -156,7 +156,8 @@ class Experiment:
             yield
         except Exception as error:
             if isinstance(error, NobodyLeft | Damaged) or is_the_machines(error):
-                cause = str(error) if isinstance(error, NobodyLeft | Damaged) else f"{type(error).__name__}: {error}"
+                plain = isinstance(error, NobodyLeft | Damaged | OSError)
+                cause = str(error) if plain else f"{type(error).__name__}: {error}".splitlines()[0]
                 raise StoppedRun(
                     f"{cause} (run_dir '{self.run_dir}' keeps the rounds that are complete: start the run again to go "
                     "on after them)"

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import Logger
 
-from fedlscl.files import Damaged, content_of, make_folder, sha256, sync, write_atomically
+from fedlscl.files import Damaged, content_of, make_folder, naming, sha256, sync, write_atomically
 
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
@@ -76,7 +76,8 @@ class Tracker:
     ) -> None:
         mode = _resolve(wandb_mode)
         make_folder(run_dir)
-        self._csv, kept = _open_metrics(run_dir / "metrics.csv", metrics_bytes)
+        self._path = run_dir / "metrics.csv"
+        self._csv, kept = _open_metrics(self._path, metrics_bytes)
         self._sum = hashlib.sha256(kept)
         self.run_id = run_id or secrets.token_hex(4)
         self._run: Run | None = None
@@ -111,8 +112,9 @@ class Tracker:
         self._tell(lambda run: run.log({**values, "task": task, "round": round}))
 
     def _add(self, content: bytes) -> None:
-        self._csv.write(content)
-        self._csv.flush()
+        with naming(self._path):
+            self._csv.write(content)
+            self._csv.flush()
         self._sum.update(content)
 
     def flush(self) -> int:
@@ -121,8 +123,9 @@ class Tracker:
         Returns:
             Its size in bytes, to be given as `metrics_bytes` when the federation goes on from here.
         """
-        self._csv.flush()
-        os.fsync(self._csv.fileno())
+        with naming(self._path):
+            self._csv.flush()
+            os.fsync(self._csv.fileno())
         return os.fstat(self._csv.fileno()).st_size
 
     @property
@@ -289,8 +292,9 @@ def _open_metrics(path: Path, size: int | None) -> tuple[BinaryIO, bytes]:
     """Open `path` to append rows: a new file, or the first `size` bytes of the one that is there, and what it holds."""
     if size is None:
         file = path.open("wb")
-        file.write(_HEADER)
-        file.flush()
+        with naming(path):
+            file.write(_HEADER)
+            file.flush()
         sync(path.parent)
         return file, _HEADER
     if (content := content_of(path)) is None:
