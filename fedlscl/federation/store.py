@@ -63,10 +63,12 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         state = json.loads(content)
-        stated = state.pop("sha256", None)
-        right = stated == _sum(state)
-    except (ValueError, AttributeError) as error:  # no JSON, or no object
+    except ValueError as error:
         raise _damaged(folder, [f"'{path}' is damaged"]) from error
+    if not isinstance(state, dict):
+        raise _damaged(folder, [f"'{path}' is damaged"])
+    stated = state.pop("sha256", None)
+    right = stated == _sum(state)
     found = state.get("format", 1)
     if found != FORMAT and (right or stated is None):
         raise ValueError(
@@ -75,7 +77,7 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
         )
     if not right:
         raise _damaged(folder, [f"'{path}' is damaged"])
-    return dict(state)
+    return state
 
 
 def _sum(state: Mapping[str, Any]) -> str:
