@@ -85,7 +85,7 @@ def _end_when_told() -> None:
 def fit_command(words: list[str]) -> None:
     """`fedlscl fit`: run or continue a federation."""
     from fedlscl.run.configuration import Configuration
-    from fedlscl.run.experiment import ImpossibleRun
+    from fedlscl.run.experiment import ImpossibleRun, StoppedRun
 
     _end_when_told()
     with _in_a_line():
@@ -93,7 +93,7 @@ def fit_command(words: list[str]) -> None:
         experiment.load()
     try:
         experiment.run(Console())
-    except ImpossibleRun as error:
+    except (ImpossibleRun, StoppedRun) as error:
         sys.exit(f"fedlscl: {error}")
 
 

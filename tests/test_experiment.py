@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
@@ -20,13 +21,14 @@ from helpers import CNN, VIT, Patterns, lasting, lasting_rows, make_client, make
 from rich.console import Console
 from safetensors.torch import save_file
 
+from fedlscl.analysis.results import read_runs
 from fedlscl.client import Client
 from fedlscl.data.module import FederatedDataModule
 from fedlscl.data.source import Dataset
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
-from fedlscl.run.experiment import Experiment, Tracking, accuracy_arrays, differences
+from fedlscl.run.experiment import Experiment, ImpossibleRun, StoppedRun, Tracking, accuracy_arrays, differences
 from fedlscl.run.summary import Skipped, Summary
 from fedlscl.schedule import Schedule
 
@@ -253,6 +255,163 @@ def test_an_interruption_after_the_last_round_loses_nothing(
     assert len(list((tmp_path / "run").glob("*.png"))) == 4
 
 
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory, data: FederatedDataModule, vit: FrozenViT) -> Path:
+    """The folder of a run that was interrupted in round 3 of 4."""
+    experiment: Experiment = maker(tmp_path_factory.mktemp("interrupted"), data, vit)()
+    train_end = FedLSCL.on_train_end
+
+    def interrupt(self: FedLSCL) -> None:
+        train_end(self)
+        if self.round.number == 3:
+            raise SystemExit(143)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FedLSCL, "on_train_end", interrupt)
+        with pytest.raises(SystemExit):
+            experiment.run(console())
+    return experiment.run_dir
+
+
+def copied(run_dir: Path, experiment: Experiment) -> Path:
+    return shutil.copytree(run_dir, experiment.run_dir)
+
+
+OTHER = {"setting": "tiny", "model": {"class_path": "FedLSCL", "init_args": {"epochs": 2}}}
+
+
+def test_a_run_without_its_configuration_goes_on_under_no_other(
+    interrupted: Path, make: Make, finished: tuple[Experiment, Summary], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copied(interrupted, make())
+    before = (folder / "config.yaml").read_bytes()
+    (folder / "config.yaml").unlink()
+    with pytest.raises(ImpossibleRun, match=r"config\.yaml' is missing.* put back a copy, give the same configuration"):
+        make(config=OTHER).run(console())
+    assert lasting(asdict(make().run(console()))) == lasting(asdict(finished[1]))
+    assert (folder / "config.yaml").read_bytes() == before
+    assert "config.yaml' was missing and is written anew, the same as it was" in caplog.text
+
+
+def test_a_run_without_its_split_goes_on_with_no_other(
+    interrupted: Path, make: Make, cache: Path, data: FederatedDataModule, finished: tuple[Experiment, Summary]
+) -> None:
+    folder = copied(interrupted, make())
+    (folder / "split.json").unlink()
+    other = FederatedDataModule(Patterns(seed=1), data.split_spec, seed=0, cache_dir=str(cache))
+    other.setup()
+    with pytest.raises(ImpossibleRun, match=r"split\.json' is missing.* put back a copy, give the same data"):
+        make(data=other).run(console())
+    assert not (folder / "split.json").exists()
+    assert lasting(asdict(make().run(console()))) == lasting(asdict(finished[1]))
+    assert (folder / "split.json").exists()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "split.json", "checkpoint/state.json", "metrics.csv"])
+def test_a_changed_file_of_an_unfinished_run_is_named_and_nothing_is_touched(
+    interrupted: Path, make: Make, name: str
+) -> None:
+    folder = copied(interrupted, make())
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:20] + bytes([content[20] ^ 1]) + content[21:])
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ImpossibleRun, match=f"{re.escape(str(folder / name))}' is damaged.*put back a copy, or"):
+        make().run(console())
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("damage", ["lost", "windows"])
+def test_a_record_of_metrics_that_was_lost_costs_no_checkpoint(
+    interrupted: Path, make: Make, finished: tuple[Experiment, Summary], damage: str
+) -> None:
+    folder = copied(interrupted, make())
+    path = folder / "metrics.csv"
+    if damage == "lost":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    screen = console()
+    assert lasting(asdict(make().run(screen))) == lasting(asdict(finished[1]))
+    assert "Continuing after round 2." in text(screen)
+    whole, found = lasting_rows(finished[0].run_dir), lasting_rows(folder)
+    if damage == "lost":  # what clients logged while they trained is in no checkpoint
+        logged = ("collaborate", "replay")
+        whole = [row for row in whole if int(row["round"]) > 2 or row["metric"].split("/")[-2] not in logged]
+    assert found == whole
+
+
+def test_a_damaged_summary_is_named_and_made_anew_once_it_is_gone(
+    finished: tuple[Experiment, Summary], make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copied(finished[0].run_dir, make())
+    path = folder / "summary.json"
+    before = path.read_text()
+    path.write_text(before.replace('"threads": 1', '"threads": 3'))
+    for use in (lambda: make().run(console()), lambda: read_runs(path), lambda: Summary.read(path)):
+        with pytest.raises(ValueError, match=r"summary\.json' is damaged.* makes it anew from checkpoint/"):
+            use()
+    monkeypatch.setattr(Client, "begin_round", lambda *a: pytest.fail("trained"))
+    path.unlink()
+    make().run(console())
+    assert path.read_text() == before
+    (folder / "checkpoint" / "state.json").write_text("{")
+    assert Summary.read(path) == finished[1]
+    assert "summary.json' cannot be checked" in caplog.text
+
+
+def test_a_finished_run_without_its_configuration_is_shown_for_no_other(
+    finished: tuple[Experiment, Summary], make: Make
+) -> None:
+    folder = copied(finished[0].run_dir, make())
+    (folder / "config.yaml").unlink()
+    with pytest.raises(ImpossibleRun, match=r"model\.init_args\.epochs: 1 there, 2 now"):
+        make(config=OTHER).run(console())
+    assert make().run(console()) == finished[1]
+    assert (folder / "config.yaml").read_bytes() == (finished[0].run_dir / "config.yaml").read_bytes()
+
+
+def test_what_decorates_a_run_fails_after_its_numbers_are_safe(
+    interrupted: Path, make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copied(interrupted, make())
+    with monkeypatch.context() as patch:
+        patch.setattr("fedlscl.run.plots._save", lambda *a: (_ for _ in ()).throw(RuntimeError("no font")))
+        summary = make().run(console())
+    assert Summary.read(folder / "summary.json") == summary
+    assert "not all of its pictures could be drawn: RuntimeError: no font" in caplog.text
+    assert not list(folder.glob("*.png"))
+    assert make().run(console()) == summary
+    assert len(list(folder.glob("*.png"))) == 4
+
+
+@pytest.mark.parametrize("name", [".tmpAbCdEf", ".config.yaml.12.tmp", "checkpoint/.tmpAbCdEf", "traceback.txt"])
+def test_what_a_killed_process_left_behind_is_removed(interrupted: Path, make: Make, name: str) -> None:
+    folder = copied(interrupted, make())
+    (folder / name).touch()
+    make().run(console())
+    assert not (folder / name).exists()
+
+
+def test_trouble_of_the_machine_ends_a_run_in_a_line_and_a_bug_leaves_its_traceback(
+    interrupted: Path, make: Make, monkeypatch: pytest.MonkeyPatch, finished: tuple[Experiment, Summary]
+) -> None:
+    folder = copied(interrupted, make())
+    for error, expected, line in (
+        (OSError(28, "No space left on device", "metrics.csv"), StoppedRun, "No space left on device: 'metrics.csv' "),
+        (MemoryError(), StoppedRun, "MemoryError: "),
+        (KeyError("oops"), KeyError, "oops"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(FedLSCL, "on_train_end", lambda self, error=error: (_ for _ in ()).throw(error))
+            with pytest.raises(expected, match=line) as raised:
+                make().run(console())
+        assert "\n" not in str(raised.value)
+        assert (folder / "traceback.txt").exists() is (expected is KeyError)
+    assert "KeyError: 'oops'\nThis happened to client 0 in round 3." in (folder / "traceback.txt").read_text()
+    assert lasting(asdict(make().run(console()))) == lasting(asdict(finished[1]))
+    assert not (folder / "traceback.txt").exists()
+
+
 def test_another_configuration_is_refused_by_field(finished: tuple[Experiment, Summary]) -> None:
     experiment, _ = finished
     other = {"setting": "tiny", "model": {"class_path": "FedLSCL", "init_args": {"epochs": 2}}}
@@ -354,14 +513,14 @@ def test_skipped_clients_are_reported(make: Make, monkeypatch: pytest.MonkeyPatc
 
     def fail(self: FedLSCL) -> None:
         if (self.index, self.round.number) == (1, 2):
-            raise OSError("gone")
+            raise FloatingPointError("gone")
         train_end(self)
 
     monkeypatch.setattr(FedLSCL, "on_train_end", fail)
     screen = console()
     experiment = make()
     summary = experiment.run(screen)
-    assert summary.skipped == (Skipped(2, 1, "OSError: gone"),)
+    assert summary.skipped == (Skipped(2, 1, "FloatingPointError: gone"),)
     assert "without clients [1]" in text(screen)
     assert summary.bytes_up.by_round[1][1] is None
     skipped = [(row["round"], row["metric"]) for row in rows(experiment.run_dir) if row["metric"].endswith("skipped")]

@@ -21,9 +21,11 @@ from helpers import (
 from torch import Tensor
 
 from fedlscl.evaluation import MASKS
-from fedlscl.federation.algorithm import Federation
+from fedlscl.federation.algorithm import Federation, NobodyLeft
 from fedlscl.federation.callback import RoundResult
+from fedlscl.federation.transport import is_the_machines
 from fedlscl.federation.worker import Worker
+from fedlscl.files import Damaged
 from fedlscl.messages import Message, Upload
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL
 from fedlscl.schedule import Schedule
@@ -50,11 +52,12 @@ class Fragile(FedLSCL):
     """Fails in the fit of given (client, round) pairs, after it has begun to train."""
 
     failures: frozenset[tuple[int, int]] = frozenset()
+    error: Exception = ValueError("one image is too few")
 
     def on_train_end(self) -> None:
         super().on_train_end()
         if (self.index, self.round.number) in self.failures:
-            raise OSError("no space left on device")
+            raise self.error
 
 
 @pytest.fixture
@@ -75,7 +78,7 @@ def test_a_failing_client_is_left_out_and_comes_back(
         results.append(result)
         stored = federation.store.read("client-1")
         before[result.round] = stored and copy_of(stored)
-    assert results[1].skipped == {1: "OSError: no space left on device"}
+    assert results[1].skipped == {1: "ValueError: one image is too few"}
     assert sorted(results[1].bytes_up) == sorted(results[1].bytes_down) == [0, 2]
     assert before[1] is not None
     assert before[2] is not None
@@ -121,8 +124,74 @@ def test_a_failure_in_the_first_round_leaves_the_common_start(make: Make, monkey
 
 def test_without_anyone_the_run_stops(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Fragile, "failures", {(index, 1) for index in range(3)})
-    with pytest.raises(RuntimeError, match=r"no client finished round 1.*no space left"):
+    with pytest.raises(
+        RuntimeError, match=r"no client finished round 1: client 0, 1, 2: ValueError: one image is too few"
+    ):
         next(make(client=make_client(Fragile)).run(Recorder()))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        KeyError("a bug"),
+        TypeError("a bug"),
+        RuntimeError("a bug"),
+    ],
+    ids=lambda error: f"{type(error).__name__} {error}",
+)
+def test_no_client_is_blamed_for_the_machine_or_for_a_bug(
+    make: Make, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Nor does the round go on without it, which would be another run; what was done before is kept."""
+    federation = make(client=make_client(Fragile), rounds=2)
+    monkeypatch.setattr(Fragile, "failures", {(1, 2)})
+    monkeypatch.setattr(Fragile, "error", error)
+    rounds = federation.run(Recorder())
+    assert next(rounds).skipped == {}
+    with pytest.raises(type(error)) as raised:
+        next(rounds)
+    assert raised.value is error
+    assert error.__notes__ == ["This happened to client 1 in round 2."]
+    assert federation.store.progress["round"] == 1
+
+
+def test_a_cause_on_the_machine_is_found_behind_what_follows_from_it() -> None:
+    def raised(error: Exception, cause: Exception | None, context: Exception | None = None) -> Exception:
+        error.__context__ = context
+        if cause is not None:
+            error.__cause__ = cause
+        return error
+
+    assert is_the_machines(raised(ValueError(), OSError()))
+    assert is_the_machines(raised(ValueError(), raised(KeyError(), None, MemoryError())))
+    assert is_the_machines(Damaged("client-0 is damaged"))
+    assert not is_the_machines(raised(ValueError(), KeyError(), OSError()))  # another cause is named
+    assert not is_the_machines(FloatingPointError())
+
+
+def test_training_that_diverges_is_one_line_that_names_the_field(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, logger="fedlscl")
+    with pytest.raises(NobodyLeft, match=r"no client finished round 1: client 0.*training diverged: '"):
+        next(make(client=make_client(learning_rate=1e30)).run(Recorder()))
+    for level, traceback in ((logging.WARNING, False), (logging.DEBUG, True)):
+        records = [record for record in caplog.records if record.levelno == level and record.name.startswith("fedlscl")]
+        assert len(records) == 3
+        assert [record.exc_info is not None for record in records] == [traceback] * 3
+        if not traceback:
+            assert records[0].message.endswith("model.learning_rate is 1e+30, take a smaller one")
+
+
+def test_a_client_that_lost_its_state_does_not_start_from_nothing(make: Make) -> None:
+    federation = make(rounds=2)
+    rounds = federation.run(Recorder())
+    next(rounds)
+    federation.store.forget("client-1")
+    with pytest.raises(Damaged, match="lacks the state of client 1, which had a part in earlier rounds"):
+        next(rounds)
 
 
 MALFORMED: dict[str, tuple[Callable[[Upload], Upload | bytes], str]] = {

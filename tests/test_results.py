@@ -79,6 +79,29 @@ def test_what_may_have_been_meant_as_a_run_is_named_in_folders_and_refused_by_na
         read_runs([bad])
 
 
+def test_a_bad_file_among_others_that_were_named_stops_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = [write_run(tmp_path / str(seed), seed=seed) / "summary.json" for seed in (1, 2)]
+    (tmp_path / "cut.json").write_bytes(good[0].read_bytes()[:100])
+    assert [run.seed for run in read_runs([good[0], tmp_path / "cut.json", good[1]])] == [1, 2]
+    assert [record.message.partition(" is not JSON")[0] for record in caplog.records] == [str(tmp_path / "cut.json")]
+    caplog.clear()
+    read = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path == good[1]:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    for paths in ([tmp_path], good):
+        assert [run.seed for run in read_runs(paths)] == [1]
+        assert "Permission denied" in caplog.text
+    with pytest.raises(PermissionError):
+        read_runs(good[1])
+
+
 def test_a_run_says_what_is_asked_for_most(tmp_path: Path) -> None:
     """After task 1 the clients have 50 and 51, after task 2 60, 61 and 61, 62; 10 and 20 less under the other masks."""
     (run,) = read_runs(write_run(tmp_path / "run", "fedavg", 7, config={"model.block": 5}))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedlscl import files
 from fedlscl.federation.store import MANIFEST, Store, read
-from fedlscl.files import write_atomically
+from fedlscl.files import Damaged, write_atomically
 
 
 def numbers(value: float) -> dict[str, Tensor]:
@@ -183,7 +183,7 @@ def test_an_amendment_is_as_small_as_what_has_changed(tmp_path: Path) -> None:
 def test_nothing_but_safetensors_and_json_is_kept(committed: Path) -> None:
     for path in committed.iterdir():
         if path.name == MANIFEST:
-            assert set(json.loads(path.read_text())) == {"format", "version", "files", "progress"}
+            assert set(json.loads(path.read_text())) == {"format", "version", "files", "progress", "sha256"}
         else:
             assert path.suffix == ".safetensors"
             with safe_open(path, framework="pt") as file:
@@ -321,7 +321,7 @@ def test_the_content_is_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: 
     assert calls[:2] == ["fsync", "replace"]
 
 
-@pytest.mark.parametrize("written", [None, 1, 3])
+@pytest.mark.parametrize("written", [None, 1, 2, 4])
 def test_states_of_another_version_are_refused(tmp_path: Path, written: int | None) -> None:
     """What they are called may mean something else, or nothing, which would be lost without a word."""
     store = Store(tmp_path / "store")
@@ -329,8 +329,117 @@ def test_states_of_another_version_are_refused(tmp_path: Path, written: int | No
     store.commit({"round": 1})
     path = tmp_path / "store" / "state.json"
     state = json.loads(path.read_text())
-    del state["format"]
+    del state["format"], state["sha256"]  # which other versions may not have
     path.write_text(json.dumps(state if written is None else {**state, "format": written}))
     for use in (lambda: Store(tmp_path / "store"), lambda: read(tmp_path / "store", "client-0")):
-        with pytest.raises(ValueError, match=rf"holds states in format {written or 1}, this version of fedlscl has 2"):
+        with pytest.raises(ValueError, match=rf"holds states in format {written or 1}, this version of fedlscl has 3"):
             use()
+
+
+# ------------------------------------------------------------------------------ checksums
+
+
+def test_a_damaged_file_is_named_and_nothing_is_removed(committed: Path) -> None:
+    path = committed / "client-0.1.safetensors"
+    content = path.read_bytes()
+    Store(committed).write("client-1", numbers(20))  # of a round that is not complete
+    for at in range(0, len(content), 7):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+        before = listing(committed)
+        for use in (lambda: Store(committed), lambda: read(committed, "client-0")):
+            with pytest.raises(Damaged, match=r"client-0\.1\.safetensors' is damaged: put back a copy, or delete '"):
+                use()
+        assert listing(committed) == before
+    assert value_of_other(committed) == 2
+
+
+def value_of_other(folder: Path) -> float:
+    return float(read(folder, "client-1")["weight"][0, 0])
+
+
+def test_every_missing_file_is_named(committed: Path) -> None:
+    for client in range(2):
+        (committed / f"client-{client}.1.safetensors").unlink()
+    with pytest.raises(Damaged, match=r"client-0\S+ is missing, '\S+client-1\S+ is missing: put back"):
+        Store(committed)
+
+
+def test_a_file_that_is_damaged_while_the_run_goes_on_is_not_used(committed: Path) -> None:
+    store = Store(committed)
+    (committed / "client-0.1.safetensors").write_bytes(b"")
+    with pytest.raises(Damaged, match=r"client-0\.1\.safetensors' is damaged"):
+        store.read("client-0")
+    with pytest.raises(Damaged, match=r"client-0\.1\.safetensors' is damaged"):
+        store.amend("client-0", numbers(2))
+
+
+def test_one_bit_in_the_manifest_deletes_nothing_and_starts_nobody_anew(committed: Path) -> None:
+    path = committed / MANIFEST
+    content = path.read_bytes()
+    before = listing(committed)
+    for at in range(len(content)):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
+        with pytest.raises(Damaged, match=r"state\.json' is damaged: put back a copy, or delete '"):
+            Store(committed)
+        assert listing(committed) == before
+    for cut in (b"", b"{", content[:-1], b"[]", b"null", content + b"}"):
+        path.write_bytes(cut)
+        with pytest.raises(Damaged, match=r"state\.json' is damaged"):
+            Store(committed)
+    path.write_bytes(content)
+    assert_as_committed(committed)
+
+
+def test_a_lost_manifest_is_not_an_empty_folder(committed: Path) -> None:
+    (committed / MANIFEST).unlink()
+    with pytest.raises(Damaged, match=r"state\.json' is missing, which says what 'client-0\.1\.safetensors' is"):
+        Store(committed)
+    assert len(listing(committed)) == 2
+
+
+def test_what_a_kill_leaves_of_the_first_round_is_no_lost_manifest(tmp_path: Path) -> None:
+    Store(tmp_path).write("client-0", numbers(1))
+    assert listing(tmp_path) == {MANIFEST, "client-0.1.safetensors"}
+    again = Store(tmp_path)
+    assert (again.read("client-0"), again.progress) == (None, {})
+    assert listing(tmp_path) == {MANIFEST}
+
+
+@pytest.mark.parametrize("name", [".tmpAbCdEf", ".state.json.123.tmp"])
+def test_temporary_files_of_whatever_origin_are_removed(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"half a fi")
+    Store(tmp_path)
+    assert listing(tmp_path) == set()
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".tmpAbCdEf").touch()
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match=r"holds other files \(thesis\.tex\)"):
+        Store(tmp_path)
+    assert listing(tmp_path) == {".tmpAbCdEf", "thesis.tex"}
+
+
+def test_a_round_is_on_the_disk_before_its_manifest_is(committed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, calls = Store(committed), list[str]()
+    for name in ("fsync", "replace", "unlink"):
+        original = getattr(os, name)
+
+        def noted(path: int | str | Path, *rest: object, name: str = name, original: object = original) -> None:
+            at = Path(os.readlink(f"/proc/self/fd/{path}")) if isinstance(path, int) else Path(path)
+            calls.append(f"{name} {at.name.partition('.')[0] or 'manifest'}")
+            original(path, *rest)  # type: ignore[operator]
+
+        monkeypatch.setattr(os, name, noted)
+    store.write("client-0", numbers(3))
+    store.commit({})
+    expected = ["fsync client-0", "fsync state", "fsync manifest", "replace manifest", "fsync state", "unlink manifest"]
+    assert calls == [*expected, "unlink client-0"]
+
+
+def test_tensors_come_in_the_order_of_their_file(tmp_path: Path) -> None:
+    """Sums over a state, and what is logged of it, depend on the order; safetensors itself has a random one."""
+    store = Store(tmp_path)
+    store.write("client-0", {name: torch.ones(n + 1) for n, name in enumerate("hgfedcba")})
+    for _ in range(5):
+        assert list(store.read("client-0") or {}) == [*"abcdefgh"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import json
 import math
 import os
@@ -24,7 +26,8 @@ from torch.utils.data import DataLoader
 from wandb.proto import wandb_internal_pb2
 from wandb_server import WandbServer
 
-from fedlscl.run.tracking import STEP_METRICS, ClientLogger, Tracker
+from fedlscl.files import Damaged
+from fedlscl.run.tracking import STEP_METRICS, ClientLogger, Tracker, mended
 
 
 @pytest.fixture
@@ -105,6 +108,91 @@ def test_a_resumed_record_drops_what_came_after_the_checkpoint(tmp_path: Path) -
         assert tracker.flush() == size
         tracker.log({"eval/a": 3.0}, task=1, round=2)
     assert rows(tmp_path)[1:] == [("1", "1", "eval/a", "1.0"), ("1", "2", "eval/a", "3.0")]
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> tuple[int, str]:
+    """A record with a committed row and one after it: the committed size and its checksum."""
+    with plain(tmp_path) as tracker:
+        tracker.log({"client/0/loss": 0.5, "eval/a": 1.0}, task=1, round=1)
+        committed = tracker.flush(), tracker.metrics_sha256
+        tracker.log({"eval/a": 2.0}, task=1, round=2)
+    return committed
+
+
+AGAIN = [({"eval/a": 1.0}, 1, 1)]
+"""What the checkpoint knows of that record."""
+
+
+def test_a_whole_record_is_gone_on_with_as_it_is(tmp_path: Path, recorded: tuple[int, str]) -> None:
+    before = (tmp_path / "metrics.csv").read_bytes()
+    assert mended(tmp_path / "metrics.csv", *recorded, lambda: pytest.fail("not needed")) == recorded[0]
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+    with plain(tmp_path, metrics_bytes=recorded[0]) as tracker:
+        assert tracker.metrics_sha256 == recorded[1]
+
+
+def test_other_line_ends_are_changed_back(
+    tmp_path: Path, recorded: tuple[int, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.csv"
+    before = path.read_bytes()
+    path.write_bytes(before.replace(b"\n", b"\r\n"))
+    assert mended(path, *recorded, lambda: pytest.fail("not needed")) == recorded[0]
+    assert path.read_bytes() == before[: recorded[0]]
+    assert "had other line ends, which are changed back" in caplog.text
+
+
+def test_a_lost_record_is_written_anew_from_the_checkpoint(
+    tmp_path: Path, recorded: tuple[int, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.csv"
+    path.unlink()
+    size = mended(path, *recorded, lambda: AGAIN)
+    assert rows(tmp_path) == [("task", "round", "metric", "value"), ("1", "1", "eval/a", "1.0")]
+    assert size == path.stat().st_size
+    assert f"'{path}' was missing; it is written anew" in caplog.text
+    with plain(tmp_path, metrics_bytes=size) as tracker:
+        tracker.log({"eval/a": 2.0}, task=1, round=2)
+    assert mended(path, *recorded, lambda: AGAIN) == size  # killed before the checkpoint knew of it
+
+
+def test_a_damaged_record_is_refused_with_what_can_be_done(tmp_path: Path, recorded: tuple[int, str]) -> None:
+    path = tmp_path / "metrics.csv"
+    content = path.read_bytes()
+    for at in range(recorded[0]):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.raises(
+            Damaged, match=r"metrics\.csv' is damaged: put back a copy, or delete it, and the run goes on"
+        ):
+            mended(path, *recorded, lambda: AGAIN)
+    path.write_bytes(content[: recorded[0] - 1])
+    with pytest.raises(Damaged, match=r"metrics\.csv' is damaged"):
+        mended(path, *recorded, lambda: AGAIN)
+
+
+def test_a_full_disk_is_named_with_the_file_and_hides_no_other_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.FileIO):
+        full = False
+
+        def write(self, content: Any) -> int:
+            if self.full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(content) or 0
+
+    monkeypatch.setattr(Path, "open", lambda self, mode: io.BufferedWriter(Full(self, mode)))
+    tracker = plain(tmp_path)
+    monkeypatch.setattr(Full, "full", True)
+    with pytest.raises(OSError, match=r"No space left on device: .*metrics\.csv"), tracker:
+        tracker.log({"eval/a": 1.0}, task=1, round=1)
+    monkeypatch.setattr(Full, "full", False)
+    tracker = plain(tmp_path)
+    tracker._csv.write(b"1,1,eval/a,1.0\n")
+    monkeypatch.setattr(Full, "full", True)
+    with pytest.raises(KeyError, match="first"), tracker:
+        raise KeyError("first")
 
 
 def test_a_new_record_replaces_an_old_one(tmp_path: Path) -> None:

@@ -159,16 +159,24 @@ def read_runs(paths: str | Path | Iterable[str | Path]) -> Runs:
 
     Returns:
         The runs, each once, in the order of their files. What is no run is passed over in folders; with a warning in
-        the log where it may have been meant to be one: JSON that does not parse, a summary that lacks something.
+        the log where it may have been meant to be one: JSON that does not parse, a summary that lacks something or is
+        damaged. A file that was named and is bad is left out with a warning too where there are other runs.
 
     Raises:
         FileNotFoundError: if a path does not exist, or no finished run is in it.
-        ValueError: if a file that was named is no summary of a run, or something in it is missing or wrong.
+        OSError: if the only file cannot be read.
+        ValueError: if the only file is no summary of a run, or something in it is missing or wrong.
     """
     runs: dict[Path, Run] = {}
+    bad: list[Exception] = []
     for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
         if not path.is_dir():
-            runs[path.resolve()] = _read(path)
+            try:
+                runs[path.resolve()] = _read(path)
+            except FileNotFoundError:
+                raise
+            except (ValueError, OSError) as error:
+                bad.append(error)
             continue
         found = {}
         for file in sorted(file for file in path.rglob("*.json") if file.is_file()):
@@ -176,11 +184,15 @@ def read_runs(paths: str | Path | Iterable[str | Path]) -> Runs:
                 found[file.resolve()] = _read(file)
             except NotASummary:
                 continue
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 log.warning("%s; it is left out", error)
         if not found:
             raise FileNotFoundError(f"{path}: no finished run in it, which would have a summary.json")
         runs |= found
+    if bad and not runs:
+        raise bad[0]
+    for each in bad:
+        log.warning("%s; it is left out", each)
     return Runs(runs.values())
 
 

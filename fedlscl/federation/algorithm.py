@@ -27,6 +27,10 @@ log = logging.getLogger(__name__)
 MOST_SAID = 500  # characters on record of why a client is left out, of which a client may determine some
 
 
+class NobodyLeft(RuntimeError):
+    """A round that no client has taken part in to its end."""
+
+
 @dataclass
 class Federation:
     """Everything that takes part in a run, on the server's side.
@@ -64,7 +68,7 @@ class Federation:
         """Algorithm 1 from the first round that the store does not hold; each is in the store when it is yielded.
 
         Raises:
-            RuntimeError: if nobody takes part in a round to its end; what was done before is in the store.
+            NobodyLeft: if nobody takes part in a round to its end; what was done before is in the store.
         """
         callback = callback or FederationCallback()
         history = self.store.progress.get("history", [])
@@ -90,7 +94,7 @@ class Federation:
         with result.timed("evaluate"):
             found = self.transport.evaluations(round)
         if not found and round.ends_task:
-            raise RuntimeError(
+            raise NobodyLeft(
                 f"no client has ended round {round.number}, the last of its task, so that nobody knows how good "
                 "the models are; start the run again to repeat the round"
             )
@@ -108,7 +112,11 @@ class Federation:
             for fitted in self.transport.fit(round, participants, self.server.listens, callback):
                 self._receive(fitted, result, uploads)
         if len(result.skipped) == len(participants):
-            raise RuntimeError(f"no client finished round {round.number}: {result.skipped}")
+            why: dict[str, list[int]] = {}
+            for index, problem in sorted(result.skipped.items()):
+                why.setdefault(problem, []).append(index)
+            reasons = "; ".join(f"client {', '.join(map(str, who))}: {problem}" for problem, who in why.items())
+            raise NobodyLeft(f"no client finished round {round.number}: {reasons}")
         return uploads
 
     def _answer(self, round: Round, answers: Answers, accepted: set[int], result: RoundResult) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from lightning.pytorch.loggers import Logger
 
 from fedlscl.client import Client
@@ -13,12 +14,32 @@ from fedlscl.federation.callback import FederationCallback
 from fedlscl.federation.store import Store, client_name
 from fedlscl.federation.template import Template
 from fedlscl.federation.worker import Accuracy, Worker
+from fedlscl.files import Damaged
 from fedlscl.schedule import Round
 
 log = logging.getLogger(__name__)
 
 LEDGER = "clients"
 """The name under which a store holds what it knows of clients that are elsewhere."""
+
+
+CLIENTS_FAULT = (FloatingPointError, ValueError)
+"""What a client can be guilty of: training that diverged, data or a message that do not fit.
+
+Anything else is the machine's trouble or a bug, which no client causes: it ends the run, which can go on later.
+"""
+
+
+def is_the_machines(error: BaseException) -> bool:
+    """Whether an error comes from a machine's trouble: a full or broken disk, a damaged file, too little memory."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError | MemoryError | torch.OutOfMemoryError | Damaged):
+            return True
+        if type(cause) is RuntimeError and "DefaultCPUAllocator" in str(cause):  # torch has no class of its own for it
+            return True
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return False
 
 
 class Fitted(NamedTuple):
@@ -87,14 +108,21 @@ class InProcess:
             callback.on_fit_end()
 
     def _fit(self, index: int, round: Round, uploads: bool, logger: Logger | None) -> Fitted:
+        client = self._restore(index)
         try:
-            client = self._restore(index)
             state = self.worker.fit(client, round, logger)
             message = client.upload().to_bytes() if uploads else None
-        except Exception as error:
+        except CLIENTS_FAULT as error:
+            if is_the_machines(error):
+                raise
             # One client must not stop the others; its state of the last round is still in the store
-            log.warning("client %d is left out of round %d", index, round.number, exc_info=error)
-            return Fitted(index, None, f"{type(error).__name__}: {error}")
+            problem = f"{type(error).__name__}: {error}"
+            log.warning("client %d is left out of round %d: %s", index, round.number, problem)
+            log.debug("why client %d is left out", index, exc_info=error)
+            return Fitted(index, None, problem)
+        except Exception as error:
+            error.add_note(f"This happened to client {index} in round {round.number}.")
+            raise
         self.store.write(_fitted(index), state)
         return Fitted(index, message, None)
 
@@ -124,8 +152,18 @@ class InProcess:
         return self.worker.cost(self._restore(client))
 
     def _restore(self, index: int) -> Client:
-        """The client in its last state."""
+        """The client in its last state.
+
+        Raises:
+            Damaged: if it has none, although it had a part in a round.
+        """
         state = self.store.read(client_name(index))
+        before = self.store.progress.get("history", [])
+        if state is None and any(index in map(int, entry["bytes_down"]) for entry in before):
+            raise Damaged(
+                f"'{self.store.folder}' lacks the state of client {index}, which had a part in earlier rounds: put "
+                "back a copy of the folder, or delete it to start anew"
+            )
         return self.worker.restore(index, state, self.worker.template.start_message(index) if state is None else None)
 
 

@@ -17,7 +17,7 @@ from fedlscl.client import Client
 from fedlscl.data.source import Part
 from fedlscl.federation.template import Template
 from fedlscl.federation.trainer import fit_once
-from fedlscl.messages import Download, schema_of
+from fedlscl.messages import LARGEST, Download, schema_of
 from fedlscl.models.cache import FrozenCache
 from fedlscl.schedule import Round
 
@@ -71,14 +71,17 @@ class Worker:
             Its state.
 
         Raises:
-            FloatingPointError: if a number in it is not finite.
+            FloatingPointError: if training diverged.
         """
         client.begin_round(round)
         with seeds.seeded(self.template.seed, "fit", client.index, round.number):
-            fit_once(self.template.trainer(logger), client)
+            try:
+                fit_once(self.template.trainer(logger), client)
+            except RuntimeError as error:  # as torch's about a matrix or probabilities that hold NaN
+                _check(client, client.state(), error)
+                raise
         state = client.state()
-        if broken := [n for n, t in state.items() if t.is_floating_point() and not bool(t.isfinite().all())]:
-            raise FloatingPointError(f"training diverged: '{broken[0]}' holds NaN or infinite values")
+        _check(client, state)
         return state
 
     def apply(self, client: Client, message: bytes) -> None:
@@ -130,3 +133,14 @@ class Worker:
         trained = sum(p.numel() for p in client.parameters() if p.requires_grad)
         counts = (trained, frozen.get_total_flops(), total.get_total_flops() - frozen.get_total_flops())
         return dict(zip(COUNTS, counts, strict=True))
+
+
+def _check(client: Client, state: Mapping[str, Tensor], cause: Exception | None = None) -> None:
+    """Refuse a client whose training has diverged: its numbers are not finite, or beyond what a message may hold."""
+    broken = [n for n, t in state.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+    broken += [n for n, p in client.named_parameters() if p.requires_grad and bool((p.detach().abs() > LARGEST).any())]
+    if broken:
+        raise FloatingPointError(
+            f"training diverged: '{broken[0]}' holds NaN or infinite values, or some beyond {LARGEST:g}; "
+            f"model.learning_rate is {client.learning_rate:g}, take a smaller one"
+        ) from cause

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,13 +27,20 @@ class RunCallback(ProgressCallback):
         tasks: of the federation.
         rounds: of each task.
         progress: what the federation's store holds of earlier rounds.
+        files: the checksums of the files with which the run began, by name.
     """
 
     def __init__(
-        self, tracker: Tracker, bar: FederationProgress, tasks: int, rounds: int, progress: Mapping[str, Any]
+        self,
+        tracker: Tracker,
+        bar: FederationProgress,
+        tasks: int,
+        rounds: int,
+        progress: Mapping[str, Any],
+        files: Mapping[str, str],
     ) -> None:
         super().__init__(bar, rounds)
-        self.tracker, self.tasks = tracker, tasks
+        self.tracker, self.tasks, self.files = tracker, tasks, files
         self.history = list(progress.get("history", []))
         self.seconds: dict[str, float] = dict(progress.get("seconds", {"total": 0.0}))
         self.memory = float(progress.get("memory", 0.0))
@@ -52,8 +58,7 @@ class RunCallback(ProgressCallback):
     def on_round_end(self, result: RoundResult) -> None:
         """Log it, and note what it cost."""
         self.history.append(result.to_json())
-        ends_task = result.round % self.rounds == 0
-        record(self.tracker, result, accuracy_arrays(self.history, self.tasks, self.rounds) if ends_task else None)
+        self.tracker.log(measured(self.history, self.tasks, self.rounds), task=result.task, round=result.round)
         now = time.perf_counter()
         for phase, seconds in {**result.seconds, "total": now - self._since}.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
@@ -61,12 +66,14 @@ class RunCallback(ProgressCallback):
         self.memory = max(self.memory, peak_memory_mib())
 
     def state_dict(self) -> dict[str, Any]:
-        """Seconds, memory, and how far the tracker is, whose files are written before this counts."""
+        """Seconds, memory, and what the run's files are, which are written before this counts."""
         return {
             "seconds": self.seconds,
             "memory": self.memory,
             "wandb_id": self.tracker.run_id,
             "metrics_bytes": self.tracker.flush(),
+            "metrics_sha256": self.tracker.metrics_sha256,
+            "files": dict(self.files),
         }
 
     def in_a_line(self, result: RoundResult) -> str:
@@ -92,8 +99,9 @@ def accuracy_arrays(history: list[dict[str, Any]], tasks: int, rounds: int) -> d
     return arrays
 
 
-def record(tracker: Tracker, result: RoundResult, acc: Mapping[str, FloatArray] | None) -> None:
-    """Log one round; `acc` once a task is finished."""
+def measured(history: list[dict[str, Any]], tasks: int, rounds: int) -> dict[str, float]:
+    """What is logged at the end of the last round of a history, by name."""
+    result = RoundResult.from_json(history[-1])
     metrics: dict[str, float] = {f"server/{name}": value for name, value in result.server.items()}
     metrics |= {f"server/seconds/{phase}": seconds for phase, seconds in result.seconds.items()}
     metrics |= {f"client/{client}/bytes_up": count for client, count in result.bytes_up.items()}
@@ -107,12 +115,23 @@ def record(tracker: Tracker, result: RoundResult, acc: Mapping[str, FloatArray] 
                 if not math.isnan(value)  # a client that could not be asked
             }
         metrics[f"eval/{mask}/mean"] = result.mean(mask)
-    for mask, array in (acc or {}).items():
-        metrics |= {f"task/{mask}/{name}": value for name, value in Accuracy.of(array).scalars.items()}
-    tracker.log(metrics, task=result.task, round=result.round)
+    if result.round % rounds == 0:
+        for mask, array in accuracy_arrays(history, tasks, rounds).items():
+            metrics |= {f"task/{mask}/{name}": value for name, value in Accuracy.of(array).scalars.items()}
+    return metrics
+
+
+def known(history: list[dict[str, Any]], tasks: int, rounds: int) -> Iterator[tuple[dict[str, float], int, int]]:
+    """What was logged at the end of each round, with its task and its number."""
+    for until, entry in enumerate(history, 1):
+        yield measured(history[:until], tasks, rounds), entry["task"], entry["round"]
 
 
 def peak_memory_mib() -> float:
-    """The most memory that this process has had, in MiB."""
+    """The most memory that this process has had, in MiB; 0 on a system that does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,15 +1,17 @@
 """One run folder: a federation with its configuration, split, metrics, checkpoint, pictures and summary.
 
-A run folder is continued where its checkpoint stands; whatever is in it was written completely or not at all.
+A run folder is continued where its checkpoint stands; whatever is in it was written completely or not at all, and is
+checked against its checksum before it is used.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
+import logging
 import platform
+import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,20 +24,24 @@ from rich.console import Console
 from fedlscl.client import Client
 from fedlscl.data.module import FederatedDataModule
 from fedlscl.evaluation import MASKS
-from fedlscl.federation.algorithm import Federation
+from fedlscl.federation import store as checkpoint
+from fedlscl.federation.algorithm import Federation, NobodyLeft
 from fedlscl.federation.store import Store
 from fedlscl.federation.template import MakeTrainer, Template
-from fedlscl.federation.transport import InProcess, Transport
-from fedlscl.files import write_atomically
+from fedlscl.federation.transport import InProcess, Transport, is_the_machines
+from fedlscl.files import Damaged, sha256, write_atomically
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
-from fedlscl.run.callback import RunCallback, accuracy_arrays
+from fedlscl.run.callback import RunCallback, accuracy_arrays, known
 from fedlscl.run.console import FederationProgress, summary_table
 from fedlscl.run.fields import short
+from fedlscl.run.folder import CHECKPOINT, CONFIG, METRICS, SPLIT, SUMMARY, TRACEBACK, RunFolder
 from fedlscl.run.summary import Accuracy, Compute, Skipped, Summary, Traffic
-from fedlscl.run.tracking import Tracker, WandbMode
+from fedlscl.run.tracking import Tracker, WandbMode, mended
 from fedlscl.schedule import Schedule
 from fedlscl.server import Server
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("fedlscl", "torch", "lightning", "torchvision", "timm", "torchmetrics", "numpy", "wandb")
 PICTURE = "accuracy_over_rounds.png"
@@ -61,6 +67,10 @@ class Tracking:
 
 class ImpossibleRun(ValueError):
     """A run that cannot begin as configured; the text says which field is wrong and what would be right."""
+
+
+class StoppedRun(RuntimeError):
+    """A run that ended before its time for a reason outside this package; the text says which, and how to go on."""
 
 
 @dataclass(frozen=True)
@@ -100,47 +110,107 @@ class Experiment:
             What `summary.json` holds.
 
         Raises:
-            ImpossibleRun: the configuration is impossible, or the run folder belongs to another one or is in use.
+            ImpossibleRun: the configuration is impossible, or the run folder belongs to another one, is in use or is
+                damaged; nothing in it was changed.
+            StoppedRun: the machine had trouble on the way, or no client finished a round; another call goes on.
         """
+        folder, beginning = RunFolder(self.run_dir), self._beginning
         with ExitStack() as stack:
-            finished = self.run_dir / "summary.json"
             try:
-                stack.enter_context(_locked(self.run_dir))
-                self._check_same_run()
-                if not finished.exists():
+                stack.enter_context(self._locked(folder))
+                folder.clean()
+                summary = Summary.read_if_there(self.run_dir / SUMMARY)
+                self._check_same_run(folder, beginning, summary)
+                if summary is None:
                     federation = self.federation()
-                    tracker = stack.enter_context(self._tracker(federation.store.progress))
+                    tracker = self._tracker(federation.store.progress)
             except (ValueError, OSError) as error:
                 raise ImpossibleRun(str(error)) from error
-            if finished.exists():
-                summary = Summary.read(finished)
-                console.print("This run is finished; its numbers follow. Give another --run_dir to run it again.")
-            else:
-                summary = self._go_on(federation, tracker, console)
+            with self._stopping():
+                if summary is not None:
+                    console.print("This run is finished; its numbers follow. Give another --run_dir to run it again.")
+                    if not (self.run_dir / PICTURE).exists():
+                        self._decorate(summary, None)
+                else:
+                    with tracker:
+                        files = folder.begin(beginning, federation.store.progress.get("files", {}))
+                        summary = self._go_on(files, federation, tracker, console)
             summary_table(summary, console, picture=self.run_dir / PICTURE, run_dir=self.run_dir)
         return summary
 
-    def _check_same_run(self) -> None:
+    @contextmanager
+    def _locked(self, folder: RunFolder) -> Iterator[None]:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(folder.lock())
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"run_dir '{self.run_dir}' is in use by another process; wait for it or give another run_dir"
+                ) from error
+            yield
+
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """Say in a line what ended a run from outside; what a bug has ended leaves its traceback in the folder."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, NobodyLeft | Damaged) or is_the_machines(error):
+                plain = isinstance(error, NobodyLeft | Damaged | OSError)
+                cause = str(error) if plain else f"{type(error).__name__}: {error}".splitlines()[0]
+                raise StoppedRun(
+                    f"{cause} (run_dir '{self.run_dir}' keeps the rounds that are complete: start the run again to go "
+                    "on after them)"
+                ) from error
+            with suppress(OSError):
+                write_atomically(self.run_dir / TRACEBACK, traceback.format_exc().encode())
+            raise
+
+    @property
+    def _beginning(self) -> dict[str, bytes]:
+        """What names the run, as files: its configuration and its split."""
+        split = {
+            **self._fingerprints,
+            "data": self.data.dataset.name,
+            "classes": list(self.data.class_names),
+            "image_size": self.data.dataset.train.images.shape[-1],
+            "split": json.loads(self.data.split.to_json()),
+        }
+        config = yaml.safe_dump(dict(self.config), sort_keys=False)
+        return {SPLIT: json.dumps(split).encode(), CONFIG: config.encode()}
+
+    def _check_same_run(self, folder: RunFolder, beginning: Mapping[str, bytes], summary: Summary | None) -> None:
         """Compare configuration and split with those that the run folder began with."""
-        path = self.run_dir / "config.yaml"
-        if path.exists() and (different := differences(short(yaml.safe_load(path.read_text())), self.config)):
+        sums: Mapping[str, str] = {}
+        if summary is not None and summary.config:
+            self._check_same_config(summary.config)
+        with suppress(*() if summary is None else (ValueError,)):  # a finished run does not need its checkpoint
+            sums = folder.sums()
+        if (content := folder.read(CONFIG, sums)) is not None:
+            self._check_same_config(_parsed(yaml.safe_load, content, self.run_dir / CONFIG))
+        if (content := folder.read(SPLIT, sums)) is not None:
+            before = _parsed(json.loads, content, self.run_dir / SPLIT)
+            for name, now in self._fingerprints.items():
+                then = before.get(name)
+                if now and then and now != then:
+                    raise ValueError(
+                        f"{FINGERPRINTS[name]} are not those that the run in run_dir '{self.run_dir}' began with "
+                        f"({now[:12]} now, {then[:12]} then); put the same in place, or give another run_dir"
+                    )
+        folder.check(beginning, sums)
+        if summary is not None and sums:
+            folder.begin(beginning, sums)
+
+    def _check_same_config(self, then: Mapping[str, Any]) -> None:
+        if different := differences(short(then), self.config):
             raise ValueError(
                 f"run_dir '{self.run_dir}' holds a run with another configuration ({'; '.join(different)}); "
                 "give another run_dir, or the same configuration to continue it"
             )
-        path = self.run_dir / "split.json"
-        before = json.loads(path.read_text()) if path.exists() else {}
-        for name, now in self._fingerprints.items():
-            then = before.get(name)
-            if now and then and now != then:
-                raise ValueError(
-                    f"{FINGERPRINTS[name]} are not those that the run in run_dir '{self.run_dir}' began with "
-                    f"({now[:12]} now, {then[:12]} then); put the same in place, or give another run_dir"
-                )
 
     def federation(self) -> Federation:
         """Everything that takes part, as far as the run folder's checkpoint has come."""
-        store, template = Store(self.run_dir / "checkpoint"), self.template()
+        store, template = Store(self.run_dir / CHECKPOINT), self.template()
         return Federation(self.schedule, self.server, template, store, self.transport(template, store))
 
     def template(self) -> Template:
@@ -148,6 +218,11 @@ class Experiment:
         return Template(self.client, self.data, self.vit, self.cnn, self.seed, self.trainer)
 
     def _tracker(self, progress: Mapping[str, Any]) -> Tracker:
+        size = progress.get("metrics_bytes")
+        if size is not None:
+            tasks, rounds = self.data.split.spec.tasks, self.schedule.rounds
+            path, history = self.run_dir / METRICS, progress["history"]
+            size = mended(path, size, progress["metrics_sha256"], lambda: known(history, tasks, rounds))
         return Tracker(
             self.run_dir,
             wandb_mode=self.tracking.wandb_mode,
@@ -155,7 +230,7 @@ class Experiment:
             name=self.run_dir.name,
             config=self.config,
             run_id=progress.get("wandb_id"),
-            metrics_bytes=progress.get("metrics_bytes"),
+            metrics_bytes=size,
         )
 
     @property
@@ -168,36 +243,21 @@ class Experiment:
             "weights_sha256": self.vit.weights_sha256,
         }
 
-    def _save_beginning(self) -> None:
-        """Write what names the run: its configuration and its split."""
-        for path in self.run_dir.glob(".*.tmp"):
-            path.unlink()  # a killed process had begun to write it
-        split = {
-            **self._fingerprints,
-            "data": self.data.dataset.name,
-            "classes": list(self.data.class_names),
-            "image_size": self.data.dataset.train.images.shape[-1],
-            "split": json.loads(self.data.split.to_json()),
-        }
-        write_atomically(self.run_dir / "split.json", json.dumps(split).encode())
-        write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(dict(self.config), sort_keys=False).encode())
-
-    def _go_on(self, federation: Federation, tracker: Tracker, console: Console) -> Summary:
-        self._save_beginning()
+    def _go_on(self, files: Mapping[str, str], federation: Federation, tracker: Tracker, console: Console) -> Summary:
+        store = federation.store
         behind = len(federation.history)
         if behind:
             console.print(f"Continuing after round {behind}.")
         tasks, rounds = self.data.split.spec.tasks, self.schedule.rounds
         taking_part = self.schedule.clients_per_round or len(self.data.split.clients)
         with FederationProgress(tasks, rounds, taking_part, completed=behind * taking_part, console=console) as bar:
-            callback = RunCallback(tracker, bar, tasks, rounds, federation.store.progress)
+            callback = RunCallback(tracker, bar, tasks, rounds, store.progress, files)
             for result in federation.run(callback):
                 bar.round_done(callback.in_a_line(result))
-        progress = federation.store.progress
-        summary = self._summarise(progress, federation)
-        self._draw(summary, progress["history"], tracker)
-        tracker.summary({f"{mask}/{k}": v for mask in MASKS for k, v in summary.accuracy[mask].scalars.items()})
-        summary.write(self.run_dir / "summary.json")
+        summary = self._summarise(store.progress, federation)
+        store.commit({**store.progress, "files": {**files, SUMMARY: sha256(summary.to_json().encode())}})
+        summary.write(self.run_dir / SUMMARY)
+        self._decorate(summary, tracker)
         return summary
 
     def _summarise(self, progress: Mapping[str, Any], federation: Federation) -> Summary:
@@ -234,20 +294,37 @@ class Experiment:
             overrides=dict(self.overrides),
         )
 
-    def _draw(self, summary: Summary, history: list[dict[str, Any]], tracker: Tracker) -> None:
+    def _decorate(self, summary: Summary, tracker: Tracker | None) -> None:
+        """Draw the pictures, and tell W&B how it ended: what fails here costs no number."""
+        try:
+            self._draw(summary, tracker)
+        except Exception as error:  # whatever matplotlib, its fonts and the disk come up with
+            log.warning(
+                "the run is finished and its numbers are in '%s', but not all of its pictures could be drawn: %s: %s",
+                self.run_dir / SUMMARY,
+                type(error).__name__,
+                error,
+            )
+
+    def _draw(self, summary: Summary, tracker: Tracker | None) -> None:
         from fedlscl.run import plots  # and with it matplotlib
 
+        if tracker is not None:
+            tracker.summary({f"{mask}/{k}": v for mask in MASKS for k, v in summary.accuracy[mask].scalars.items()})
         title = f"{self.method} on {self.setting}, seed {self.seed}"
-        plots.accuracy_over_rounds(history, self.run_dir / PICTURE, title=title)
-        tracker.image("accuracy_over_rounds", self.run_dir / PICTURE)
         for mask in MASKS:
             path = self.run_dir / f"accuracy_matrix_{mask}.png"
             matrix = summary.accuracy[mask].matrix
             plots.accuracy_matrix(matrix, path, f"{title}, mask {mask}")
-            tracker.image(f"accuracy_matrix/{mask}", path)
-            tasks = len(matrix[0])
-            rows = [[client, after + 1, *row] for client, rows in enumerate(matrix) for after, row in enumerate(rows)]
-            tracker.table(f"accuracy/{mask}", ["client", "after task", *(f"task {n + 1}" for n in range(tasks))], rows)
+            if tracker is not None:
+                tracker.image(f"accuracy_matrix/{mask}", path)
+                tasks = range(len(matrix[0]))
+                rows = [[client, after + 1, *row] for client, of in enumerate(matrix) for after, row in enumerate(of)]
+                tracker.table(f"accuracy/{mask}", ["client", "after task", *(f"task {n + 1}" for n in tasks)], rows)
+        path = self.run_dir / PICTURE  # last: without it the next start draws them all
+        plots.accuracy_over_rounds(checkpoint.progress(self.run_dir / CHECKPOINT)["history"], path, title=title)
+        if tracker is not None:
+            tracker.image("accuracy_over_rounds", path)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -276,15 +353,12 @@ def _device() -> str:
     return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep a second process out of a run folder; the lock goes with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(
-                f"run_dir '{folder}' is in use by another process; wait for it or give another run_dir"
-            ) from error
-        yield
+def _parsed(parse: Callable[[bytes], Any], content: bytes, path: Path) -> Any:
+    """What a file holds that was begun before there was a checksum of it."""
+    try:
+        found = parse(content)
+    except (ValueError, yaml.YAMLError) as error:
+        raise Damaged(f"'{path}' is damaged ({' '.join(str(error).split())}): delete it, or put back a copy") from error
+    if not isinstance(found, dict):
+        raise Damaged(f"'{path}' is damaged (it holds no fields): delete it, or put back a copy")
+    return found

@@ -88,7 +88,7 @@ def accuracy_over_rounds(
         title_fontsize=9,
     )
     if title:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(title, fontsize=11, parse_math=False)
     _save(figure, path)
 
 
@@ -119,7 +119,7 @@ def accuracy_matrix(matrix: Sequence[Sequence[Sequence[float | None]]], path: Pa
     image = heat_map(right, acc[:, after], [f"{client}" for client in range(clients)], names)
     right.set(title=f"after task {after + 1}", xlabel="accuracy on task", ylabel="client")
     figure.colorbar(image, ax=[left, right], label="accuracy (%)", shrink=0.9, aspect=25, panchor=False)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     _save(figure, path)
 
 

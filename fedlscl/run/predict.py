@@ -13,7 +13,9 @@ from fedlscl.client import Client
 from fedlscl.data.folders import decode_image
 from fedlscl.data.splits import Split
 from fedlscl.federation import store as checkpoint
+from fedlscl.files import content_of
 from fedlscl.run.configuration import Configuration
+from fedlscl.run.folder import CHECKPOINT, CONFIG, SPLIT, SUMMARY, RunFolder
 
 
 class Prediction(NamedTuple):
@@ -34,11 +36,15 @@ def predict(run_dir: Path, images: Sequence[str], client: int = 0) -> list[Predi
 
     Raises:
         FileNotFoundError: if there is no finished run in `run_dir`, or no such image.
+        Damaged: if a file of the run is missing, or is not what the run wrote.
         ValueError: if there is no such client, a file is not an image, or the weights are not the run's.
     """
-    if not (run_dir / "summary.json").is_file():
+    folder = RunFolder(run_dir)
+    if content_of(run_dir / SUMMARY) is None:
         raise FileNotFoundError(f"run_dir '{run_dir}' holds no finished run; give the folder that `fedlscl fit` named")
-    stored = json.loads((run_dir / "split.json").read_text())
+    sums = folder.sums()
+    folder.needed(CONFIG, sums)
+    stored = json.loads(folder.needed(SPLIT, sums))
     split = Split.from_json(json.dumps(stored["split"]))
     if not 0 <= client < len(split.clients):
         raise ValueError(f"client is {client}, but the run has clients 0 to {len(split.clients) - 1}")
@@ -68,8 +74,8 @@ def predict(run_dir: Path, images: Sequence[str], client: int = 0) -> list[Predi
 
 def _load(run_dir: Path, client: int, num_classes: int) -> Client:
     """The client's networks as the run left them, in evaluation mode."""
-    model, vit, cnn = Configuration(["--config", str(run_dir / "config.yaml")]).networks()
+    model, vit, cnn = Configuration(["--config", str(run_dir / CONFIG)]).networks()
     body = model.assemble(vit, cnn, cnn.name_of(client), num_classes)
-    body.load(checkpoint.read(run_dir / "checkpoint", checkpoint.client_name(client)))
+    body.load(checkpoint.read(run_dir / CHECKPOINT, checkpoint.client_name(client)))
     body.eval()
     return body

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import os
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -14,7 +17,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import numpy as np
 
 from fedlscl.evaluation import MASKS, FloatArray, summarise
-from fedlscl.files import write_atomically
+from fedlscl.files import Damaged, write_atomically
+from fedlscl.run.folder import SUMMARY, RunFolder
+
+log = logging.getLogger(__name__)
 
 
 class NotASummary(ValueError):
@@ -179,14 +185,31 @@ class Summary:
 
     @classmethod
     def read(cls, path: Path) -> Summary:
-        """Read a summary.
+        """Read a summary; in the folder of its run it is checked against the checksum in the checkpoint.
 
         Raises:
             OSError: if the file cannot be read.
+            Damaged: if it is not what the run wrote.
             NotASummary: if it is JSON, but nothing like a summary.
             ValueError: if it is no JSON, lacks a field, or a field has a value of another type; naming both.
         """
-        return cls.from_json(path.read_bytes(), str(path))
+        if (found := cls.read_if_there(path)) is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return found
+
+    @classmethod
+    def read_if_there(cls, path: Path) -> Summary | None:
+        """As `read`, and None if there is no such file."""
+        folder, sums = RunFolder(path.parent), {}
+        if path.name == SUMMARY:
+            try:
+                sums = folder.sums()
+            except Damaged as error:
+                log.warning("%s; '%s' cannot be checked", error, path)
+            except ValueError:  # a checkpoint of an older version, which has no checksums
+                pass
+        content = folder.read(path.name, sums)
+        return None if content is None else cls.from_json(content, str(path))
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str = "summary") -> Summary:

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
+import logging
 import netrc
 import os
 import secrets
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import Logger
 
+from fedlscl.files import Damaged, content_of, make_folder, naming, sha256, sync, write_atomically
+
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
+
+log = logging.getLogger(__name__)
 
 HEADER = ("task", "round", "metric", "value")
 STEP_METRICS = {"client/*": "round", "server/*": "round", "eval/*": "round", "task/*": "task"}
@@ -67,11 +75,10 @@ class Tracker:
         metrics_bytes: int | None = None,
     ) -> None:
         mode = _resolve(wandb_mode)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._csv = _open_metrics(run_dir / "metrics.csv", metrics_bytes)
-        self._writer = csv.writer(self._csv, lineterminator="\n")
-        if metrics_bytes is None:
-            self._writer.writerow(HEADER)
+        make_folder(run_dir)
+        self._path = run_dir / "metrics.csv"
+        self._csv, kept = _open_metrics(self._path, metrics_bytes)
+        self._sum = hashlib.sha256(kept)
         self.run_id = run_id or secrets.token_hex(4)
         self._run: Run | None = None
         self._warned = False
@@ -101,8 +108,14 @@ class Tracker:
         if reserved := {"task", "round"} & set(metrics):
             raise ValueError(f"metrics must not be called {sorted(reserved)}: those are the axes")
         values = {metric: float(value) for metric, value in metrics.items()}
-        self._writer.writerows((task, round, metric, repr(value)) for metric, value in values.items())
+        self._add(_rows([(values, task, round)]))
         self._tell(lambda run: run.log({**values, "task": task, "round": round}))
+
+    def _add(self, content: bytes) -> None:
+        with naming(self._path):
+            self._csv.write(content)
+            self._csv.flush()
+        self._sum.update(content)
 
     def flush(self) -> int:
         """Force ``metrics.csv`` onto the disk.
@@ -110,9 +123,15 @@ class Tracker:
         Returns:
             Its size in bytes, to be given as `metrics_bytes` when the federation goes on from here.
         """
-        self._csv.flush()
-        os.fsync(self._csv.fileno())
+        with naming(self._path):
+            self._csv.flush()
+            os.fsync(self._csv.fileno())
         return os.fstat(self._csv.fileno()).st_size
+
+    @property
+    def metrics_sha256(self) -> str:
+        """The checksum of all that is in ``metrics.csv``, for `mended` before the federation goes on from here."""
+        return self._sum.hexdigest()
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Show a table in W&B.
@@ -169,9 +188,13 @@ class Tracker:
         Args:
             exit_code: 0 for a federation that ended well.
         """
-        if not self._csv.closed:
+        if self._csv.closed:
+            return
+        try:
             self.flush()
-            self._csv.close()
+        finally:
+            with suppress(OSError):  # it would only say again what writing has said
+                self._csv.close()
             self._tell(lambda run: run.finish(exit_code=exit_code))
 
     def _tell(self, tell: Callable[[Run], object]) -> None:
@@ -190,7 +213,8 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.finish(exit_code=0 if error is None else 1)
+        with suppress(*() if error is None else (OSError,)):  # the first error says more than those that it leads to
+            self.finish(exit_code=0 if error is None else 1)
 
 
 class ClientLogger(Logger):
@@ -264,18 +288,75 @@ def _start(
     return run
 
 
-def _open_metrics(path: Path, size: int | None) -> TextIO:
-    """Open `path` to append rows: a new file, or the first `size` bytes of the one that is there."""
+def _open_metrics(path: Path, size: int | None) -> tuple[BinaryIO, bytes]:
+    """Open `path` to append rows: a new file, or the first `size` bytes of the one that is there, and what it holds."""
     if size is None:
-        return path.open("w", newline="", encoding="utf-8", buffering=1)
-    if not path.is_file():
+        file = path.open("wb")
+        with naming(path):
+            file.write(_HEADER)
+            file.flush()
+        sync(path.parent)
+        return file, _HEADER
+    if (content := content_of(path)) is None:
         raise FileNotFoundError(f"metrics_bytes={size}, but there is no {path} to go on with")
-    kept = path.read_bytes()[: max(size, 0)]
-    header = ",".join(HEADER).encode() + b"\n"
-    if len(kept) != size or not kept.startswith(header) or not kept.endswith(b"\n"):
+    kept = content[: max(size, 0)]
+    if len(kept) != size or not kept.startswith(_HEADER) or not kept.endswith(b"\n"):
         raise ValueError(f"metrics_bytes={size} does not end a row of {path}: is it of another run?")
     os.truncate(path, size)
-    return path.open("a", newline="", encoding="utf-8", buffering=1)
+    return path.open("ab"), kept
+
+
+Rows = Iterable[tuple[Mapping[str, float], int, int]]
+"""Numbers by name, with the task and the round that they are of."""
+
+
+def mended(path: Path, size: int, sha256_: str, again: Callable[[], Rows]) -> int:
+    """Check ``metrics.csv`` before a run goes on, and mend what can be mended.
+
+    Line ends that a program has changed are changed back. A file that is missing is written anew with what the
+    checkpoint knows, which is all but what clients and server logged while they trained.
+
+    Args:
+        path: the file.
+        size: its size in bytes at the checkpoint.
+        sha256_: its checksum up to there.
+        again: what the checkpoint knows.
+
+    Returns:
+        Its size in bytes now, without what came after the checkpoint.
+
+    Raises:
+        Damaged: if it is there, and is not what the run wrote.
+    """
+    content = content_of(path)
+    if content is not None and sha256(content[:size]) == sha256_:
+        return size
+    if content is not None and sha256(unix := content.replace(b"\r\n", b"\n")[:size]) == sha256_:
+        log.warning("'%s' had other line ends, which are changed back", path)
+        write_atomically(path, unix)
+        return size
+    known = _HEADER + _rows(again())
+    if content is None:
+        log.warning("'%s' was missing; it is written anew, without what was logged during training until here", path)
+        write_atomically(path, known)
+    elif not content.startswith(known):
+        raise Damaged(
+            f"'{path}' is damaged: put back a copy, or delete it, and the run goes on with one that is written anew "
+            "from its checkpoint, without what was logged during training until there"
+        )
+    return len(known)
+
+
+def _rows(rows: Rows) -> bytes:
+    """Rows of ``metrics.csv``."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for values, task, round in rows:
+        writer.writerows((task, round, metric, repr(float(value))) for metric, value in values.items())
+    return text.getvalue().encode()
+
+
+_HEADER = ",".join(HEADER).encode() + b"\n"
 
 
 def _resolve(mode: WandbMode) -> Literal["offline", "online", "disabled"]:
