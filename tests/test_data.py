@@ -202,7 +202,7 @@ def test_the_cache_folder_comes_from_the_environment(tmp_path: Path, monkeypatch
     monkeypatch.delenv("FEDLSCL_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     FederatedDataModule(ImageFolder(str(root), 8), SPEC).prepare_data()
-    assert len(list((tmp_path / "home" / ".cache" / "fedlscl").iterdir())) == 2
+    assert len(list((tmp_path / "home" / ".cache" / "fedlscl").glob("imagefolder-8-*.npy"))) == 2
 
 
 def _parser() -> jsonargparse.ArgumentParser:

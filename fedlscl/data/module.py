@@ -53,10 +53,11 @@ class FederatedDataModule(LightningDataModule):
         self.cache_dir = cache_dir
         self.device_mib = device_mib
         self._resident: DeviceImages | None = None
+        self._loaded: Dataset | None = None
 
     def prepare_data(self) -> None:
-        """Download, unpack and decode what the cache does not hold yet."""
-        self._load()
+        """Download, unpack and decode what the cache does not hold yet, which `setup` then has."""
+        self._loaded = self._load()
 
     def setup(self, stage: str | None = None) -> None:
         """Load the data set and split it; a second call changes nothing.
@@ -68,7 +69,7 @@ class FederatedDataModule(LightningDataModule):
             return
         if self.seed is None:
             raise ValueError("data.seed is not set; give the seed of the split, a whole number from 0 on")
-        self.dataset = self._load()
+        self.dataset, self._loaded = self._loaded or self._load(), None
         self.split = make_split(self.dataset.train.labels, self.dataset.test.labels, self.split_spec, self.seed)
 
     @property
@@ -85,6 +86,21 @@ class FederatedDataModule(LightningDataModule):
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes by class id."""
         return self.dataset.classes
+
+    @property
+    def tested_pairs(self) -> list[tuple[int, int, bool]]:
+        """Every client and class that it is tested on, and whether the client has training images of that class.
+
+        A client's share of a public class may be none at all, see `SplitSpec.min_public_images`.
+        """
+        train = self.dataset.train.labels
+        tested = (self.dataset.train if self.split.evaluate_on == "train" else self.dataset.test).labels
+        pairs = []
+        for client, own in enumerate(self.split.clients):
+            learned = {int(label) for task in own.tasks for label in np.unique(train[task.train])}
+            asked = {int(label) for task in own.tasks for label in np.unique(tested[task.test])}
+            pairs += [(client, label, label in learned) for label in sorted(asked)]
+        return pairs
 
     def batch(
         self, part: Part, indices: NDArray[np.int64] | Tensor, device: torch.device = CPU
