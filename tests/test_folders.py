@@ -330,3 +330,97 @@ def test_the_fingerprint_tells_images_labels_and_classes_apart() -> None:
     others = [made(labels=(0,) * 50 + (1,) * 50), made(pixel=1), made(classes=("a", "c"))]
     assert made().sha256 == made().sha256
     assert len({made().sha256, *(other.sha256 for other in others)}) == 4
+
+
+# ------------------------------------------------------------ what is an image
+
+
+def test_images_of_all_formats_and_depths_of_folders_are_used(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "pets", train=1)
+    ant = root / "train" / "ant"
+    (ant / "b" / "deep").mkdir(parents=True)
+    for n, name in enumerate(("a.jfif", "a.avif", "a.jp2", "a.QOI", "b/a.webp", "b/deep/a.tga", "b/b.png"), 50):
+        options = {"format": "JPEG"} if name.endswith("jfif") else {}
+        Image.fromarray(pixels(n)).save(ant / name, **options)
+    (root / "train" / "bee" / "loop").symlink_to(root / "train" / "bee")
+    (root / "test" / "bee" / "linked.png").symlink_to(ant / "b" / "b.png")
+    loaded = ImageFolder(str(root), 8).load(tmp_path)
+    assert loaded.train.labels.tolist() == [0] * 8 + [1]
+    assert loaded.test.labels.tolist() == [0, 0, 1, 1, 1]
+    names = ("0.png", "a.QOI", "a.avif", "a.jfif", "a.jp2", "b/a.webp", "b/b.png", "b/deep/a.tga")
+    paths = [ant / name for name in names]
+    np.testing.assert_array_equal(loaded.train.images[:8], [decode_image(path, 8) for path in paths])
+    np.testing.assert_array_equal(loaded.test.images[-1], pixels(56).transpose(2, 0, 1))
+
+
+def test_whatever_is_left_out_is_named_and_counted_once(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "pets")
+    others = ("train/__MACOSX/ant/._0.png", "train/ant/.git/x.png", "train/ant/Thumbs.db", "train/ant/x.heic")
+    others += ("train/stray.jpg", "test/bee/.hidden.png", "test/.cache/bee/0.png", "test/bee/broken.png")
+    for name in others:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("x")
+    (root / "test/bee/broken.png").unlink()
+    (root / "test/bee/broken.png").symlink_to(root / "nowhere.png")
+    (root / "train" / "README.txt").write_text("beside the classes, and no image")
+    with pytest.warns(UserWarning, match="left out") as told:
+        loaded = ImageFolder(str(root), 8).load(tmp_path)
+    (warning,) = told
+    assert str(warning.message).startswith(f"{root}: 8 files are left out, ")
+    assert str(warning.message).endswith(
+        ": train/__MACOSX/ant/._0.png, train/ant/.git/x.png, train/ant/Thumbs.db, train/ant/x.heic, train/stray.jpg "
+        "and 3 more"
+    )
+    assert loaded.classes == ("ant", "bee")
+    assert len(loaded.train.labels) == 6
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (
+            "caf\u00e9",
+            "cafe\u0301",
+            r"train.caf.* is not there, but one that looks like it: 'cafe\\u0301' in test, 'caf\\xe9' in train; ",
+        ),
+        ("Ant", "ant", r"test.Ant is not there, but one that looks like it: 'Ant' in train, 'ant' in test; rename one"),
+        ("ant", "ant\u200b", r"looks like it: 'ant' in train, 'ant\\u200b' in test"),
+        ("ant", "wasp", r"test.ant is not there, nor is 1 other, and train and test need images of the same classes"),
+    ],
+)
+def test_class_names_that_look_alike_are_shown_as_they_are(tmp_path: Path, train: str, test: str, message: str) -> None:
+    root = write_folder(tmp_path / "pets", names=(train, "bee"))
+    (root / "test" / train).rename(root / "test" / "for a while")
+    (root / "test" / "for a while").rename(root / "test" / test)
+    with pytest.raises(FileNotFoundError, match=message):
+        ImageFolder(str(root), 8).load(tmp_path)
+
+
+def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "pets", names=("caf\u00e9", "cafe\u0301"))
+    with pytest.raises(
+        ValueError, match=r"train holds two classes that look alike, 'cafe\\u0301' and 'caf\\xe9'; rename one"
+    ):
+        ImageFolder(str(root), 8).load(tmp_path)
+    cases = write_folder(tmp_path / "cases", names=("A", "a"))  # which everybody tells apart
+    assert ImageFolder(str(cases), 8).load(tmp_path).classes == ("A", "a")
+
+
+def test_an_archive_is_known_by_its_content(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    archive = tmp_path / "imagenet-r.tar"
+    found = []
+    for seed in (0, 40):
+        root = tmp_path / str(seed)
+        for c, wnid in enumerate(("n01", "n02")):
+            (root / wnid).mkdir(parents=True)
+            for k in range(5):
+                Image.fromarray(pixels(seed + 5 * c + k)).save(root / wnid / f"{k}.bmp")
+        with tarfile.open(archive, "w") as tar:
+            tar.add(root, "imagenet-r")
+        os.utime(archive, ns=(10**18, 10**18))  # of the same size and time
+        found.append(ImageNetR(str(archive), 8, expected_classes=2).load(cache))
+    assert found[0].train.images.shape == found[1].train.images.shape
+    assert (found[0].train.images != found[1].train.images).any()
+    assert found[0].sha256 != found[1].sha256

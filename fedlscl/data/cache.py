@@ -88,7 +88,7 @@ class Contents:
         """Remember what was found, and nothing else."""
         if self._now != self._known:
             with suppress(OSError):  # a cache that may only be read is one, too
-                write_atomically(self._path, json.dumps(self._now).encode())
+                write_atomically(self._path, json.dumps(self._now, sort_keys=True).encode())
 
     def forget(self) -> None:
         """Have every file read again at the next start."""
@@ -233,8 +233,6 @@ class _Build:
             ValueError: all images look the same, a class is of one colour though its files are not, or two classes are
                 of the same one.
         """
-        if len(self.part.by_class) > 1 and len(set(self._looks.tolist())) == 1:
-            raise ValueError(f"{self.part.name}: all {len(self.paths)} images look the same: {self.paths[0]} and so on")
         uniform: dict[tuple[int, ...], str] = {}
         for label, name in enumerate(self.part.by_class):
             own = self.labels == label
@@ -250,6 +248,8 @@ class _Build:
                 )
             if (other := uniform.setdefault(colour, name)) != name:
                 raise ValueError(f"{where}, as are those of class '{other}'; nothing can tell them apart. Look at them")
+        if len(self.part.by_class) > 1 and len(set(self._looks.tolist())) == 1:
+            raise ValueError(f"{self.part.name}: all {len(self.paths)} images look the same: {self.paths[0]} and so on")
 
 
 class _Stopped(Exception):

@@ -123,7 +123,8 @@ class Decoder:
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             raise ValueError(f"{name} has more than {MAX_PIXELS:,} pixels; scale it down") from None
         except Exception as error:  # broken files make Pillow's decoders raise almost anything
-            reason = "no format that is known" if isinstance(error, UnidentifiedImageError) else error
+            unknown = isinstance(error, UnidentifiedImageError)
+            reason = "no format that is known" if unknown else str(error) or type(error).__name__
             raise ValueError(f"{name} cannot be read as an image ({reason}); replace or delete it") from error
 
     def __call__(self, path: str | Path) -> NDArray[np.uint8]:
@@ -143,8 +144,8 @@ class Decoder:
     def _rgb(self, image: Image.Image, stored: _Stored) -> Image.Image:
         """The image in sRGB, turned as it is stored."""
         colours, alpha = image, None
-        if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-            values = np.asarray(image)
+        if image.mode.startswith("I;16") or image.mode in ("I", "F") or stored.signed:
+            values = np.asarray(image).view(np.int8) if stored.signed else np.asarray(image)
             if (clear := image.info.get("transparency")) is not None:
                 alpha = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
             colours = Image.fromarray(self._grey(values, image.mode, stored))
@@ -173,7 +174,7 @@ class Decoder:
         found = (float(values.min()), float(values.max()))
         if not stored.value_range and not self.value_range:
             if not mode.startswith("I;16") or stored.scale_unknown:
-                kind = "floating-point" if mode == "F" else "32-bit or signed"
+                kind = "floating-point" if mode == "F" else "signed or 32-bit"
                 raise _Refused(
                     f"has {kind} values ({found[0]:g} to {found[1]:g}), which have no certain black and white; set "
                     "value_range to them, such as [0, 1], or convert the file to 8 bits"
@@ -257,6 +258,7 @@ class _Stored(NamedTuple):
         value_range: black and white, where the file states them.
         wide: colours of 16 bits, of which Pillow reads the upper 8.
         scale_unknown: 16-bit values that are signed or counts.
+        signed: 8-bit values, of -128..127, which Pillow reads as those of 0..255.
         white_is_zero: and black is the highest value.
         grey_step: distance of two greys after Pillow has scaled those of 1, 2 or 4 bits.
     """
@@ -264,6 +266,7 @@ class _Stored(NamedTuple):
     value_range: tuple[float, float] | None = None
     wide: bool = False
     scale_unknown: bool = False
+    signed: bool = False
     white_is_zero: bool = False
     grey_step: int = 1
 
@@ -274,7 +277,7 @@ def _stored(image: Image.Image) -> _Stored:
     raw = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     raw = raw if isinstance(raw, str) else ""
     value_range = None
-    white_is_zero = False
+    white_is_zero = signed = False
     if (image.format == "PPM" and image.mode == "I") or image.format == "JPEG2000":  # which Pillow scales
         value_range = (0.0, 65535.0)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -282,10 +285,12 @@ def _stored(image: Image.Image) -> _Stored:
         if bits == (12,):
             value_range = (0.0, 4095.0)
         white_is_zero = image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+        signed = image.mode == "L" and 2 in image.tag_v2.get(TiffImagePlugin.SAMPLEFORMAT, (1,))
     return _Stored(
         value_range=value_range,
         wide=";16" in raw and not image.mode.startswith("I"),
         scale_unknown=image.format in ("FITS", "MCIDAS"),
+        signed=signed,
         white_is_zero=white_is_zero,
         grey_step={"L;2": 85, "L;4": 17}.get(raw, 1),
     )

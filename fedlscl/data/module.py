@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,14 @@ from fedlscl.checks import at_least
 from fedlscl.data.device import CPU, DeviceImages
 from fedlscl.data.source import Dataset, Part, Source
 from fedlscl.data.splits import Split, SplitSpec, make_split
+
+
+class TestedPair(NamedTuple):
+    """A client and a class that it is tested on; `trained` if it has training images of that class."""
+
+    client: int
+    label: int
+    trained: bool
 
 
 class FederatedDataModule(LightningDataModule):
@@ -88,10 +97,10 @@ class FederatedDataModule(LightningDataModule):
         return self.dataset.classes
 
     @property
-    def tested_pairs(self) -> list[tuple[int, int, bool]]:
-        """Every client and class that it is tested on, and whether the client has training images of that class.
+    def tested_pairs(self) -> list[TestedPair]:
+        """Every client with every class that it is tested on.
 
-        A client's share of a public class may be none at all, see `SplitSpec.min_public_images`.
+        Its share of a public class may be no training image at all, see `SplitSpec.min_public_images`.
         """
         train = self.dataset.train.labels
         tested = (self.dataset.train if self.split.evaluate_on == "train" else self.dataset.test).labels
@@ -99,7 +108,7 @@ class FederatedDataModule(LightningDataModule):
         for client, own in enumerate(self.split.clients):
             learned = {int(label) for task in own.tasks for label in np.unique(train[task.train])}
             asked = {int(label) for task in own.tasks for label in np.unique(tested[task.test])}
-            pairs += [(client, label, label in learned) for label in sorted(asked)]
+            pairs += [TestedPair(client, label, label in learned) for label in sorted(asked)]
         return pairs
 
     def batch(
