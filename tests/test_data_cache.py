@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -347,4 +348,5 @@ def test_every_pixel_of_every_image_counts() -> None:
 
 def test_the_checksum_of_the_cache_is_the_fingerprint_of_its_images(tmp_path: Path, cache: Path) -> None:
     train = load(write_folder(tmp_path / "pets"), cache).train
-    assert train.known_digest == ImageSet(train.images, train.labels).digest
+    assert train.__dict__["digest"] == ImageSet(train.images, train.labels).digest
+    assert replace(train, images=train.images // 2).digest != train.digest

@@ -144,7 +144,7 @@ def load_images(
             found = _opened(target, shape)
         total += len(paths)
         if found is not None:
-            sets.append(ImageSet(found[0], labels, found[1]))
+            sets.append(ImageSet.hashed(found[0], labels, found[1]))
         elif not problems:
             raise OSError(errno.EIO, f"{target} is not what was written there; is the disk sound?")
     if problems:

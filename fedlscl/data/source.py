@@ -32,20 +32,21 @@ _HASHED_AT_ONCE = 256  # images
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images (N, 3, H, W) in uint8, possibly memory-mapped, and their class ids (N,) in int64.
-
-    `known_digest` is what `digest` would compute, where somebody has.
-    """
+    """Images (N, 3, H, W) in uint8, possibly memory-mapped, and their class ids (N,) in int64."""
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
-    known_digest: str | None = None
+
+    @classmethod
+    def hashed(cls, images: NDArray[np.uint8], labels: NDArray[np.int64], digest: str) -> ImageSet:
+        """Images whose `digest` somebody has computed; no field, so that a copy with other images has its own."""
+        made = cls(images, labels)
+        made.__dict__["digest"] = digest
+        return made
 
     @cached_property
     def digest(self) -> str:
-        """128-bit XXH3 of every pixel, in hexadecimal; some 10 GB/s once they are in memory."""
-        if self.known_digest is not None:
-            return self.known_digest
+        """128-bit XXH3 of every pixel, in hexadecimal."""
         digest = xxhash.xxh3_128()
         for start in range(0, len(self.images), _HASHED_AT_ONCE):
             digest.update(self.images[start : start + _HASHED_AT_ONCE].tobytes())
