@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fedlscl.data.temporary import temporary_folder
+from fedlscl.data.temporary import sweep, temporary_folder
 
 MAX_FILES = 1_000_000
 """Members of an archive."""
@@ -31,6 +31,7 @@ def unpack(archive: Path, inner: str, folder: Path) -> None:
         ValueError: it is damaged, holds something else or files outside its folder, or more than `MAX_FILES` files,
             `MAX_RATIO` times its own size, or what fits on the disk.
     """
+    sweep(folder.parent)
     limit = 2**20 + MAX_RATIO * archive.stat().st_size
     with temporary_folder(folder.parent) as temporary:
         free = shutil.disk_usage(temporary).free

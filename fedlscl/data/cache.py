@@ -13,11 +13,11 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import xxhash
@@ -34,11 +34,9 @@ from fedlscl.files import write_atomically
 CACHE_FORMAT = 2  # raise it when decoding changes, so that images decoded before are not used any more
 
 _PROGRESS_FROM = 2000  # images; fewer are decoded before a progress bar is worth reading
-_CHUNK = 64  # images that are decoded in one go
+_CHUNK = 64  # images that a thread takes at a time
 _TICK = 2_000_000_000  # ns; a file system's clock is no coarser, so that a later change shows
 _NAMED = 3  # images that an error names
-
-T = TypeVar("T")
 
 
 class Contents:
@@ -50,7 +48,7 @@ class Contents:
     """
 
     def __init__(self, root: Path, cache_dir: Path) -> None:
-        self._root = root
+        self._prefix = f"{root.as_posix()}/"
         self._path = cache_dir / f"contents-{key(str(root.resolve()))}.json"
         self._known: dict[str, list[Any]] = {}
         with suppress(OSError, ValueError):
@@ -61,15 +59,20 @@ class Contents:
     def of(self, paths: Sequence[Path], limit: int | None = None) -> list[str]:
         """The hash of each file; empty for one that cannot be read or has more than `limit` bytes."""
 
-        def one(path: Path) -> str:
-            with suppress(OSError):
-                return self._of(path, limit)
-            return ""
+        found = [""] * len(paths)
 
-        return list(_in_parallel(one, paths, "reading"))
+        def read(start: int) -> int:
+            chunk = range(start, min(start + _CHUNK, len(paths)))
+            for k in chunk:
+                with suppress(OSError):
+                    found[k] = self._of(paths[k], limit)
+            return len(chunk)
+
+        _in_parallel(read, len(paths), "reading")
+        return found
 
     def _of(self, path: Path, limit: int | None) -> str:
-        name, begun, before = path.relative_to(self._root).as_posix(), time.time_ns(), _state(path)
+        name, begun, before = path.as_posix().removeprefix(self._prefix), time.time_ns(), _state(path)
         known = self._known.get(name)
         if isinstance(known, list) and known[:-1] == before and isinstance(known[-1], str):
             self._now[name] = known
@@ -202,8 +205,7 @@ class _Build:
 
             with warnings.catch_warnings():  # here, as threads share their filters
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                for _ in _in_parallel(decode, range(0, len(self.paths), _CHUNK), "decoding", len(self.paths)):
-                    pass
+                _in_parallel(decode, len(self.paths), "decoding")
             if self.problems:
                 raise _Stopped
             self._check()
@@ -300,12 +302,10 @@ def _reserve(file: BinaryIO, size: int, folder: Path) -> None:
             ) from error
 
 
-def _in_parallel(do: Callable[[Any], T], items: Sequence[Any], what: str, total: int | None = None) -> Iterator[T]:
-    """The results in order, computed by threads under a progress bar; if `total` is given, results are steps of it."""
-    count = len(items) if total is None else total
+def _in_parallel(do: Callable[[int], int], count: int, what: str) -> None:
+    """Have threads do chunks of images, each from its first on, under a progress bar; they return how many it was."""
     progress = Progress(console=Console(stderr=True), transient=True, disable=count < _PROGRESS_FROM)
     with progress, ThreadPoolExecutor() as pool:
         bar = progress.add_task(f"{what} {count} images", total=count)
-        for done in pool.map(do, items):  # an error cancels what has not begun
-            progress.advance(bar, 1 if total is None else float(done))  # type: ignore[arg-type]
-            yield done
+        for done in pool.map(do, range(0, count, _CHUNK)):  # an error cancels what has not begun
+            progress.advance(bar, done)

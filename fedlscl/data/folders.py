@@ -6,6 +6,7 @@ Image files are decoded once, to one size, into a cache that is memory-mapped fr
 from __future__ import annotations
 
 import json
+import os
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
@@ -200,9 +201,8 @@ def _list_classes(folder: Path, expected: int | None) -> _Listing:
             found.left_out.extend([entry] if _has_image_suffix(entry) else [])
             continue
         images = found.left_out if _hidden(entry.name) else found.classes.setdefault(entry.name, [])
-        for path in sorted(_files(entry, frozenset())):
-            used = path.is_file() and _has_image_suffix(path) and not any(map(_hidden, path.relative_to(folder).parts))
-            (images if used else found.left_out).append(path)
+        for path, used in sorted(_files(entry, frozenset(), _hidden(entry.name))):
+            (images if used else found.left_out).append(Path(*path))
     if not found.classes or (expected is not None and len(found.classes) != expected):
         wanted = "at least 1" if expected is None else expected
         raise ValueError(f"{folder} holds {len(found.classes)} class folders, expected {wanted}; is the root right?")
@@ -214,14 +214,19 @@ def _list_classes(folder: Path, expected: int | None) -> _Listing:
     return found
 
 
-def _files(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
-    """All files at any depth; a link to a folder that this one is in is left alone."""
+def _files(folder: Path, above: frozenset[Path], hidden: bool) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """All files at any depth by the parts of their paths, and whether they are images.
+
+    A link to a folder that this one is in is left alone.
+    """
     above |= {folder.resolve()}
-    for entry in folder.iterdir():
-        if not entry.is_dir():
-            yield entry
-        elif entry.resolve() not in above:
-            yield from _files(entry, above)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            path, hides = Path(entry.path), hidden or _hidden(entry.name)
+            if not entry.is_dir():
+                yield path.parts, not hides and entry.is_file() and _has_image_suffix(path)
+            elif path.resolve() not in above:
+                yield from _files(path, above, hides)
 
 
 def _has_image_suffix(path: Path) -> bool:
