@@ -286,12 +286,14 @@ with temporary_file(cache / "a.npy") as file, temporary_folder(cache) as folder:
     ended = subprocess.run([sys.executable, "-c", words])
     assert ended.returncode == -signal.SIGKILL
     assert len(list(cache.iterdir())) == 2
+    (cache / f".imagefolder-8-a.npy.{'0' * 32}.tmp").write_text("by an earlier version")
+    (cache / ".unpack-abcd" / "inner").mkdir(parents=True)
     with temporary_file(cache / "b.npy") as file, temporary_folder(cache) as folder:
         file.write(b"half")
-        assert len(list(cache.iterdir())) == 4
+        assert len(list(cache.iterdir())) == 6
         load(write_folder(tmp_path / "pets"), cache)
         assert folder.is_dir()
-        assert len(list(cache.glob(".part-*"))) == 2
+        assert len(list(cache.glob(".part-*"))) == len(list(cache.glob(".*"))) == 2
         file.write(b" and half")
     assert list(cache.glob(".part-*")) == []
     assert (cache / "b.npy").read_bytes() == b"half and half"

@@ -76,26 +76,29 @@ def test_values_of_more_than_8_bits_need_a_certain_scale() -> None:
         ValueError, match=r"it has 16-bit values up to 4095 only, .* 12 bits; set .*\[0, 4095\], or \[0, 65535\]"
     ):
         decoded(few)
-    np.testing.assert_array_equal(decoded(few, settings=(None, (0, 4095)))[..., 1], ramp * 65 // 16)
-    np.testing.assert_array_equal(decoded(few, settings=(None, (0, 65535)))[..., 2], ramp * 65 // 256)
+    np.testing.assert_array_equal(decoded(few, settings=("white", (0, 4095)))[..., 1], ramp * 65 // 16)
+    np.testing.assert_array_equal(decoded(few, settings=("white", (0, 65535)))[..., 2], ramp * 65 // 256)
     black = Image.fromarray(np.zeros((8, 8), np.uint16))
     assert decoded(black).max() == 0  # is 0 on any scale
     mask = Image.fromarray((ramp % 2).astype(np.int32))
-    assert np.unique(decoded(mask, "TIFF", settings=(None, (0, 1)))).tolist() == [0, 255]
+    assert np.unique(decoded(mask, "TIFF", settings=("white", (0, 1)))).tolist() == [0, 255]
     with pytest.raises(ValueError, match=r"signed or 32-bit values \(0 to 1\), .* set value_range"):
         decoded(mask, "TIFF")
     with pytest.raises(ValueError, match=r"floating-point values \(0 to 63\)"):
         decoded(Image.fromarray(ramp.astype(np.float32)), "TIFF")
     with pytest.raises(ValueError, match=r"values from 0 to 63, outside value_range \[0, 1\]"):
-        decoded(Image.fromarray(ramp.astype(np.float32)), "TIFF", settings=(None, (0, 1)))
-    slightly = decoded(Image.fromarray((ramp / 63 * 1.001).astype(np.float32)), "TIFF", settings=(None, (0, 1)))
+        decoded(Image.fromarray(ramp.astype(np.float32)), "TIFF", settings=("white", (0, 1)))
+    slightly = decoded(Image.fromarray((ramp / 63 * 1.001).astype(np.float32)), "TIFF", settings=("white", (0, 1)))
     assert slightly.max() == 255  # rounds to white
-    np.testing.assert_array_equal(decoded(Image.fromarray(pixels(0)), settings=(None, (0, 1))), pixels(0))  # is certain
+    np.testing.assert_array_equal(
+        decoded(Image.fromarray(pixels(0)), settings=("white", (0, 1))), pixels(0)
+    )  # is certain
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"background": None}, "background is None; it must be .* which YAML wants in quotes"),
         ({"background": "colourless"}, "background is 'colourless'; it must be a colour"),
         ({"background": "#ff000080"}, "background is '#ff000080'"),
         ({"background": (1, 2)}, r"background is \(1, 2\)"),

@@ -135,7 +135,7 @@ def formats() -> Iterator[Row]:
                 if kind == "PPM" and mode == "I":  # which is read as what it says, of 0..65535
                     expected = np.zeros((SIDE, SIDE, 3), np.uint8)
                 elif kind != "SPIDER":
-                    yield compare(f"{kind}, {mode}", content, upright(image, mode), 0, Decoder(SIDE, None, (0, 255)))
+                    yield compare(f"{kind}, {mode}", content, upright(image, mode), 0, Decoder(SIDE, "white", (0, 255)))
             elif mode in ("I", "F"):
                 continue  # Pillow has made 8 or 16 bits of it when it wrote it
             elif mode.startswith("I;16") and read not in ("I;16", "I;16B", "I;16L", "I"):
@@ -221,10 +221,12 @@ def depths() -> Iterator[Row]:
             content = saved(Image.fromarray(twelve), kind)
             yield compare(f"{kind}, 12 bits in 16", content, "value_range")
             expected = np.dstack([twelve >> 4] * 3).astype(np.uint8)
-            yield compare(f"{kind}, 12 bits in 16, range given", content, expected, 0, Decoder(SIDE, None, (0, 4095)))
+            yield compare(
+                f"{kind}, 12 bits in 16, range given", content, expected, 0, Decoder(SIDE, "white", (0, 4095))
+            )
             dark = np.dstack([twelve >> 8] * 3).astype(np.uint8)
-            yield compare(f"{kind}, dark, 16 bits", content, dark, 0, Decoder(SIDE, None, (0, 65535)))
-            outside = Decoder(SIDE, None, (0, 1000))
+            yield compare(f"{kind}, dark, 16 bits", content, dark, 0, Decoder(SIDE, "white", (0, 65535)))
+            outside = Decoder(SIDE, "white", (0, 1000))
             yield compare(f"{kind}, beyond the range", content, "outside value_range", 0, outside)
     colours = np.dstack([full, full[::-1], full.T])
     upper = (colours >> 8).astype(np.uint8)
@@ -234,7 +236,7 @@ def depths() -> Iterator[Row]:
     yield compare("TIFF, 16 bits, white is zero", inverted, 255 - eight)
     signed = saved(Image.fromarray(eight[..., 0] ^ 128), "TIFF", tiffinfo={339: 2})
     yield compare("TIFF, 8 bits with a sign", signed, "value_range")
-    yield compare("TIFF, 8 bits with a sign, range given", signed, eight, 0, Decoder(SIDE, None, (-128, 127)))
+    yield compare("TIFF, 8 bits with a sign, range given", signed, eight, 0, Decoder(SIDE, "white", (-128, 127)))
     pgm = f"P5 {SIDE} {SIDE} 4095\n".encode() + twelve.astype(">u2").tobytes()
     yield compare("PGM that says 12 bits", pgm, np.dstack([np.rint(twelve / 4095 * 65535).astype(int) >> 8] * 3))
     for name, values, given in (
@@ -244,11 +246,11 @@ def depths() -> Iterator[Row]:
     ):
         content, exact = saved(Image.fromarray(values), "TIFF"), np.dstack([np.rint(ramp * 255)] * 3)
         yield compare(f"TIFF, {name}", content, "value_range")
-        yield compare(f"TIFF, {name}, range given", content, exact.astype(np.uint8), 1, Decoder(SIDE, None, given))
+        yield compare(f"TIFF, {name}, range given", content, exact.astype(np.uint8), 1, Decoder(SIDE, "white", given))
     values = ramp.astype(np.float32)
     values[3, 4] = np.nan
     yield compare(
-        "TIFF, float32 with NaN", saved(Image.fromarray(values), "TIFF"), "outside", 0, Decoder(SIDE, None, (0, 1))
+        "TIFF, float32 with NaN", saved(Image.fromarray(values), "TIFF"), "outside", 0, Decoder(SIDE, "white", (0, 1))
     )
 
 

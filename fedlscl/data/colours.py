@@ -14,24 +14,23 @@ _SAME_COLOUR = 3
 """Of 255: a colour profile that changes nothing by more is sRGB, which profiles of many makers say in other words."""
 
 
-def rgb(background: str | Sequence[int] | None) -> tuple[int, int, int]:
-    """A colour's red, green and blue of 0..255; None = white.
+def rgb(background: str | Sequence[int]) -> tuple[int, int, int]:
+    """A colour's red, green and blue of 0..255.
 
     Raises:
         ValueError: it is none.
     """
     problem = ValueError(
-        f"background is {background!r}; it must be a colour such as white or '#ff8000', or [red, green, blue] of 0..255"
+        f"background is {background!r}; it must be a colour such as white or '#ff8000', which YAML wants in quotes, or "
+        "[red, green, blue] of 0..255"
     )
-    if background is None:
-        return 255, 255, 255
     if isinstance(background, str):
         try:
             found: tuple[int, ...] = ImageColor.getrgb(background)
         except ValueError:
             raise problem from None
     else:
-        found = tuple(background)
+        found = tuple(background or ())  # None, of what YAML takes for a comment
     if len(found) != 3 or any(type(value) is not int or not 0 <= value <= 255 for value in found):
         raise problem
     red, green, blue = found

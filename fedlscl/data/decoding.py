@@ -71,8 +71,8 @@ class Decoder:
 
     Args:
         size: side in pixels, above 0.
-        background: what transparent parts show: a name or #rrggbb as in CSS, or [red, green, blue] of 0..255; None =
-            white, which most viewers take.
+        background: what transparent parts show: a name or #rrggbb as in CSS, or [red, green, blue] of 0..255. Most
+            viewers take white; others take a pattern of squares, which nobody wants to be learned.
         value_range: the values that are black and white in grey images that do not say it themselves; None = such
             images are refused.
 
@@ -83,7 +83,7 @@ class Decoder:
     def __init__(
         self,
         size: int,
-        background: str | Sequence[int] | None = None,
+        background: str | Sequence[int] = "white",
         value_range: Sequence[float] | None = None,
     ) -> None:
         if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
@@ -199,7 +199,7 @@ class Decoder:
 def decode_image(
     path: str | Path,
     size: int,
-    background: str | Sequence[int] | None = None,
+    background: str | Sequence[int] = "white",
     value_range: Sequence[float] | None = None,
 ) -> NDArray[np.uint8]:
     """Read one image file, see `Decoder`.

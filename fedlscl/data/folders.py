@@ -39,7 +39,7 @@ class _Folders(Source):
         root: str,
         size: int,
         expected_classes: int | None,
-        background: str | tuple[int, int, int] | None,
+        background: str | tuple[int, int, int],
         value_range: tuple[float, float] | None,
     ) -> None:
         self.root = Path(root).expanduser()
@@ -64,7 +64,7 @@ class ImageFolder(_Folders):
         size: int,
         name: str | None = None,
         expected_classes: int | None = None,
-        background: str | tuple[int, int, int] | None = None,
+        background: str | tuple[int, int, int] = "white",
         value_range: tuple[float, float] | None = None,
     ) -> None:
         """Name what to read.
@@ -74,8 +74,7 @@ class ImageFolder(_Folders):
             size: side in pixels that images are decoded to.
             name: name of the data set; None = the folder's.
             expected_classes: refuse any other number of classes; None = any.
-            background: colour behind transparent images, such as white, '#ff8000' or [255, 128, 0]; None = white, which
-                most viewers take.
+            background: colour behind transparent images, such as white, '#ff8000' (in quotes) or [255, 128, 0].
             value_range: values that are black and white in grey images of more than 8 bits that do not say it
                 themselves, such as [0, 4095]; None = such images are refused.
         """
@@ -110,7 +109,7 @@ class ImageNetR(_Folders):
         root: str,
         size: int = 224,
         expected_classes: int = 200,
-        background: str | tuple[int, int, int] | None = None,
+        background: str | tuple[int, int, int] = "white",
         value_range: tuple[float, float] | None = None,
     ) -> None:
         """Name what to read.
@@ -119,7 +118,7 @@ class ImageNetR(_Folders):
             root: the unpacked ``imagenet-r`` folder, or ``imagenet-r.tar``, then unpacked into the cache.
             size: side in pixels that images are decoded to.
             expected_classes: refuse any other number of classes.
-            background: colour behind transparent images; None = white. See ImageFolder.
+            background: colour behind transparent images. See ImageFolder.
             value_range: values that are black and white in images that do not say it themselves. See ImageFolder.
         """
         super().__init__(root, size, expected_classes, background, value_range)

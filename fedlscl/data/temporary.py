@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 _PREFIX = ".part-"
+_LEFT = (f"{_PREFIX}*", ".*.npy.*.tmp", ".unpack-*")  # the last two: by earlier versions
 _FORGOTTEN = 86400.0  # seconds after which one is removed where there are no locks
 
 
@@ -51,7 +52,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 
 def sweep(folder: Path) -> None:
     """Remove the temporary files and folders that no living process holds."""
-    for path in folder.glob(f"{_PREFIX}*"):
+    for path in [path for pattern in _LEFT for path in folder.glob(pattern)]:
         with suppress(OSError):  # it is somebody else's, or gone
             if path.is_dir():
                 with _opened(path, os.O_RDONLY) as descriptor:
