@@ -78,6 +78,12 @@ def test_values_of_more_than_8_bits_need_a_certain_scale() -> None:
         decoded(few)
     np.testing.assert_array_equal(decoded(few, settings=("white", (0, 4095)))[..., 1], ramp * 65 // 16)
     np.testing.assert_array_equal(decoded(few, settings=("white", (0, 65535)))[..., 2], ramp * 65 // 256)
+    colours = tried.png(np.dstack([ramp * 65] * 3), 16)  # of which Pillow keeps the upper 8 bits
+    with pytest.raises(
+        ValueError, match=r"16-bit colours up to 4095 only, .*; convert the file to 8 bits, or set value_range"
+    ):
+        Decoder(8, value_range=(0, 4095)).decode(colours, "it")
+    assert Decoder(8, value_range=(0, 65535)).decode(colours, "it").pixels.max() == 15
     black = Image.fromarray(np.zeros((8, 8), np.uint16))
     assert decoded(black).max() == 0  # is 0 on any scale
     mask = Image.fromarray((ramp % 2).astype(np.int32))

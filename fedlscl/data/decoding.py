@@ -124,7 +124,7 @@ class Decoder:
             raise ValueError(f"{name} has more than {MAX_PIXELS:,} pixels; scale it down") from None
         except Exception as error:  # broken files make Pillow's decoders raise almost anything
             unknown = isinstance(error, UnidentifiedImageError)
-            reason = "no format that is known" if unknown else str(error) or type(error).__name__
+            reason = "no format that is known" if unknown else " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"{name} cannot be read as an image ({reason}); replace or delete it") from error
 
     def __call__(self, path: str | Path) -> NDArray[np.uint8]:
@@ -180,7 +180,11 @@ class Decoder:
                     "value_range to them, such as [0, 1], or convert the file to 8 bits"
                 )
             if 0 < found[1] < _FEW_BITS:
-                raise _Refused(_few_bits(int(found[1])))
+                bits = max(10, int(found[1]).bit_length() + int(found[1]).bit_length() % 2)
+                raise _Refused(
+                    f"has 16-bit values up to {found[1]:.0f} only, which may be of {bits} bits; set value_range to "
+                    f"black and white, such as [0, {2**bits - 1}], or [0, 65535] if it is as dark as that"
+                )
         grey = np.empty(values.shape, np.uint8)
         for rows in np.array_split(np.arange(len(values)), math.ceil(values.size / LARGE)):  # in blocks, for memory
             block = _scaled(values[rows], low, high)
@@ -193,7 +197,10 @@ class Decoder:
         """Refuse colours of 16 bits that may have fewer; Pillow has dropped the lower 8."""
         highest = int(max(high for _, high in _extrema(colours)))
         if 0 < highest < _FEW_BITS >> 8 and self.value_range != (0, 65535):
-            raise _Refused(_few_bits(highest * 256 + 255))
+            raise _Refused(
+                f"has 16-bit colours up to {highest * 256 + 255} only, which may be of fewer bits; convert the file to "
+                "8 bits, or set value_range to [0, 65535] if it is as dark as that"
+            )
 
 
 def decode_image(
@@ -334,14 +341,6 @@ def _extrema(image: Image.Image) -> list[tuple[float, float]]:
 
 def _one_colour(image: Image.Image) -> bool:
     return all(low == high for low, high in _extrema(image))
-
-
-def _few_bits(highest: int) -> str:
-    bits = max(10, highest.bit_length() + highest.bit_length() % 2)
-    return (
-        f"has 16-bit values up to {highest} only, which may be of {bits} bits; set value_range to black and white, "
-        f"such as [0, {2**bits - 1}], or [0, 65535] if it is as dark as that"
-    )
 
 
 def _range(value_range: Sequence[float] | None) -> tuple[float, float] | None:
