@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import errno
 import glob
-import gzip
 import hashlib
 import logging
 import os
 import re
-import shutil
-import tarfile
-import tempfile
 import time
 import uuid
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,33 +27,6 @@ _TEMPORARY = re.compile(r"\..+\.tmp|\.tmp\w{6}")  # ours, and those of safetenso
 
 class Damaged(ValueError):
     """A file is missing or is not what was written; the text names it and says what can be done."""
-
-
-def unpack(archive: Path, inner: str, folder: Path) -> None:
-    """Unpack the folder `inner` of a tar archive as `folder`, whole or not at all; plain files and folders only."""
-    with tempfile.TemporaryDirectory(prefix=".unpack-", dir=folder.parent) as temporary:
-        root = Path(temporary).resolve()
-        try:
-            with tarfile.open(archive) as tar:
-                for member in tar:  # not extractall: Python before 3.11.4 has no safe form of it
-                    path = (root / member.name).resolve()
-                    if not path.is_relative_to(root):
-                        raise tarfile.ExtractError(f"{member.name} would be outside the folder")
-                    if member.isdir():
-                        continue
-                    content = tar.extractfile(member) if member.isfile() else None
-                    if content is None:
-                        raise tarfile.ExtractError(f"{member.name} is a link or a device, no file or folder")
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with content, path.open("wb") as file:
-                        shutil.copyfileobj(content, file)
-        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{archive} cannot be unpacked ({error}); fetch it again") from error
-        unpacked = Path(temporary) / inner
-        if not unpacked.is_dir():
-            raise ValueError(f"{archive} has no folder {inner}; is it the right archive?")
-        if not folder.is_dir():  # another process may have been faster
-            os.replace(unpacked, folder)
 
 
 @contextmanager

@@ -258,7 +258,7 @@ def rows(run_dir: Path) -> list[dict[str, str]]:
 
 def lasting(summary: dict[str, Any]) -> dict[str, Any]:
     """What must not depend on time or place; a place that has a part of the data knows no fingerprint of the whole."""
-    elsewhere = ("seconds", "peak_memory_mib", "data_sha256")
+    elsewhere = ("seconds", "peak_memory_mib", "data_sha256", "tested_pairs", "untrained_pairs")
     return {name: value for name, value in summary.items() if name not in elsewhere}
 
 

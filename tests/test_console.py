@@ -93,6 +93,13 @@ def test_a_method_that_was_told_the_task_says_so() -> None:
     assert not any("*" in line for line in show(run_summary(SEEN)))
 
 
+def test_what_was_tested_without_training_images_is_said() -> None:
+    lines = show(run_summary(SEEN, tested_pairs=375, untrained_pairs=29))
+    assert any(line.startswith("in 29 of 375 pairs of a client and a class that it is tested on, ") for line in lines)
+    for pairs in (0, None):
+        assert not any("pairs of" in line for line in show(run_summary(SEEN, tested_pairs=375, untrained_pairs=pairs)))
+
+
 def test_one_task_has_no_forgetting_to_show() -> None:
     lines = show(run_summary(SEEN[:, :1, :1]))
     assert row(lines, "0")[1:4] == ["80.0", "80.0", "-"]

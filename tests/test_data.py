@@ -18,7 +18,8 @@ from sklearn.datasets import load_digits
 from fedlscl.data.folders import ImageFolder, ImageNetR
 from fedlscl.data.module import FederatedDataModule
 from fedlscl.data.packed import CIFAR100, Digits
-from fedlscl.data.splits import SplitSpec
+from fedlscl.data.source import Dataset, ImageSet
+from fedlscl.data.splits import ClientSplit, Split, SplitSpec, TaskSplit
 
 SPEC = SplitSpec(clients=2, tasks=2, classes_per_task=2, private_classes=3, public_classes=1)
 
@@ -202,7 +203,7 @@ def test_the_cache_folder_comes_from_the_environment(tmp_path: Path, monkeypatch
     monkeypatch.delenv("FEDLSCL_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     FederatedDataModule(ImageFolder(str(root), 8), SPEC).prepare_data()
-    assert len(list((tmp_path / "home" / ".cache" / "fedlscl").iterdir())) == 2
+    assert len(list((tmp_path / "home" / ".cache" / "fedlscl").glob("imagefolder-8-*.npy"))) == 2
 
 
 def _parser() -> jsonargparse.ArgumentParser:
@@ -256,3 +257,38 @@ def test_wrong_yaml_is_refused_by_name() -> None:
         text = f"data: {{source: {{class_path: Digits}}, split: {split}}}"
         with pytest.raises(jsonargparse.ArgumentError, match=message):
             _parser().parse_string(text)
+
+
+def test_what_is_tested_without_training_images_is_counted() -> None:
+    module = FederatedDataModule(Digits(), SPEC, seed=0)
+    train = ImageSet(np.zeros((8, 3, 2, 2), np.uint8), np.array([0, 0, 0, 1, 1, 1, 2, 2], dtype=np.int64))
+    test = ImageSet(np.zeros((3, 3, 2, 2), np.uint8), np.array([0, 1, 2], dtype=np.int64))
+    module.dataset = Dataset("x", train, test, ("a", "b", "c"))
+    index = np.array
+    tasks = (
+        TaskSplit((0, 1), index([0, 1, 2]), index([0, 1])),  # all of class 1 went elsewhere
+        TaskSplit((1, 2), index([3, 6, 7]), index([1, 2])),
+    )
+    spec = SplitSpec(clients=2, tasks=1, classes_per_task=2, private_classes=1, public_classes=1)
+    clients = (ClientSplit((0,), (1,), tasks[:1]), ClientSplit((2,), (1,), tasks[1:]))
+    module.split = Split(spec, 0, clients)
+    assert module.tested_pairs == [(0, 0, True), (0, 1, False), (1, 1, True), (1, 2, True)]
+
+
+def test_all_the_data_that_come_packed_have_fingerprints(tmp_path: Path) -> None:
+    digits = Digits().load(tmp_path)
+    assert digits.sha256.startswith("all:dcd55eb5ab83")
+    _write_cifar(tmp_path / "cifar-100-binary")
+    before = CIFAR100(str(tmp_path)).load(tmp_path).sha256
+    content = bytearray((tmp_path / "cifar-100-binary" / "train.bin").read_bytes())
+    content[-1] ^= 1  # the last pixel of all
+    (tmp_path / "cifar-100-binary" / "train.bin").write_bytes(content)
+    assert CIFAR100(str(tmp_path)).load(tmp_path).sha256 != before
+
+
+def test_the_images_are_read_once_for_both_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = FederatedDataModule(Digits(), SPEC, seed=0, cache_dir=str(tmp_path))
+    module.prepare_data()
+    monkeypatch.setattr(Digits, "load", None)
+    module.setup()
+    assert module.num_classes == 10

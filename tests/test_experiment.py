@@ -116,6 +116,7 @@ def test_the_summary_holds_what_was_promised(finished: tuple[Experiment, Summary
     assert summary.split_sha256 == experiment.data.split.sha256
     assert summary.data_sha256 == experiment.data.dataset.sha256
     assert summary.weights_sha256 is None  # the ViT here is of no file
+    assert (summary.tested_pairs, summary.untrained_pairs) == (3 * 4, 0)
     assert summary.skipped == ()
     assert summary.task_aware == ()
     assert summary.seconds["total"] >= sum(summary.seconds[phase] for phase in ("fit", "aggregate", "evaluate"))

@@ -7,16 +7,17 @@ import json
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from pictures import pixels, write_folder
 from PIL import Image
 from torchvision.transforms import v2
 
-from fedlscl.data import folders
-from fedlscl.data.folders import ImageFolder, ImageNetR, decode_image
+from fedlscl.data import cache
+from fedlscl.data.decoding import Decoder, decode_image
+from fedlscl.data.folders import ImageFolder, ImageNetR
 from fedlscl.data.source import Dataset, ImageSet
 
 # ---------------------------------------------------------------- decode_image
@@ -39,21 +40,19 @@ def test_resizing_and_cutting_equal_torchvisions(tmp_path: Path, shape: tuple[in
     np.testing.assert_array_equal(decode_image(tmp_path / "a.png", 16), reference(image).numpy())
 
 
-def test_grey_palette_and_transparent_images_become_rgb(tmp_path: Path) -> None:
+def test_grey_and_palette_images_become_rgb(tmp_path: Path) -> None:
     grey = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
     Image.fromarray(grey).save(tmp_path / "grey.png")
-    Image.fromarray(grey).save(tmp_path / "clear.png", transparency=0)
     Image.fromarray(grey.astype(np.uint16) * 256 + 77).save(tmp_path / "grey16.png")
     Image.fromarray(grey).convert("LA").save(tmp_path / "alpha.png")
-    for name in ("grey", "clear", "grey16", "alpha"):
+    for name in ("grey", "grey16", "alpha"):
         decoded = decode_image(tmp_path / f"{name}.png", 8)
         np.testing.assert_array_equal(decoded, np.stack([grey] * 3), err_msg=name)
 
     palette = Image.fromarray(pixels(0) // 128 * 255).convert("P", palette=Image.Palette.ADAPTIVE)
     palette.save(tmp_path / "palette.png")
-    palette.save(tmp_path / "palette_clear.png", transparency=bytes(range(8)))
     palette.save(tmp_path / "palette.gif")
-    for name in ("palette.png", "palette_clear.png", "palette.gif"):
+    for name in ("palette.png", "palette.gif"):
         decoded = decode_image(tmp_path / name, 8)
         np.testing.assert_array_equal(decoded, (pixels(0) // 128 * 255).transpose(2, 0, 1), err_msg=name)
 
@@ -79,7 +78,8 @@ def test_a_folder_gives_its_images_in_sorted_order(tmp_path: Path) -> None:
     (root / "train" / ".hidden").mkdir()
     (root / "train" / "ant" / "notes.txt").write_text("ignored")
     (root / "train" / "ant" / "._0.png").write_text("ignored")
-    loaded = ImageFolder(str(root), 8).load(tmp_path)
+    with pytest.warns(UserWarning, match=r"pets: 2 files are left out, .*: train/ant/\._0\.png, train/ant/notes\.txt$"):
+        loaded = ImageFolder(str(root), 8).load(tmp_path)
     assert loaded.name == "pets"
     assert loaded.classes == ("ant", "bee")
     assert loaded.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
@@ -88,30 +88,32 @@ def test_a_folder_gives_its_images_in_sorted_order(tmp_path: Path) -> None:
     np.testing.assert_array_equal(together, [pixels(k).transpose(2, 0, 1) for k in range(10)])
     assert isinstance(loaded.train.images, np.memmap)
     assert not loaded.train.images.flags.writeable
+    (root / "train" / "ant" / "notes.txt").unlink()
+    (root / "train" / "ant" / "._0.png").unlink()
     assert ImageFolder(str(root), 8, name="animals").load(tmp_path).name == "animals"
 
 
-class _Decoder:
-    """Counts how often images are decoded."""
+class Counter:
+    """Counts the calls of a method from here on."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Take the place of decode_image."""
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
         self.calls = 0
-        self.original = decode_image
-        monkeypatch.setattr(folders, "decode_image", self)
+        original = getattr(owner, name)
 
-    def __call__(self, path: Path, size: int) -> NDArray[np.uint8]:
-        self.calls += 1
-        return self.original(path, size)
+        def counted(*args: Any) -> Any:
+            self.calls += 1
+            return original(*args)
+
+        monkeypatch.setattr(owner, name, counted)
 
 
 @pytest.fixture
-def decoder(monkeypatch: pytest.MonkeyPatch) -> _Decoder:
-    """Count the calls of decode_image from here on."""
-    return _Decoder(monkeypatch)
+def decoder(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """How many images are decoded."""
+    return Counter(monkeypatch, Decoder, "decode")
 
 
-def test_images_are_decoded_once_and_again_when_a_file_changes(tmp_path: Path, decoder: _Decoder) -> None:
+def test_images_are_decoded_once_and_again_when_a_file_changes(tmp_path: Path, decoder: Counter) -> None:
     source, cache = ImageFolder(str(write_folder(tmp_path / "pets")), 8), tmp_path / "cache"
     cache.mkdir()
     source.load(cache)
@@ -121,28 +123,30 @@ def test_images_are_decoded_once_and_again_when_a_file_changes(tmp_path: Path, d
 
     changed = tmp_path / "pets" / "train" / "ant" / "1.png"
     stamp = changed.stat().st_mtime_ns
-    os.utime(changed, ns=(stamp, stamp + 1))  # as small a change as can be
-    Image.fromarray(pixels(99)).save(tmp_path / "new.png")
+    os.utime(changed, ns=(stamp, stamp + 1))
     source.load(cache)
-    assert decoder.calls == 16  # only the training images
-
+    assert decoder.calls == 10  # the content is what it was
+    Image.fromarray(pixels(99)).save(tmp_path / "new.png")
     os.replace(tmp_path / "new.png", changed)
     np.testing.assert_array_equal(source.load(cache).train.images[1], pixels(99).transpose(2, 0, 1))
+    assert decoder.calls == 16  # only the training images
     changed.unlink()
     assert len(source.load(cache).train.images) == 5
     assert ImageFolder(str(tmp_path / "pets"), 4).load(cache).train.images.shape == (5, 3, 4, 4)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "other", "pickle", "shape"])
-def test_a_damaged_cache_is_built_again(tmp_path: Path, decoder: _Decoder, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["cut", "empty", "other", "pickle", "shape", "bit", "longer"])
+def test_a_damaged_cache_is_built_again(tmp_path: Path, decoder: Counter, damage: str) -> None:
     source, cache = ImageFolder(str(write_folder(tmp_path / "pets")), 8), tmp_path / "cache"
     cache.mkdir()
     good = source.load(cache).train.images.copy()
     for file in cache.glob("*.npy"):
         content = file.read_bytes()
         file.unlink()  # not written over: that would change the mapped images of an earlier load
-        if damage in ("cut", "empty", "other"):
-            file.write_bytes({"cut": content[:-1], "empty": b"", "other": b"PK\x03\x04"}[damage])
+        flipped = content[:-20] + bytes([content[-20] ^ 1]) + content[-19:]  # in the last pixels
+        others = {"cut": content[:-1], "empty": b"", "other": b"PK\x03\x04", "bit": flipped, "longer": content + b"\0"}
+        if damage in others:
+            file.write_bytes(others[damage])
         elif damage == "pickle":
             np.save(file, np.array([{}], dtype=object), allow_pickle=True)
         else:
@@ -161,7 +165,7 @@ def test_an_unreadable_image_stops_the_build_and_leaves_nothing(tmp_path: Path) 
 
 
 def test_many_images_are_decoded_in_order_under_a_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "_PROGRESS_FROM", 1)
+    monkeypatch.setattr(cache, "_PROGRESS_FROM", 1)
     root = write_folder(tmp_path / "pets", names=("a", "b", "c"), train=70, test=1)
     images = ImageFolder(str(root), 8).load(tmp_path).train.images
     listed = [f"{k}.png" for k in range(70)]
@@ -326,3 +330,97 @@ def test_the_fingerprint_tells_images_labels_and_classes_apart() -> None:
     others = [made(labels=(0,) * 50 + (1,) * 50), made(pixel=1), made(classes=("a", "c"))]
     assert made().sha256 == made().sha256
     assert len({made().sha256, *(other.sha256 for other in others)}) == 4
+
+
+# ------------------------------------------------------------ what is an image
+
+
+def test_images_of_all_formats_and_depths_of_folders_are_used(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "pets", train=1)
+    ant = root / "train" / "ant"
+    (ant / "b" / "deep").mkdir(parents=True)
+    for n, name in enumerate(("a.jfif", "a.avif", "a.jp2", "a.QOI", "b/a.webp", "b/deep/a.tga", "b/b.png"), 50):
+        options = {"format": "JPEG"} if name.endswith("jfif") else {}
+        Image.fromarray(pixels(n)).save(ant / name, **options)
+    (root / "train" / "bee" / "loop").symlink_to(root / "train" / "bee")
+    (root / "test" / "bee" / "linked.png").symlink_to(ant / "b" / "b.png")
+    loaded = ImageFolder(str(root), 8).load(tmp_path)
+    assert loaded.train.labels.tolist() == [0] * 8 + [1]
+    assert loaded.test.labels.tolist() == [0, 0, 1, 1, 1]
+    names = ("0.png", "a.QOI", "a.avif", "a.jfif", "a.jp2", "b/a.webp", "b/b.png", "b/deep/a.tga")
+    paths = [ant / name for name in names]
+    np.testing.assert_array_equal(loaded.train.images[:8], [decode_image(path, 8) for path in paths])
+    np.testing.assert_array_equal(loaded.test.images[-1], pixels(56).transpose(2, 0, 1))
+
+
+def test_whatever_is_left_out_is_named_and_counted_once(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "pets")
+    others = ("train/__MACOSX/ant/._0.png", "train/ant/.git/x.png", "train/ant/Thumbs.db", "train/ant/x.heic")
+    others += ("train/stray.jpg", "test/bee/.hidden.png", "test/.cache/bee/0.png", "test/bee/broken.png")
+    for name in others:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("x")
+    (root / "test/bee/broken.png").unlink()
+    (root / "test/bee/broken.png").symlink_to(root / "nowhere.png")
+    (root / "train" / "README.txt").write_text("beside the classes, and no image")
+    with pytest.warns(UserWarning, match="left out") as told:
+        loaded = ImageFolder(str(root), 8).load(tmp_path)
+    (warning,) = told
+    assert str(warning.message).startswith(f"{root}: 8 files are left out, ")
+    assert str(warning.message).endswith(
+        ": train/__MACOSX/ant/._0.png, train/ant/.git/x.png, train/ant/Thumbs.db, train/ant/x.heic, train/stray.jpg "
+        "and 3 more"
+    )
+    assert loaded.classes == ("ant", "bee")
+    assert len(loaded.train.labels) == 6
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (
+            "caf\u00e9",
+            "cafe\u0301",
+            r"train.caf.* is not there, but one that looks like it: 'cafe\\u0301' in test, 'caf\\xe9' in train; ",
+        ),
+        ("Ant", "ant", r"test.Ant is not there, but one that looks like it: 'Ant' in train, 'ant' in test; rename one"),
+        ("ant", "ant\u200b", r"looks like it: 'ant' in train, 'ant\\u200b' in test"),
+        ("ant", "wasp", r"test.ant is not there, nor is 1 other, and train and test need images of the same classes"),
+    ],
+)
+def test_class_names_that_look_alike_are_shown_as_they_are(tmp_path: Path, train: str, test: str, message: str) -> None:
+    root = write_folder(tmp_path / "pets", names=(train, "bee"))
+    (root / "test" / train).rename(root / "test" / "for a while")
+    (root / "test" / "for a while").rename(root / "test" / test)
+    with pytest.raises(FileNotFoundError, match=message):
+        ImageFolder(str(root), 8).load(tmp_path)
+
+
+def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "pets", names=("caf\u00e9", "cafe\u0301"))
+    with pytest.raises(
+        ValueError, match=r"train holds two classes that look alike, 'cafe\\u0301' and 'caf\\xe9'; rename one"
+    ):
+        ImageFolder(str(root), 8).load(tmp_path)
+    cases = write_folder(tmp_path / "cases", names=("A", "a"))  # which everybody tells apart
+    assert ImageFolder(str(cases), 8).load(tmp_path).classes == ("A", "a")
+
+
+def test_an_archive_is_known_by_its_content(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    archive = tmp_path / "imagenet-r.tar"
+    found = []
+    for seed in (0, 40):
+        root = tmp_path / str(seed)
+        for c, wnid in enumerate(("n01", "n02")):
+            (root / wnid).mkdir(parents=True)
+            for k in range(5):
+                Image.fromarray(pixels(seed + 5 * c + k)).save(root / wnid / f"{k}.bmp")
+        with tarfile.open(archive, "w") as tar:
+            tar.add(root, "imagenet-r")
+        os.utime(archive, ns=(10**18, 10**18))  # of the same size and time
+        found.append(ImageNetR(str(archive), 8, expected_classes=2).load(cache))
+    assert found[0].train.images.shape == found[1].train.images.shape
+    assert (found[0].train.images != found[1].train.images).any()
+    assert found[0].sha256 != found[1].sha256

@@ -39,7 +39,7 @@ def run_dir(tmp_path: Path, cache: Path) -> Path:
 
 
 def test_files_are_classified_as_in_the_evaluation(
-    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored = json.loads((run_dir / "split.json").read_text())
     accuracy = json.loads((run_dir / "summary.json").read_text())["accuracy"]["seen"]["matrix"]
@@ -58,6 +58,10 @@ def test_files_are_classified_as_in_the_evaluation(
             learned = sum(len(t.classes) for t in part.tasks)
             assert all(1 / learned <= prediction.probability <= 1 for prediction in found)
     assert sorted(path.name for path in (run_dir / "checkpoint").iterdir()) == before
+
+    with monkeypatch.context() as patch:  # images are read as the run's source reads its own
+        patch.setattr(Patterns, "decode", lambda self, path, size: np.zeros((3, size, size), np.uint8))
+        assert len({prediction.probability for prediction in predict(run_dir, files)}) == 1
 
     capsys.readouterr()
     main(["predict", str(run_dir), files[0], files[1], "--client", "2"])

@@ -338,6 +338,24 @@ def test_what_was_run_on_other_data_or_weights_of_the_same_name_is_no_other_seed
         compare([*runs, make_run(seed=4, **{fingerprint: "b" * 64})])
 
 
+def test_a_field_that_was_added_later_makes_no_other_run_where_it_changes_nothing() -> None:
+    def variants(background: str) -> int:
+        before = {**make_run().config, "data": {"source": {"root": "a"}}}
+        now = {**before, "data": {"source": {"root": "a", "background": background}}}
+        return len(compare([make_run(seed=1, base=before), make_run(seed=2, base=now)])[0].variants)
+
+    assert (variants("white"), variants("black")) == (1, 2)
+
+
+def test_fingerprints_of_another_kind_tell_nothing() -> None:
+    """Earlier versions looked at some images, this one at all of them."""
+    runs = [make_run(seed=1, data_sha256="a" * 64), make_run(seed=2, data_sha256="all:" + "b" * 64)]
+    assert len(compare(runs)[0].variants) == 1
+    for other in ("b" * 64, "all:" + "a" * 64):
+        with pytest.raises(ValueError, match="same configuration but are of other images"):
+            compare([*runs, make_run(seed=3, data_sha256=other)])
+
+
 def test_accuracy_over_the_tasks_is_the_mean_of_what_was_learned() -> None:
     run = make_run(value=50.0)
     # after task 1: clients 50 and 51; after task 2: 60, 61 and 61, 62

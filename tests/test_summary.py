@@ -12,16 +12,20 @@ import pytest
 from made_runs import accuracy, make_summary
 
 from fedlscl.evaluation import MASKS, summarise
-from fedlscl.run.summary import Accuracy, NotASummary, Skipped, Summary, Traffic
+from fedlscl.run.summary import Accuracy, NotASummary, Skipped, Summary, Traffic, contradictory
 
 RECORDED = sorted((Path(__file__).parent.parent / "experiments" / "results").rglob("*.json"))
 LAYOUT = [
     *("method", "setting", "seed", "backbone", "cnn", "task_aware", "evaluated_on"),
     *("split_sha256", "data_sha256", "weights_sha256", "accuracy", "bytes_up", "bytes_down"),
-    *("bytes_setup_per_client", "compute", "skipped", "seconds", "peak_memory_mib", "threads", "machine", "versions"),
+    *("bytes_setup_per_client", "compute", "tested_pairs", "untrained_pairs"),
+    *("skipped", "seconds", "peak_memory_mib", "threads", "machine", "versions"),
     *("config", "overrides"),
 ]
-LACKING = {"task_aware": [], "data_sha256": None, "weights_sha256": None, "compute": {}, "config": {}, "overrides": {}}
+LACKING = {
+    **{"task_aware": [], "data_sha256": None, "weights_sha256": None, "compute": {}, "config": {}, "overrides": {}},
+    **{"tested_pairs": None, "untrained_pairs": None},
+}
 """What older summaries lack, and what they are read as."""
 
 
@@ -62,6 +66,13 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert Summary.read(tmp_path / "summary.json") == summary
     assert (tmp_path / "summary.json").read_text() == summary.to_json()
     assert list(content()) == LAYOUT
+
+
+def test_only_fingerprints_of_one_kind_contradict() -> None:
+    assert not contradictory("a", "a", None)
+    assert not contradictory("a", "all:b", None)
+    assert contradictory("a", "all:b", "b")
+    assert contradictory("all:a", "all:b")
 
 
 def test_what_was_never_measured_is_read_again() -> None:

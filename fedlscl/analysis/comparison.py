@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedlscl.analysis.results import Run
+from fedlscl.run.summary import contradictory
 
 PROTOCOL = ("data.", "backbone.", "cnn.", "federation.", "trainer.", "model.epochs", "model.batch_size")
 """Fields, by their beginning, that are not a method's own: what is usual there, is so for all methods together."""
@@ -155,7 +156,7 @@ def _repeated(runs: Sequence[Run]) -> list[tuple[Run, ...]]:
         seeds = groups.setdefault((run.method, _key(run.fields)), {})
         for before in seeds.values():
             for fingerprint, what in (("data_sha256", "images"), ("weights_sha256", "weights")):
-                if len({getattr(of.summary, fingerprint) for of in (run, before)} - {None}) > 1:
+                if contradictory(*(getattr(of.summary, fingerprint) for of in (run, before))):
                     raise ValueError(
                         f"{before.path} and {run.path} have the same configuration but are of other {what} of the same "
                         "name; name one of them, or run one with another --setting"

@@ -28,6 +28,9 @@ WITHOUT_EFFECT = (
 )
 """Fields in which the runs of one configuration may differ: the seed, where things lie, and what changes no number."""
 
+ADDED = {"data.source.background": "white"}
+"""Fields that a later version has added and that cannot be null, with what makes no other run."""
+
 SHOWN = 20
 """Runs that are listed where many are printed."""
 
@@ -108,7 +111,11 @@ class Run:
         makes no other run.
         """
         flattened = flat(self.config)
-        fields = {name: value for name, value in flattened.items() if name not in WITHOUT_EFFECT and value is not None}
+        fields = {
+            name: value
+            for name, value in flattened.items()
+            if name not in WITHOUT_EFFECT and value not in (None, ADDED.get(name))
+        }
         if isinstance(root := fields.get("data.source.root"), str):
             fields["data.source.root"] = Path(root).name
         for name, value in fields.items():

@@ -5,122 +5,167 @@ Image files are decoded once, to one size, into a cache that is memory-mapped fr
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+import unicodedata
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
 
-from fedlscl.data.source import Dataset, ImageSet, Source, cut_test
-from fedlscl.files import replacing, unpack
+from fedlscl.data.archives import unpack
+from fedlscl.data.cache import Contents, Files, key, load_images
+from fedlscl.data.decoding import Decoder, image_suffixes
+from fedlscl.data.decoding import decode_image as decode_image
+from fedlscl.data.source import Dataset, Source, cut_test
+from fedlscl.data.temporary import sweep
+from fedlscl.files import write_atomically
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+MAX_ARCHIVE = 2**34
+"""Bytes of `imagenet-r.tar`, which has 2.2e9."""
+
+_NAMED = 5  # files that a warning names
+_NO_IMAGES = ("__MACOSX", "Thumbs.db", "desktop.ini")  # what systems leave in folders, besides names with a dot first
 
 
-_CACHE_FORMAT = 1  # raise it when decoding changes, so that images decoded before are not used any more
+class _Folders(Source):
+    """Images in files, which are decoded as the fields say."""
+
+    def __init__(
+        self,
+        root: str,
+        size: int,
+        expected_classes: int | None,
+        background: str | tuple[int, int, int],
+        value_range: tuple[float, float] | None,
+    ) -> None:
+        self.root = Path(root).expanduser()
+        self.decoder = Decoder(size, background, value_range)
+        self.expected_classes = expected_classes
+
+    def decode(self, path: Path, size: int) -> NDArray[np.uint8]:
+        """Read an image file as those in the folder are read; see `Decoder`."""
+        return Decoder(size, self.decoder.background, self.decoder.value_range)(path)
 
 
-_PROGRESS_FROM = 2000  # images; fewer are decoded before a progress bar is worth reading
+class ImageFolder(_Folders):
+    """Any images in ``train/<class>/`` and ``test/<class>/``; class ids follow the sorted class names.
 
+    Images in folders inside a class's are of that class. Files without the suffix of an image that Pillow reads, and
+    hidden ones, are left out, and a warning counts them.
+    """
 
-class ImageFolder(Source):
-    """Any images in ``train/<class>/`` and ``test/<class>/``; class ids follow the sorted class names."""
-
-    def __init__(self, root: str, size: int, name: str | None = None, expected_classes: int | None = None) -> None:
+    def __init__(
+        self,
+        root: str,
+        size: int,
+        name: str | None = None,
+        expected_classes: int | None = None,
+        background: str | tuple[int, int, int] = "white",
+        value_range: tuple[float, float] | None = None,
+    ) -> None:
         """Name what to read.
 
         Args:
             root: the folder that holds ``train`` and ``test``.
-            size: side in pixels that images are decoded to (see `decode_image`).
+            size: side in pixels that images are decoded to.
             name: name of the data set; None = the folder's.
             expected_classes: refuse any other number of classes; None = any.
+            background: colour behind transparent images, such as white, '#ff8000' (in quotes) or [255, 128, 0].
+            value_range: values that are black and white in grey images of more than 8 bits that do not say it
+                themselves, such as [0, 4095]; None = such images are refused.
         """
-        self.root = Path(root).expanduser()
-        self.size = _checked_size(size)
+        super().__init__(root, size, expected_classes, background, value_range)
         self.name = name
-        self.expected_classes = expected_classes
 
     def load(self, cache_dir: Path) -> Dataset:
         """Return the images of the folder, decoded or from the cache.
 
         Raises:
             FileNotFoundError: a folder is missing.
-            ValueError: a class is empty or not in both parts, or an image cannot be read.
+            ValueError: a class is empty or not in both parts, or images cannot be read.
         """
+        sweep(cache_dir)
         train, test = (_list_classes(self.root / part, self.expected_classes) for part in ("train", "test"))
-        if unpaired := sorted(train.keys() ^ test.keys()):
-            lacking = "test" if unpaired[0] in train else "train"
-            raise FileNotFoundError(
-                f"{self.root / lacking / unpaired[0]} is not there, nor are {len(unpaired) - 1} others; "
-                f"train and test need images of the same classes"
-            )
-        return Dataset(
-            self.name or self.root.resolve().name,
-            _load_images(self, self.root, list(train.values()), cache_dir),
-            _load_images(self, self.root, list(test.values()), cache_dir),
-            tuple(train),
-        )
+        _warn_of_left_out(self.root, [*train.left_out, *test.left_out])
+        _check_same_classes(self.root, train.classes, test.classes)
+        parts = [Files(part, found.classes) for part, found in (("train", train), ("test", test))]
+        images = load_images("imagefolder", self.decoder, self.root, parts, cache_dir)
+        return Dataset(self.name or self.root.resolve().name, images[0], images[1], tuple(train.classes))
 
 
-class ImageNetR(Source):
+class ImageNetR(_Folders):
     """ImageNet-R, 30,000 renditions of 200 ImageNet classes.
 
     There is no official split. A random 20 % of each class, the same in every run, is the test set; the names
     of the test images are kept in the cache folder, so that they outlive changes of the random generator.
     """
 
-    def __init__(self, root: str, size: int = 224, expected_classes: int = 200) -> None:
+    def __init__(
+        self,
+        root: str,
+        size: int = 224,
+        expected_classes: int = 200,
+        background: str | tuple[int, int, int] = "white",
+        value_range: tuple[float, float] | None = None,
+    ) -> None:
         """Name what to read.
 
         Args:
             root: the unpacked ``imagenet-r`` folder, or ``imagenet-r.tar``, then unpacked into the cache.
-            size: side in pixels that images are decoded to (see `decode_image`).
+            size: side in pixels that images are decoded to.
             expected_classes: refuse any other number of classes.
+            background: colour behind transparent images. See ImageFolder.
+            value_range: values that are black and white in images that do not say it themselves. See ImageFolder.
         """
-        self.root = Path(root).expanduser()
-        self.size = _checked_size(size)
-        self.expected_classes = expected_classes
+        super().__init__(root, size, expected_classes, background, value_range)
 
     def load(self, cache_dir: Path) -> Dataset:
         """Return ImageNet-R, decoded or from the cache.
 
         Raises:
             FileNotFoundError: root is missing.
-            ValueError: not the expected classes, too few images of one, or an image cannot be read.
+            ValueError: not the expected classes, too few images of one, or images cannot be read.
         """
-        root = self.root
-        if root.is_file():
-            root = cache_dir / f"imagenet-r-{_key(self.root.stat().st_size, self.root.stat().st_mtime_ns)}"
-            if not root.is_dir():
-                unpack(self.root, "imagenet-r", root)
-        found = _list_classes(root, self.expected_classes)
+        sweep(cache_dir)
+        root = self._unpacked(cache_dir) if self.root.is_file() else self.root
+        listing = _list_classes(root, self.expected_classes)
+        _warn_of_left_out(root, listing.left_out)
+        found = listing.classes
         test_names = self._test_names(root, found, cache_dir)
-        train = [[path for path in paths if _name(path) not in test_names] for paths in found.values()]
-        test = [[path for path in paths if _name(path) in test_names] for paths in found.values()]
-        return Dataset(
-            "imagenet-r",
-            _load_images(self, root, train, cache_dir),
-            _load_images(self, root, test, cache_dir),
-            tuple(found),
-        )
+
+        def chosen(test: bool) -> Files:
+            mine = {c: [p for p in paths if (_name(p, root) in test_names) == test] for c, paths in found.items()}
+            return Files("test" if test else "train", mine)
+
+        train, test = load_images("imagenetr", self.decoder, root, [chosen(False), chosen(True)], cache_dir)
+        return Dataset("imagenet-r", train, test, tuple(found))
+
+    def _unpacked(self, cache_dir: Path) -> Path:
+        """The folder that the archive's content was unpacked to, now or before."""
+        contents = Contents(self.root, cache_dir)
+        (digest,) = contents.of([self.root], MAX_ARCHIVE)
+        if not digest:
+            size = self.root.stat().st_size
+            raise ValueError(f"{self.root} ({size:,} bytes) cannot be read, or has more than {MAX_ARCHIVE:,} bytes")
+        folder = cache_dir / f"imagenet-r-{digest[:20]}"
+        if not folder.is_dir():
+            unpack(self.root, "imagenet-r", folder)
+        contents.save()
+        return folder
 
     @staticmethod
     def _test_names(root: Path, found: dict[str, list[Path]], cache_dir: Path) -> set[str]:
         """Names of the test images, from the cache or drawn now; other file names are another split."""
-        names = [[_name(path) for path in paths] for paths in found.values()]
-        record = cache_dir / f"imagenet-r-test-{_key(names)}.json"
+        names = [[_name(path, root) for path in paths] for paths in found.values()]
+        record = cache_dir / f"imagenet-r-test-{key(names)}.json"
         if not record.is_file():
             cuts = [cut_test(len(paths), 0.2, c, root / name) for c, (name, paths) in enumerate(found.items())]
             drawn = [files[k] for files, cut in zip(names, cuts, strict=True) for k in cut]
-            with replacing(record) as part:
-                part.write_text(json.dumps(drawn, indent=0), encoding="utf-8")
+            write_atomically(record, json.dumps(drawn, indent=0).encode())
         try:
             kept = set(json.loads(record.read_text(encoding="utf-8")))
         except (ValueError, TypeError):
@@ -130,123 +175,109 @@ class ImageNetR(Source):
         return kept
 
 
-def decode_image(path: str | Path, size: int) -> NDArray[np.uint8]:
-    """Read one image file as RGB, resized and cut to a square.
+def _name(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()
 
-    The shorter side is resized to `size` (bicubic, antialiased) and the centre is cut out; an image that is
-    size x size already keeps its pixels. Transparency is dropped and 16-bit grey is reduced to 8 bits.
+
+class _Listing(NamedTuple):
+    """What a folder of class folders holds.
 
     Args:
-        path: any file that Pillow reads.
-        size: side in pixels, above 0.
-
-    Returns:
-        Pixels of shape (3, size, size).
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file cannot be read as an image.
+        classes: sorted image files by class, in the order of the sorted class names.
+        left_out: files in class folders that are none of these, and images beside the folders.
     """
-    _checked_size(size)
-    try:
-        with Image.open(path) as file:
-            image = _to_rgb(file)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no image {path}") from None
-    except Exception as error:  # broken files make Pillow's decoders raise almost anything
-        raise ValueError(f"{path} cannot be read as an image ({error}); replace or delete it") from error
-    shorter = min(image.size)
-    if shorter != size:
-        width, height = (size * side // shorter for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (round((side - size) / 2) for side in image.size)
-    square = image.crop((left, top, left + size, top + size))
-    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+    classes: dict[str, list[Path]]
+    left_out: list[Path]
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey at 255 instead of scaling it
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if "transparency" in image.info:  # a palette with transparency converts to RGB only with a warning
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-def _checked_size(size: int) -> int:
-    if size <= 0:
-        raise ValueError(f"size is {size}; it must be a number of pixels above 0")
-    return size
-
-
-def _name(path: Path) -> str:
-    return f"{path.parent.name}/{path.name}"
-
-
-def _key(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
-
-
-def _list_classes(folder: Path, expected: int | None) -> dict[str, list[Path]]:
-    """Sorted image files of every class folder, in the order of the sorted class names."""
+def _list_classes(folder: Path, expected: int | None) -> _Listing:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not there; it must be a folder with one folder of images per class")
-    found = {
-        entry.name: sorted(
-            path for path in entry.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."
-        )
-        for entry in sorted(folder.iterdir())
-        if entry.is_dir() and entry.name[0] != "."
-    }
-    if not found or (expected is not None and len(found) != expected):
+    found = _Listing({}, [])
+    for entry in sorted(folder.iterdir()):
+        if not entry.is_dir():
+            found.left_out.extend([entry] if _has_image_suffix(entry) else [])
+            continue
+        images = found.left_out if _hidden(entry.name) else found.classes.setdefault(entry.name, [])
+        for path, used in sorted(_files(entry, frozenset(), _hidden(entry.name))):
+            (images if used else found.left_out).append(Path(*path))
+    if not found.classes or (expected is not None and len(found.classes) != expected):
         wanted = "at least 1" if expected is None else expected
-        raise ValueError(f"{folder} holds {len(found)} class folders, expected {wanted}; is the root right?")
-    for name, paths in found.items():
+        raise ValueError(f"{folder} holds {len(found.classes)} class folders, expected {wanted}; is the root right?")
+    for name, paths in found.classes.items():
         if not paths:
-            raise ValueError(
-                f"{folder / name} holds no image ({', '.join(IMAGE_SUFFIXES)}); add some or delete the folder"
-            )
+            suffixes = ", ".join(sorted(image_suffixes()))
+            raise ValueError(f"{folder / name} holds no image ({suffixes}); add some or delete the folder")
+    _check_looks(folder, found.classes)
     return found
 
 
-def _load_images(source: ImageFolder | ImageNetR, root: Path, by_class: list[list[Path]], cache_dir: Path) -> ImageSet:
-    """Decode images into the cache unless they are there unchanged, and map them into memory."""
-    paths = [path for paths in by_class for path in paths]
-    labels = np.repeat(np.arange(len(by_class), dtype=np.int64), [len(paths) for paths in by_class])
-    stats = [path.stat() for path in paths]
-    names = [path.relative_to(root).as_posix() for path in paths]
-    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats, strict=True)]
-    kind = type(source).__name__
-    cached = cache_dir / f"{kind.lower()}-{source.size}-{_key(_CACHE_FORMAT, kind, source.size, files)}.npy"
-    shape = (len(paths), 3, source.size, source.size)
-    images = _open_images(cached, shape)
-    if images is None:
-        with replacing(cached) as part:
-            _decode_all(paths, source.size, np.lib.format.open_memmap(part, "w+", np.uint8, shape))
-        images = np.lib.format.open_memmap(cached, "r")
-    return ImageSet(images, labels)
+def _files(folder: Path, above: frozenset[Path], hidden: bool) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """All files at any depth by the parts of their paths, and whether they are images.
+
+    A link to a folder that this one is in is left alone.
+    """
+    above |= {folder.resolve()}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            path, hides = Path(entry.path), hidden or _hidden(entry.name)
+            if not entry.is_dir():
+                yield path.parts, not hides and entry.is_file() and _has_image_suffix(path)
+            elif path.resolve() not in above:
+                yield from _files(path, above, hides)
 
 
-def _open_images(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8] | None:
-    """Map a cached array of this shape; None if there is none or it is damaged."""
-    try:
-        images = np.lib.format.open_memmap(path, "r")  # refuses pickled content
-    except (OSError, ValueError):
-        return None
-    return images if images.shape == shape and images.dtype == np.uint8 else None
+def _has_image_suffix(path: Path) -> bool:
+    return path.suffix.lower() in image_suffixes()
 
 
-def _decode_all(paths: Sequence[Path], size: int, images: np.memmap[Any, np.dtype[np.uint8]]) -> None:
-    chunk = 64
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name in _NO_IMAGES
 
-    def decode(start: int) -> int:
-        for k, path in enumerate(paths[start : start + chunk], start):
-            images[k] = decode_image(path, size)
-        return len(paths[start : start + chunk])
 
-    hidden = len(paths) < _PROGRESS_FROM
-    progress = Progress(console=Console(stderr=True), transient=True, disable=hidden)
-    with progress, ThreadPoolExecutor() as pool:
-        bar = progress.add_task(f"decoding {len(paths)} images", total=len(paths))
-        for done in pool.map(decode, range(0, len(paths), chunk)):  # an error cancels what has not begun
-            progress.advance(bar, done)
-    images.flush()
+def _warn_of_left_out(root: Path, left_out: list[Path]) -> None:
+    if not left_out:
+        return
+    names = ", ".join(path.relative_to(root).as_posix() for path in left_out[:_NAMED])
+    more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
+    files = "1 file is" if len(left_out) == 1 else f"{len(left_out)} files are"
+    warnings.warn(
+        f"{root}: {files} left out, which are hidden, in no class's folder, or without the suffix of an image that can "
+        f"be read: {names}{more}",
+        stacklevel=3,
+    )
+
+
+def _looks(name: str) -> str:
+    """The same for names that look the same: composed or not, of another width, with invisible characters."""
+    plain = unicodedata.normalize("NFKC", name)
+    return " ".join("".join(c for c in plain if unicodedata.category(c) not in ("Cf", "Cc")).split())
+
+
+def _check_looks(folder: Path, names: Iterable[str]) -> None:
+    seen: dict[str, str] = {}
+    for name in names:
+        if (other := seen.setdefault(_looks(name), name)) != name:
+            raise ValueError(
+                f"{folder} holds two classes that look alike, {other!a} and {name!a}; rename one, or put their images "
+                "together"
+            )
+
+
+def _check_same_classes(root: Path, train: Iterable[str], test: Iterable[str]) -> None:
+    unpaired = sorted(set(train) ^ set(test))
+    if not unpaired:
+        return
+    name = unpaired[0]
+    there, lacking = ("train", "test") if name in set(train) else ("test", "train")
+    for other in unpaired[1:]:
+        if _looks(other).casefold() == _looks(name).casefold():
+            raise FileNotFoundError(
+                f"{root / lacking / name} is not there, but one that looks like it: {name!a} in {there}, "
+                f"{other!a} in {lacking}; rename one"
+            )
+    others = {1: "", 2: " nor is 1 other,"}.get(len(unpaired), f" nor are {len(unpaired) - 1} others,")
+    raise FileNotFoundError(
+        f"{root / lacking / name} is not there,{others} and train and test need images of the same classes"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,14 @@ from fedlscl.checks import at_least
 from fedlscl.data.device import CPU, DeviceImages
 from fedlscl.data.source import Dataset, Part, Source
 from fedlscl.data.splits import Split, SplitSpec, make_split
+
+
+class TestedPair(NamedTuple):
+    """A client and a class that it is tested on; `trained` if it has training images of that class."""
+
+    client: int
+    label: int
+    trained: bool
 
 
 class FederatedDataModule(LightningDataModule):
@@ -53,10 +62,11 @@ class FederatedDataModule(LightningDataModule):
         self.cache_dir = cache_dir
         self.device_mib = device_mib
         self._resident: DeviceImages | None = None
+        self._loaded: Dataset | None = None
 
     def prepare_data(self) -> None:
-        """Download, unpack and decode what the cache does not hold yet."""
-        self._load()
+        """Download, unpack and decode what the cache does not hold yet, which `setup` then has."""
+        self._loaded = self._load()
 
     def setup(self, stage: str | None = None) -> None:
         """Load the data set and split it; a second call changes nothing.
@@ -68,7 +78,7 @@ class FederatedDataModule(LightningDataModule):
             return
         if self.seed is None:
             raise ValueError("data.seed is not set; give the seed of the split, a whole number from 0 on")
-        self.dataset = self._load()
+        self.dataset, self._loaded = self._loaded or self._load(), None
         self.split = make_split(self.dataset.train.labels, self.dataset.test.labels, self.split_spec, self.seed)
 
     @property
@@ -85,6 +95,21 @@ class FederatedDataModule(LightningDataModule):
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes by class id."""
         return self.dataset.classes
+
+    @property
+    def tested_pairs(self) -> list[TestedPair]:
+        """Every client with every class that it is tested on.
+
+        Its share of a public class may be no training image at all, see `SplitSpec.min_public_images`.
+        """
+        train = self.dataset.train.labels
+        tested = (self.dataset.train if self.split.evaluate_on == "train" else self.dataset.test).labels
+        pairs = []
+        for client, own in enumerate(self.split.clients):
+            learned = {int(label) for task in own.tasks for label in np.unique(train[task.train])}
+            asked = {int(label) for task in own.tasks for label in np.unique(tested[task.test])}
+            pairs += [TestedPair(client, label, label in learned) for label in sorted(asked)]
+        return pairs
 
     def batch(
         self, part: Part, indices: NDArray[np.int64] | Tensor, device: torch.device = CPU

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fedlscl.data.archives import unpack
 from fedlscl.data.source import Dataset, ImageSet, Source, cut_test
-from fedlscl.files import unpack
 
 
 class Digits(Source):

@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import Logger
 
 from fedlscl.client import Client
 from fedlscl.data.module import FederatedDataModule
+from fedlscl.data.source import Source
 from fedlscl.federation.trainer import TALKATIVE, RoundTrainer
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
@@ -144,6 +145,19 @@ class Configuration:
         parser.add_class_arguments(SmallModelSpec, "cnn")
         built = parser.instantiate_classes(parser.parse_object({name: self.values[name] for name in NETWORKS}))
         return built.model, built.backbone, built.cnn
+
+    def source(self) -> Source:
+        """Build what knows how the images are read; no data need be there.
+
+        Raises:
+            ValueError: if a value is impossible.
+        """
+        parser = Parser()
+        parser.add_subclass_arguments(Source, "source")
+        built: Source = parser.instantiate_classes(
+            parser.parse_object({"source": self.values["data"]["source"]})
+        ).source
+        return built
 
 
 class _ParsedCLI(LightningCLI):

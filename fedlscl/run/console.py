@@ -192,12 +192,21 @@ def summary_table(summary: Summary, console: Console, *, picture: Path, run_dir:
         table,
         Text(f"final average (%) by mask: {averages}"),
         *([Text("* with parameters that the task of each image, which had to be known, has chosen")] if told else []),
+        *([Text(_untrained(summary))] if summary.untrained_pairs else []),
         Text(f"bytes per client and round: {'  '.join(ways)}"),
         Text(f"seconds: {seconds['total']:.1f} ({parts})  peak memory: {summary.peak_memory_mib:.0f} MiB"),
         Text(f"picture: {picture}"),
         Text(f"run: {run_dir}"),
     ):
         console.print(part, crop=False, soft_wrap=True)
+
+
+def _untrained(summary: Summary) -> str:
+    """What part of the tests nobody could have prepared for."""
+    return (
+        f"in {summary.untrained_pairs} of {summary.tested_pairs} pairs of a client and a class that it is tested on, "
+        "the client has no training image of that class (data.split.min_public_images)"
+    )
 
 
 def _number(value: float | None) -> str:

@@ -36,7 +36,7 @@ from fedlscl.run.callback import RunCallback, accuracy_arrays, known
 from fedlscl.run.console import FederationProgress, summary_table
 from fedlscl.run.fields import short
 from fedlscl.run.folder import CHECKPOINT, CONFIG, METRICS, SPLIT, SUMMARY, TRACEBACK, RunFolder
-from fedlscl.run.summary import Accuracy, Compute, Skipped, Summary, Traffic
+from fedlscl.run.summary import Accuracy, Compute, Skipped, Summary, Traffic, contradictory
 from fedlscl.run.tracking import Tracker, WandbMode, mended
 from fedlscl.schedule import Schedule
 from fedlscl.server import Server
@@ -192,7 +192,7 @@ class Experiment:
             before = _parsed(json.loads, content, self.run_dir / SPLIT)
             for name, now in self._fingerprints.items():
                 then = before.get(name)
-                if now and then and now != then:
+                if now and then and contradictory(now, then):
                     raise ValueError(
                         f"{FINGERPRINTS[name]} are not those that the run in run_dir '{self.run_dir}' began with "
                         f"({now[:12]} now, {then[:12]} then); put the same in place, or give another run_dir"
@@ -264,6 +264,7 @@ class Experiment:
         history, clients = progress["history"], federation.clients
         acc = accuracy_arrays(history, self.data.split.spec.tasks, self.schedule.rounds)
         fingerprints = self._fingerprints
+        pairs = self.data.tested_pairs if self.data.dataset.complete else None  # of a part nobody knows the rest
         return Summary(
             method=self.method,
             setting=self.setting,
@@ -280,6 +281,8 @@ class Experiment:
             bytes_down=_traffic([entry["bytes_down"] for entry in history], clients),
             bytes_setup_per_client=federation.setup_bytes,
             compute={name: Compute(**counts) for name, counts in federation.cost().items()},
+            tested_pairs=None if pairs is None else len(pairs),
+            untrained_pairs=None if pairs is None else sum(not pair.trained for pair in pairs),
             skipped=tuple(
                 Skipped(entry["round"], int(client), reason)
                 for entry in history

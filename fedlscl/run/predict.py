@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 
 from fedlscl.client import Client
-from fedlscl.data.folders import decode_image
 from fedlscl.data.splits import Split
 from fedlscl.federation import store as checkpoint
 from fedlscl.files import content_of
@@ -50,7 +49,8 @@ def predict(run_dir: Path, images: Sequence[str], client: int = 0) -> list[Predi
         raise ValueError(f"client is {client}, but the run has clients 0 to {len(split.clients) - 1}")
     if not split.clients[client].tasks:
         raise ValueError(f"client {client} of the run in '{run_dir}' is elsewhere, and its model with it")
-    body = _load(run_dir, client, len(stored["classes"]))
+    configuration = Configuration(["--config", str(run_dir / CONFIG)])
+    body, source = _load(configuration, run_dir, client, len(stored["classes"])), configuration.source()
     now, then = body.vit.weights_sha256, stored.get("weights_sha256")
     if now and then and now != then:
         raise ValueError(
@@ -62,7 +62,7 @@ def predict(run_dir: Path, images: Sequence[str], client: int = 0) -> list[Predi
     size = body.evaluation_batch_size
     for first in range(0, len(images), size):
         part = images[first : first + size]
-        pixels = torch.stack([torch.from_numpy(decode_image(Path(path), stored["image_size"])) for path in part])
+        pixels = torch.stack([torch.from_numpy(source.decode(Path(path), stored["image_size"])) for path in part])
         with torch.no_grad():
             logits.append(body(pixels, body.precompute(pixels)).logits[:, learned])
     best = torch.cat(logits).softmax(dim=1).max(dim=1)
@@ -72,9 +72,9 @@ def predict(run_dir: Path, images: Sequence[str], client: int = 0) -> list[Predi
     ]
 
 
-def _load(run_dir: Path, client: int, num_classes: int) -> Client:
+def _load(configuration: Configuration, run_dir: Path, client: int, num_classes: int) -> Client:
     """The client's networks as the run left them, in evaluation mode."""
-    model, vit, cnn = Configuration(["--config", str(run_dir / CONFIG)]).networks()
+    model, vit, cnn = configuration.networks()
     body = model.assemble(vit, cnn, cnn.name_of(client), num_classes)
     body.load(checkpoint.read(run_dir / CHECKPOINT, checkpoint.client_name(client)))
     body.eval()

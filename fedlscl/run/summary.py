@@ -23,6 +23,12 @@ from fedlscl.run.folder import SUMMARY, RunFolder
 log = logging.getLogger(__name__)
 
 
+def contradictory(*fingerprints: str | None) -> bool:
+    """Whether fingerprints are of other things: two of one kind differ. The kind is what stands before a colon."""
+    known = {fingerprint for fingerprint in fingerprints if fingerprint is not None}
+    return len({fingerprint.rpartition(":")[0] for fingerprint in known}) < len(known)
+
+
 class NotASummary(ValueError):
     """A file that was never meant to be a summary."""
 
@@ -142,13 +148,16 @@ class Summary:
         task_aware: the masks under which the task of a test image had to be known to choose parameters.
         evaluated_on: the images that accuracies are of.
         split_sha256: fingerprint of the split.
-        data_sha256: fingerprint of the images; None where only a part of them was there.
+        data_sha256: fingerprint of the images; None where only a part of them was there. It begins with "all:" if every
+            pixel counts; earlier versions looked at 64 images.
         weights_sha256: fingerprint of the ViT's weights; None where they are of no file.
         accuracy: the metrics under each of `MASKS`.
         bytes_up: what clients sent.
         bytes_down: what they were sent.
         bytes_setup_per_client: what a client needs beforehand besides its own data.
         compute: what a client trains and computes, by the name of its CNN; empty if nobody counted.
+        tested_pairs: on how many pairs of a client and a class the accuracies are, None where nobody counted.
+        untrained_pairs: in how many of these the client has no training image of the class.
         skipped: the clients that were left out of a round.
         seconds: wall time, `total` and by phase.
         peak_memory_mib: the most memory that the process had.
@@ -174,6 +183,8 @@ class Summary:
     bytes_down: Traffic
     bytes_setup_per_client: int
     compute: Mapping[str, Compute] = field(default_factory=dict)
+    tested_pairs: int | None = None
+    untrained_pairs: int | None = None
     skipped: tuple[Skipped, ...]
     seconds: Mapping[str, float]
     peak_memory_mib: float
