@@ -78,7 +78,10 @@ class Worker:
             fit_once(self.template.trainer(logger), client)
         state = client.state()
         if broken := [n for n, t in state.items() if t.is_floating_point() and not bool(t.isfinite().all())]:
-            raise FloatingPointError(f"training diverged: '{broken[0]}' holds NaN or infinite values")
+            raise FloatingPointError(
+                f"training diverged: '{broken[0]}' holds NaN or infinite values; "
+                "a smaller model.learning_rate, or a model.gradient_clip, may help"
+            )
         return state
 
     def apply(self, client: Client, message: bytes) -> None:
