@@ -65,15 +65,19 @@ def file_name(field: str, value: str) -> str:
     return value
 
 
-def path(given: str | Path) -> Path:
+def path(given: str | Path, field: str = "path") -> Path:
     """A path that a user gives, with `~` as the home folder.
+
+    Args:
+        given: the path.
+        field: what it is called in a configuration.
 
     Raises:
         ValueError: if there is no such user, or no path can be like that.
     """
     if "\0" in str(given):
-        raise ValueError(f"path {str(given)!r} holds a NUL character")
+        raise ValueError(f"{field} is {str(given)!r}, but no path holds a NUL character")
     try:
         return Path(given).expanduser()
     except RuntimeError as error:
-        raise ValueError(f"path '{given}': {error}") from error
+        raise ValueError(f"{field} is '{given}', but there is no home folder of that user ({error})") from error

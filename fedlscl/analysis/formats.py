@@ -70,7 +70,7 @@ def to_latex(table: Table) -> str:
     rows = [[marks[cell.mark].format(_escape_latex(cell.text)) for cell in row] for row in table.rows]
     header = [_escape_latex(name) for name in table.header]
     body = tabulate(rows, header, tablefmt="latex_raw", disable_numparse=True)
-    return f"% {flat(table.title)}, {flat(table.runs)}\n% {flat(table.note)}\n{body}\n"
+    return f"% {in_one_line(table.title)}, {in_one_line(table.runs)}\n% {in_one_line(table.note)}\n{body}\n"
 
 
 def to_csv(table: Table) -> str:
@@ -118,19 +118,19 @@ _LATEX = {
 _MARKDOWN = {"<": "&lt;", ">": "&gt;", **{sign: f"\\{sign}" for sign in "\\`*|[]~"}}
 
 
-def flat(text: str) -> str:
+def in_one_line(text: str) -> str:
     """A text in one line, without signs that are not to be seen."""
     return "".join(sign if sign.isprintable() else " " for sign in text)
 
 
 def escape_markdown(text: str) -> str:
     """A text as Markdown, in one line; an underscore inside a word means nothing there and stays."""
-    escaped = re.sub(r"&(?=#?\w+;)", "&amp;", flat(text))
+    escaped = re.sub(r"&(?=#?\w+;)", "&amp;", in_one_line(text))
     return re.sub(r"(?<!\w)_|_(?!\w)", r"\_", "".join(_MARKDOWN.get(sign, sign) for sign in escaped))
 
 
 def _escape_latex(text: str) -> str:
-    return "".join(_LATEX.get(sign, sign) for sign in flat(text))
+    return "".join(_LATEX.get(sign, sign) for sign in in_one_line(text))
 
 
 def _harmless(cell: str) -> str:

@@ -31,9 +31,14 @@ VIT_ARGS = frozenset(
         *("qk_norm", "scale_attn_norm", "scale_mlp_norm", "pre_norm", "final_norm", "fc_norm", "embed_norm_layer"),
         *("class_token", "reg_tokens", "pos_embed", "no_embed_class", "global_pool", "pool_include_prefix"),
         *("act_layer", "norm_layer"),
+        # without effect, since it never trains
+        *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
     }
 )
 """The arguments of timm's VisionTransformer that `backbone.model_args` may give."""
+
+WIDEST_STD = 5.0
+"""Deviation above which it is taken for one of pixels in 0..255; where nothing is to be scaled it is 1."""
 
 PLAIN = (
     "vit_base_patch16_224.augreg_in21k, vit_base_patch16_clip_224, vit_small_patch14_dinov2 or deit_base_patch16_224"
@@ -207,17 +212,17 @@ def _find(weights: str) -> Path:
 
 def _check_statistics(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
     """Refuse what cannot be the statistics of pixels in 0..1."""
-    for name, values, least in (("mean", mean, "0"), ("std", std, "above 0")):
+    for name, values, most in (("mean", mean, 1.0), ("std", std, WIDEST_STD)):
         if values is None:
             continue
         if len(values) != 3:
             raise ValueError(f"backbone.{name} is {values}, must be three numbers, one for each channel")
-        for value in values:
-            if not 0 <= value <= 1 or (name == "std" and value == 0):
-                hint = "; divide by 255 what is meant for 0..255" if 1 < value <= 255 else ""
-                raise ValueError(
-                    f"backbone.{name} is {values}, must be numbers from {least} to 1, of pixels in 0..1{hint}"
-                )
+        if not all(0 <= value <= most and (value > 0 or name == "mean") for value in values):
+            least = "from 0" if name == "mean" else "above 0 and"
+            raise ValueError(
+                f"backbone.{name} is {values}, must be numbers {least} to {most:g}, for pixels in 0..1; divide by 255 "
+                "what is meant for pixels in 0..255"
+            )
 
 
 def _check_kind(name: str, image_size: int, model_args: Mapping[str, Any]) -> None:
@@ -264,7 +269,10 @@ def _load_vit(vit: Any, path: Path) -> None:
         # timm's own filter resamples patch and position embeddings and knows the layouts of other ViT releases
         filtered = checkpoint_filter_fn({name: value.float() for name, value in stored.items()}, vit)
     except Exception as error:  # it takes the tensors for those of a ViT, and fails anywhere if they are not
-        raise ValueError(f"backbone.weights: '{path}' holds no ViT that timm knows ({reason(error)})") from error
+        raise ValueError(
+            f"backbone.weights: '{path}' does not fit backbone.name, image_size and model_args, or is no ViT that timm "
+            f"knows ({reason(error)})"
+        ) from error
     state = {name: value for name, value in filtered.items() if not name.startswith("head.")}
     if problems := _misfits(state, vit.state_dict()):
         more = f", and {len(problems) - 1} more like that" if problems[1:] else ""

@@ -46,6 +46,7 @@ NOT_IN_A_PROJECT = set("/\\#?%:")
 """Signs that W&B takes in no project's name."""
 
 NOT_PART_OF_A_RUN = ("run_dir", "tracking", "config")
+PATHS = ("run_dir", "data.cache_dir", "data.source.root", "backbone.weights")
 NETWORKS = ("model", "backbone", "cnn")
 
 
@@ -157,6 +158,11 @@ def _check(config: Namespace) -> None:
     for group in ("data", "backbone", "cnn", "federation", "tracking", "trainer", "data.split"):
         if not isinstance(config.get(group), Namespace | Mapping):
             raise ValueError(f"{group} is {config.get(group)}, must be a mapping of fields to their values")
+    for name, value in flat(config.as_dict()).items():
+        if name in PATHS and value is not None:
+            path(value, name)
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError(f"{name} is {value}, which is too large")
     seed = config.seed_everything
     if isinstance(seed, bool) or not 0 <= seed < 2**32:  # generators take no other
         raise ValueError(f"seed_everything is {seed}, must be a whole number from 0 to {2**32 - 1}")

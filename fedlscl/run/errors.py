@@ -60,7 +60,7 @@ _EXPECTED = re.compile(r"(?:Expected|Expects) an? (.+?)(?:\. Got value: (.*))?$"
 def one_line(text: str) -> str:
     """A text without line breaks and control characters, and not too long."""
     line = "".join(sign if sign.isprintable() else " " for sign in text)
-    line = " ".join(line.split())
+    line = " ".join(word if len(word) <= 200 else f"{word[:80]}...{word[-80:]}" for word in line.split())
     return line if len(line) <= LENGTH else f"{line[: LENGTH // 2]} ... {line[-LENGTH // 2 :]}"
 
 
@@ -99,6 +99,7 @@ def complaint(message: str, known: list[str] | None = None) -> str:
     given = re.search(r"Given value: (.*)", message)
     expected = [match for line in lines if (match := _EXPECTED.match(line))]
     others = [line for line in lines if not _EXPECTED.match(line)]
+    field = "seed_everything" if field == "data.seed" else field  # which gets it from there
     where = f"{field}: " if field else ""
     if unknown := re.search(r"(?:Option '([\w.-]+)' is not accepted|unrecognized arguments: (\S+))", message):
         name = (unknown[1] or unknown[2]).lstrip("-").partition("=")[0]
@@ -147,6 +148,8 @@ def told(error: BaseException) -> str | None:
         return f"a file of tensors cannot be read or written: {text}{cause}"
     if isinstance(error, MemoryError) or "OutOfMemoryError" in names or "allocate memory" in text:
         return f"there is not enough memory: {text or 'smaller batches or images need less'}"
+    if isinstance(error, OverflowError):
+        return f"a number is too large: {text}"
     if isinstance(error, ValueError) or "MisconfigurationException" in names:
         return complaint(text) if "Union subtypes" in text or "Parser key" in text else text
     if isinstance(error, RuntimeError | LookupError | ImportError | ArithmeticError) and _ours(error):
@@ -246,7 +249,7 @@ def _interrupted() -> NoReturn:
 def _unforeseen(error: Exception) -> str:
     """Keep the traceback in a file; what is said of it."""
     text = "".join(traceback.format_exception(error))
-    what = one_line(f"unexpected {type(error).__name__}: {error}")
+    what = one_line(f"unexpected {type(error).__name__}: {error}").rstrip(": ")
     folder: Path | None = error.__dict__.get("kept_in")
     if folder is not None and folder.is_dir():
         with suppress(OSError):
