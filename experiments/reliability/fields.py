@@ -21,7 +21,21 @@ from reliability.mini import write
 
 COUNT = 1000
 
-OTHER_KINDS = ("text", -1, 1.5, [1, 2], {"a": 1}, True, [], {}, "", 10**30, float("nan"), float("inf"), [["x"]])
+OTHER_KINDS: tuple[Any, ...] = (
+    "text",
+    -1,
+    1.5,
+    [1, 2],
+    {"a": 1},
+    True,
+    [],
+    {},
+    "",
+    10**30,
+    float("nan"),
+    float("inf"),
+    [["x"]],
+)
 """Values, of which those of another type than the field's are wrong anywhere."""
 
 RANGES: dict[str, tuple[Any, ...]] = {
@@ -325,9 +339,10 @@ def run(folder: Path, seed: int, count: int) -> tuple[str, int]:
     Returns:
         What was found, as Markdown, and the number of faults.
     """
+    import timm  # noqa: F401
+
     import fedlscl.run.configuration
     import fedlscl.run.experiment  # noqa: F401
-    import timm  # noqa: F401
 
     mini, rng = write(folder), random.Random(seed)
     codes: Counter[int] = Counter()
@@ -342,9 +357,9 @@ def run(folder: Path, seed: int, count: int) -> tuple[str, int]:
             faults.append(f"- {found}: `{case.what[:120]}`: `{text[-300:]!r}`")
         longest.append((len(text), case.what, text))
     lines = [
-        f"{count} wrong configurations (values of another type or outside their range, fields missing or unknown, paths, "
-        "YAML and encodings that are none), each tried in a process of its own: a fault is what is not refused before "
-        "training, has a traceback or more than a line, or names neither field nor file.",
+        f"{count} wrong configurations (values of another type or outside their range, fields missing or unknown, "
+        "paths, YAML and encodings that are none), each tried in a process of its own: a fault is what is not refused "
+        "before training, has a traceback or more than a line, or names neither field nor file.",
         f"Refused with exit code {' and '.join(f'{code}: {n}' for code, n in sorted(codes.items()))}; "
         f"faults: {len(faults)}.",
         "\n".join(faults[:20]),

@@ -227,7 +227,7 @@ class _ParsedCLI(LightningCLI):
             return RoundTrainer(**wanted)
         except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
             told = ", ".join(f"trainer.{name} is {value}" for name, value in wanted.items())
-            raise ValueError(f"there can be no such Trainer on this machine: {told} ({error})") from error
+            raise ValueError(f"{told}: there can be no such Trainer on this machine ({error})") from error
 
     def trainer_with(self, logger: Logger | None) -> Trainer:
         """A fresh Trainer that logs there."""

@@ -31,7 +31,7 @@ from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 from fedlscl.run.callback import RunCallback, accuracy_arrays
 from fedlscl.run.console import FederationProgress, summary_table
-from fedlscl.run.fields import short
+from fedlscl.run.fields import read_json, read_yaml, short
 from fedlscl.run.summary import Accuracy, Compute, Skipped, Summary, Traffic
 from fedlscl.run.tracking import Tracker, WandbMode
 from fedlscl.schedule import Schedule
@@ -57,6 +57,10 @@ class Tracking:
 
     wandb_mode: WandbMode = "auto"
     project: str = "fedlscl"
+
+
+NOT_SET = "not set"
+"""What a difference says where one of two configurations, of another version perhaps, lacks a field."""
 
 
 class ImpossibleRun(ValueError):
@@ -123,13 +127,16 @@ class Experiment:
     def _check_same_run(self) -> None:
         """Compare configuration and split with those that the run folder began with."""
         path = self.run_dir / "config.yaml"
-        if path.exists() and (different := differences(short(yaml.safe_load(path.read_text())), self.config)):
+        before = read_yaml(path) if path.exists() else self.config
+        if not isinstance(before, Mapping):
+            raise ValueError(f"{path} is no configuration: it was cut short or changed; give another run_dir")
+        if different := differences(short(before), self.config):
             raise ValueError(
                 f"run_dir '{self.run_dir}' holds a run with another configuration ({'; '.join(different)}); "
                 "give another run_dir, or the same configuration to continue it"
             )
         path = self.run_dir / "split.json"
-        before = json.loads(path.read_text()) if path.exists() else {}
+        before = read_json(path) if path.exists() else {}
         for name, now in self._fingerprints.items():
             then = before.get(name)
             if now and then and now != then:
@@ -254,7 +261,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     """The settings in which two configurations differ, as text."""
     found = []
     for key in dict.fromkeys([*old, *new]):
-        before, after = old.get(key), new.get(key)
+        before, after = old.get(key, NOT_SET), new.get(key, NOT_SET)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             found += differences(before, after, f"{prefix}{key}.")
         elif before != after:
