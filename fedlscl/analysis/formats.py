@@ -115,7 +115,7 @@ _LATEX = {
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }
 
-_MARKDOWN = {"<": "&lt;", ">": "&gt;", **{sign: f"\\{sign}" for sign in "\\`*|[]~"}}
+_MARKDOWN = {"<": "&lt;", ">": "&gt;", "](": "]\\(", "~~": "\\~\\~", **{sign: f"\\{sign}" for sign in "\\`*|"}}
 
 
 def in_one_line(text: str) -> str:
@@ -126,7 +126,8 @@ def in_one_line(text: str) -> str:
 def escape_markdown(text: str) -> str:
     """A text as Markdown, in one line; an underscore inside a word means nothing there and stays."""
     escaped = re.sub(r"&(?=#?\w+;)", "&amp;", in_one_line(text))
-    return re.sub(r"(?<!\w)_|_(?!\w)", r"\_", "".join(_MARKDOWN.get(sign, sign) for sign in escaped))
+    escaped = re.sub(r"[\\`*|<>]|\]\(|~~", lambda found: _MARKDOWN[found[0]], escaped)
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\_", escaped)
 
 
 def _escape_latex(text: str) -> str:

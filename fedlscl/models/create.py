@@ -48,12 +48,15 @@ def check_args(group: str, model_args: Mapping[str, Any], allowed: Collection[st
             raise ValueError(
                 f"{group}.model_args has '{name}', none of those that may be given: {', '.join(sorted(allowed))}"
             )
-        for each in value if isinstance(value, list | tuple) else [value]:
+        several = isinstance(value, list | tuple)
+        for each in value if several else [value]:
             if not isinstance(each, str | int | float | None):
                 raise ValueError(
                     f"{group}.model_args.{name} is {value}, must be a number, a text, true, false, null, or a list "
                     "of these"
                 )
+            if several and isinstance(each, int | float) and not each > 0:
+                raise ValueError(f"{group}.model_args.{name} is {value}, must be numbers above 0")
 
 
 def create(group: str, name: str, pretrained: bool, model_args: Mapping[str, Any]) -> nn.Module:

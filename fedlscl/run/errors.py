@@ -169,7 +169,13 @@ def _of_system(error: OSError) -> str:
 def _ours(error: BaseException) -> bool:
     """Whether a line of this package has raised it, in words of its own."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
+    last = frames[-1] if frames else None
+    # what Python raises in a line of this package, for a key that is not there, says nothing to a user
+    return bool(
+        last
+        and Path(last.filename).is_relative_to(Path(__file__).parents[1])
+        and (last.line or "").startswith("raise ")
+    )
 
 
 @contextmanager
