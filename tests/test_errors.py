@@ -27,6 +27,8 @@ from fedlscl.client import Client
 from fedlscl.federation.algorithm import Federation
 from fedlscl.models.vit import FrozenViT
 from fedlscl.run.errors import INTERRUPTED, MISUSED, TRACEBACK, UNEXPECTED, UNHEARD, complaint, one_line, told
+from fedlscl.run.leash import VARIABLE
+from fedlscl.run.sweep import LOG, PlannedRun, _let_go, _start
 
 pytestmark = pytest.mark.usefixtures("command_line")
 FEDLSCL = Path(sys.executable).parent / "fedlscl"
@@ -374,14 +376,9 @@ def test_a_run_goes_with_its_sweep(tmp_path: Path) -> None:
         "follow(); print('up', flush=True)\n"
         "while True: time.sleep(0.05)\n"
     )
-    environment = {**os.environ, "FEDLSCL_ENDS_WITH_INPUT": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-    )
-    assert process.stdout is not None
-    assert process.stdin is not None
-    assert process.stdout.readline() == b"up\n"
-    assert process.poll() is None
-    process.stdin.close()
+    run = PlannedRun((sys.executable, "-c", script), tmp_path)
+    process = _start(run, {**os.environ, VARIABLE: "1"})
+    while "up" not in (tmp_path / LOG).read_text():
+        assert process.poll() is None
+    _let_go(process)
     assert process.wait() == 143
-    process.stdout.close()

@@ -95,7 +95,10 @@ def to_csv(table: Table) -> str:
 
 
 def csv_text(rows: Iterable[Sequence[str]]) -> str:
-    """CSV, whose cells no spreadsheet takes for formulas: what begins like one gets a ' before it, but for numbers."""
+    """CSV, whose cells no spreadsheet takes for formulas: what begins like one gets a ' before it, but for numbers.
+
+    A carriage return, which not every reader takes for a part of a cell, becomes a space.
+    """
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([_harmless(cell) for cell in row] for row in rows)
     return out.getvalue()
@@ -136,8 +139,8 @@ def _escape_latex(text: str) -> str:
 
 def _harmless(cell: str) -> str:
     if cell[:1] not in tuple("=+-@\t\r\n") or not cell or _NUMBER.fullmatch(cell):
-        return cell
-    return f"'{cell}"
+        return cell.replace("\r", " ")
+    return f"'{cell}".replace("\r", " ")
 
 
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[-+]?(inf|nan)")
