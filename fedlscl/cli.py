@@ -11,15 +11,13 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.text import Text
+from fedlscl.checks import LONGEST
+from fedlscl.checks import path as path_of
+from fedlscl.run.errors import OneLine, in_a_line, kept_in, printable
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -30,7 +28,7 @@ OVERVIEW = """\
 usage: fedlscl fit --config SETTING [--config METHOD] [--run_dir DIR] [--any.field VALUE]
        fedlscl sweep FILE --setting NAME [--jobs N] [--only PARAMETER=VALUE ...] [-- --any.field VALUE]
        fedlscl tables|plot|report RUNS [RUNS ...] [--out PATH]
-       fedlscl predict RUN_DIR IMAGE [IMAGE ...] [--client N]
+       fedlscl predict RUN_DIR IMAGE|FOLDER [...] [--client N ...] [--task N] [--top K] [--out FILE.csv|FILE.json]
        fedlscl deal FOLDER --config SETTING [--config METHOD] [--any.field VALUE]
 
   fit      run a federation, or continue it if its run folder holds an unfinished run
@@ -51,30 +49,29 @@ SWEEP = (
     "every command line. Run it where the paths in the file hold: in the root of the repository."
 )
 
+PREDICT = (
+    "Classify image files with clients' models of a run, by the classes that each client has learned. An image that "
+    "cannot be read is named, the others are answered, and the exit code is 1. Where the output is no terminal, each "
+    "line is image, client, class and probability, with tabs between."
+)
+
 SETTING_VARIABLE = "FEDLSCL_SETTING"
 """Environment variable that the sweep files take the name of the setting from."""
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point of the `fedlscl` command."""
-    words = sys.argv[1:] if args is None else args
-    # Lightning 2.6 asks torch for a name that newer releases of torch deprecate; no user can do anything about it
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-    if words and words[0] in COMMANDS:
-        COMMANDS[words[0]](words[1:])
-    else:
-        Console().print(OVERVIEW, highlight=False, markup=False, soft_wrap=True, end="")
-        if words and words[0] not in ("-h", "--help"):
-            sys.exit(f"fedlscl: unknown command '{words[0]}'")
-
-
-@contextmanager
-def _in_a_line() -> Iterator[None]:
-    """Show wrong input as one line instead of a traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        sys.exit(f"fedlscl: {error}")
+    """Entry point of the `fedlscl` command. Whatever goes wrong ends in a line and an exit code, see `run.errors`."""
+    with in_a_line():
+        printable(sys.stdout, sys.stderr)
+        words = sys.argv[1:] if args is None else args
+        # Lightning 2.6 asks torch for a name that newer releases of torch deprecate; no user can do anything about it
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        if words and words[0] in COMMANDS:
+            COMMANDS[words[0]](words[1:])
+        else:
+            sys.stdout.write(OVERVIEW)
+            if words and words[0] not in ("-h", "--help"):
+                sys.exit(f"fedlscl: unknown command '{words[0]}'")
 
 
 def _end_when_told() -> None:
@@ -84,27 +81,29 @@ def _end_when_told() -> None:
 
 def fit_command(words: list[str]) -> None:
     """`fedlscl fit`: run or continue a federation."""
-    from fedlscl.run.configuration import Configuration
-    from fedlscl.run.experiment import ImpossibleRun, StoppedRun
+    from fedlscl.run.leash import follow
 
+    follow()
     _end_when_told()
-    with _in_a_line():
-        experiment = Configuration(words).build()
-        experiment.load()
-    try:
+    from rich.console import Console
+
+    from fedlscl.run.configuration import Configuration
+
+    experiment = Configuration(words).build()
+    experiment.load()
+    with kept_in(experiment.run_dir):
         experiment.run(Console())
-    except (ImpossibleRun, StoppedRun) as error:
-        sys.exit(f"fedlscl: {error}")
 
 
 def sweep_command(words: list[str]) -> None:
     """`fedlscl sweep`: run all runs of a sweep file, or those that are not finished."""
-    from jsonargparse import ArgumentParser
     from rich import box
+    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     _end_when_told()
-    parser = ArgumentParser(prog="fedlscl sweep", description=SWEEP)
+    parser = _parser("sweep", SWEEP)
     parser.add_argument("file", type=str, help="the sweep file")
     parser.add_argument("--setting", type=str | None, help=f"experiments/<setting>.yaml; else ${SETTING_VARIABLE}")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time; each gets its share of the cores")
@@ -126,14 +125,13 @@ def sweep_command(words: list[str]) -> None:
     from fedlscl.run.sweep import LOG, narrowed, plan, read_sweep, run_all
 
     console = Console()
-    with _in_a_line():
-        sweep = narrowed(read_sweep(Path(options.file)), options.only)
-        if any(SETTING_VARIABLE in str(word) for word in sweep["command"]):
-            _check_setting(os.environ.get(SETTING_VARIABLE))
-        elif options.setting is not None:
-            raise ValueError(f"setting has no effect: the command in {options.file} does not use {SETTING_VARIABLE}")
-        with console.status("parsing the command lines"):
-            runs = plan(sweep, further)
+    sweep = narrowed(read_sweep(path_of(options.file)), options.only)
+    if any(SETTING_VARIABLE in str(word) for word in sweep["command"]):
+        _check_setting(os.environ.get(SETTING_VARIABLE))
+    elif options.setting is not None:
+        raise ValueError(f"setting has no effect: the command in {options.file} does not use {SETTING_VARIABLE}")
+    with console.status("parsing the command lines"):
+        runs = plan(sweep, further)
     if options.dry_run:
         for run in runs:
             console.print(Text(f"{shlex.join(run.words)}  # {run.run_dir}"), soft_wrap=True)
@@ -159,7 +157,6 @@ def _check_setting(name: str | None) -> None:
         )
 
 
-@_in_a_line()
 def deal_command(words: list[str]) -> None:
     """`fedlscl deal`: write each client's data, and the server's."""
     from fedlscl.deployment.shares import deal
@@ -169,83 +166,91 @@ def deal_command(words: list[str]) -> None:
         sys.exit("fedlscl: deal needs a folder to write into: fedlscl deal FOLDER --config SETTING")
     experiment = Configuration(words[1:]).build()
     experiment.load()
-    for folder in deal(experiment.data, experiment.server.server_images, Path(words[0])):
-        Console().print(Text(str(folder)), soft_wrap=True)
+    for folder in deal(experiment.data, experiment.server.server_images, path_of(words[0])):
+        _say(folder)
 
 
-@_in_a_line()
 def predict_command(words: list[str]) -> None:
     """`fedlscl predict`: classify image files."""
-    from jsonargparse import ArgumentParser
-    from rich import box
-    from rich.table import Table
-
-    parser = ArgumentParser(
-        prog="fedlscl predict", description="Classify image files with one client's model of a run."
-    )
+    parser = _parser("predict", PREDICT)
     parser.add_argument("run_dir", type=str, help="folder of a finished run")
-    parser.add_argument("images", type=str, nargs="+", help="image files")
-    parser.add_argument("--client", type=int, default=0, help="whose model, and whose classes")
+    parser.add_argument("images", type=str, nargs="+", help="image files, or folders, of which all images are taken")
+    parser.add_argument("--client", type=int, nargs="+", default=[0], help="whose models, and whose classes")
+    parser.add_argument(
+        "--task", type=int | None, help="the task, from 1, that the images are of: its classes alone compete"
+    )
+    parser.add_argument("--top", type=int, default=1, help="how many classes to show of each image")
+    parser.add_argument("--out", type=str | None, help="a .csv or .json file for the probabilities of all classes")
     options = parser.parse_args(words)
-    from fedlscl.run.predict import predict
+    from fedlscl.analysis.predictions import checked, show, write
+    from fedlscl.run.predict import files_in, predictions
 
-    printed = Table("image", "class", "probability", box=box.SIMPLE_HEAD)
-    for image, label, probability in predict(Path(options.run_dir), options.images, options.client):
-        printed.add_row(image, label, f"{probability:.3f}")
-    Console().print(printed)
+    out = None if options.out is None else checked(path_of(options.out))
+    if options.top < 1:
+        raise ValueError(f"top is {options.top}, must be at least 1")
+    files, others = files_in(options.images)
+    found = predictions(path_of(options.run_dir), files, options.client, options.task)
+    answers, failures = show(found, len(files), options.top, keep=out is not None)
+    if out is not None:
+        write(answers, out)
+    if others:
+        sys.stderr.write(f"fedlscl: {len(others)} other files in these folders are no images, such as {others[0]}\n")
+    if failures:
+        sys.exit("\n".join(f"fedlscl: {failure}" for failure in failures))
 
 
-@_in_a_line()
 def tables_command(words: list[str]) -> None:
     """`fedlscl tables`: print the tables as Markdown and write them in every format."""
-    parser = _parser("tables", "Write the paper's tables, with the paper's numbers beside them, from finished runs.")
+    parser = _runs_parser(
+        "tables", "Write the paper's tables, with the paper's numbers beside them, from finished runs."
+    )
     parser.add_argument("--masks", type=list[str], default=["task"], help="masks to show Table 1 under")
     parser.add_argument("--out", type=str, default="tables", help="folder to write Markdown, LaTeX and CSV into")
     options = parser.parse_args(words)
     from fedlscl.analysis.formats import FORMATS, to_markdown
     from fedlscl.analysis.tables import tables
 
-    texts = []
+    out, texts = path_of(options.out), []
     for name, comparison in _comparisons(options.runs):
         texts.append(f"## {comparison.title}\n")
         for table in tables(comparison, options.masks):
             texts.append(to_markdown(table))
             for suffix, write in FORMATS.items():
-                _write(Path(options.out) / f"{name}-{table.name}.{suffix}", write(table))
-    print("\n".join(texts))  # noqa: T201  # Markdown to be piped on, which rich would wrap
+                _write(out / f"{name}-{table.name}.{suffix}", write(table))
+    sys.stdout.write("\n".join(texts) + "\n")  # Markdown to be piped on, which rich would wrap
 
 
-@_in_a_line()
 def plot_command(words: list[str]) -> None:
     """`fedlscl plot`: draw the paper's figures."""
-    parser = _parser("plot", "Draw the paper's figures, and forgetting and traffic, from finished runs.")
+    parser = _runs_parser("plot", "Draw the paper's figures, and forgetting and traffic, from finished runs.")
     parser.add_argument("--mask", type=str, default="seen", help="task, seen or none")
     parser.add_argument("--out", type=str, default="figures", help="folder to write PNG and SVG into")
     options = parser.parse_args(words)
+    from dataclasses import replace
+
     from fedlscl.analysis.figures import pictures, save
 
     for name, comparison in _comparisons(options.runs):
-        folder = Path(options.out) / name
+        folder = path_of(options.out) / name
         folder.mkdir(parents=True, exist_ok=True)
         drawn = [replace(found, name=f"{found.name}_{options.mask}") for found in pictures(comparison, options.mask)]
         captions = folder / f"captions_{options.mask}.md"
         _write(captions, "\n".join(f"**{found.name}**: {found.title}. {found.caption}\n" for found in drawn))
         for path in [captions, *(path for found in drawn for path in save(found, folder))]:
-            Console().print(Text(str(path)), soft_wrap=True)
+            _say(path)
 
 
-@_in_a_line()
 def report_command(words: list[str]) -> None:
     """`fedlscl report`: one HTML page with everything."""
-    parser = _parser("report", "Write one self-contained HTML page with settings, tables, figures and every run.")
+    parser = _runs_parser("report", "Write one self-contained HTML page with settings, tables, figures and every run.")
     parser.add_argument("--out", type=str, default="report.html", help="the file to write")
     options = parser.parse_args(words)
     from fedlscl.analysis.report import write_report
 
-    path = Path(options.out)
+    path = path_of(options.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_report([comparison for _, comparison in _comparisons(options.runs)], path)
-    Console().print(Text(f"report: {path}"), soft_wrap=True)
+    _say(f"report: {path}")
 
 
 COMMANDS = {
@@ -262,9 +267,21 @@ COMMANDS = {
 def _parser(name: str, description: str) -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog=f"fedlscl {name}", description=description)
+    class Parser(OneLine, ArgumentParser):
+        """Tells what is wrong in a line."""
+
+    return Parser(prog=f"fedlscl {name}", description=description)
+
+
+def _runs_parser(name: str, description: str) -> ArgumentParser:
+    parser = _parser(name, description)
     parser.add_argument("runs", type=str, nargs="+", help="run folders, folders of them, or their summary.json")
     return parser
+
+
+def _say(text: object) -> None:
+    """Print a line as it is: rich would wrap it."""
+    sys.stdout.write(f"{text}\n")
 
 
 def _comparisons(paths: list[str]) -> list[tuple[str, Comparison]]:
@@ -279,7 +296,7 @@ def _comparisons(paths: list[str]) -> list[tuple[str, Comparison]]:
         parts = [comparison.setting]
         parts += [comparison.backbone] * (len({other.backbone for other in same}) > 1)
         parts += [comparison.evaluated_on] * (len({other.evaluated_on for other in same}) > 1)
-        base = "-".join(re.sub(r"[^\w.]+", "_", part) for part in parts)
+        base = "-".join(re.sub(r"[^\w.]+", "_", part)[:LONGEST].lstrip(".") or "_" for part in parts)
         # signs that no file name takes may have been all that told two apart
         free = (name for n in count(1) if (name := base + f"_{n}" * (n > 1)) not in named)
         named[next(free)] = comparison
@@ -290,4 +307,4 @@ def _write(path: Path, text: str) -> None:
     from fedlscl.files import write_atomically
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.encode())
+    write_atomically(path, text.encode(errors="replace"))

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from fedlscl.checks import at_least, positive
+from fedlscl.checks import at_least, file_name, path, positive
 
 
 def test_what_is_right_passes() -> None:
@@ -20,3 +20,31 @@ def test_the_error_names_field_value_and_what_would_be_right(value: float) -> No
         at_least(1, "model", batch_size=2, epochs=value)
     with pytest.raises(ValueError, match=rf"^server\.temperature is {value}, must be positive$"):
         positive("server", temperature=value)
+
+
+def test_infinity_is_no_setting() -> None:
+    with pytest.raises(ValueError, match=r"^model\.mu is inf, must be finite$"):
+        at_least(0, "model", mu=math.inf)
+    with pytest.raises(ValueError, match=r"^model\.mu is inf, must be finite$"):
+        positive("model", mu=math.inf)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".a", "a/b", "a\\b", "a\nb", "a\0", "C:", "a*", " a", "x" * 101])
+def test_what_is_no_part_of_a_files_name(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^setting is .*, which becomes part of a file's name"):
+        file_name("setting", name)
+
+
+@pytest.mark.parametrize("name", ["digits", "a.b", "a b", "é", "fed-lscl_2", "a$x$", "x" * 100])
+def test_what_is_part_of_a_files_name(name: str) -> None:
+    assert file_name("setting", name) == name
+
+
+def test_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(path("~/a")) == "/home/me/a"
+    assert str(path("a/~/b")) == "a/~/b"
+    with pytest.raises(ValueError, match="run_dir is '~nobody-here/a', but there is no home folder"):
+        path("~nobody-here/a", "run_dir")
+    with pytest.raises(ValueError, match="NUL"):
+        path("a\0b")

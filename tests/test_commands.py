@@ -115,3 +115,18 @@ def test_mistakes_are_told_in_a_line(runs: Path, words: list[str], complaint: st
     places = {"RUNS": str(runs), "EMPTY": "empty"}
     with pytest.raises(SystemExit, match=complaint):
         main([places.get(word, word) for word in words])
+
+
+def test_no_name_leads_out_of_a_folder_or_breaks_a_page(tmp_path: Path) -> None:
+    """Summaries may come from elsewhere, and hold any text."""
+    for number, setting in enumerate(["..", "a/b", "$\\frac$", "x" * 300, "<script>\n", "\ud800"]):
+        write_run(tmp_path / "runs" / str(number), setting=setting)
+    Path("below").mkdir()
+    main(["tables", "runs", "--out", "below/tables"])
+    main(["plot", "runs/0", "runs/2", "--out", "below/figures"])
+    main(["report", "runs/2", "runs/4", "--out", "below/report.html"])
+    assert {path.name for path in Path().iterdir()} == {"runs", "below"}
+    assert {path.name for path in Path("below").iterdir()} == {"tables", "figures", "report.html"}
+    assert {path.parent.name for path in Path("below/figures").rglob("*.png")} == {"_", "_frac_"}
+    assert "<script>" not in Path("below/report.html").read_text()
+    assert r"$\frac$" in Path("below/figures/_frac_/forgetting_seen.svg").read_text()

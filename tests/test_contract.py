@@ -15,21 +15,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from helpers import SETTING, Known, Recorder, copy_of, fresh, known, outcome, restore_client, same
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
+from made_runs import make_summary
+from PIL import Image
 from torch import Tensor
 
 from fedlscl import methods
 from fedlscl.cli import main
 from fedlscl.client import Client
+from fedlscl.evaluation import MASKS
 from fedlscl.federation.algorithm import Federation
 from fedlscl.federation.callback import RoundResult
 from fedlscl.messages import Download, Message, Upload, schema_of
 from fedlscl.run.experiment import Experiment
+from fedlscl.run.predict import predict
 from fedlscl.schedule import Schedule
 
 METHODS = sorted((Path(__file__).parent.parent / "experiments" / "methods").glob("*.yaml"))
@@ -215,7 +220,8 @@ def whole(described: Experiment, tmp_path_factory: pytest.TempPathFactory) -> tu
     """Two tasks of two rounds with everyone in them."""
     folder, experiment = tmp_path_factory.mktemp("whole"), fresh(described)
     still: dict[int, set[str]] = {}
-    return experiment, observed(federation_of(experiment, folder / "store", still))._replace(still=still)
+    run = observed(federation_of(experiment, folder / "store", still))._replace(still=still)
+    return replace(experiment, run_dir=folder / "store"), run
 
 
 def test_everyone_takes_part_and_is_evaluated(whole: tuple[Experiment, Run]) -> None:
@@ -275,6 +281,28 @@ def test_nothing_private_travels(whole: tuple[Experiment, Run]) -> None:
 def test_training_moves_everything(whole: tuple[Experiment, Run]) -> None:
     experiment, seen = whole
     assert seen.still == dict.fromkeys(range(3), HELD.get(experiment.method, set()))
+
+
+def test_prediction_from_files_is_that_of_the_evaluation(whole: tuple[Experiment, Run], tmp_path: Path) -> None:
+    """Each client's accuracies among the classes seen come out of the run's folder and image files again, exactly."""
+    experiment, seen = whole
+    run_dir, told = experiment.run_dir, "seen" in experiment.client.task_aware
+    experiment._save_beginning()
+    acc = {mask: np.array(seen.results[-1].accuracy[mask])[:, None].repeat(2, 1) for mask in MASKS}
+    acc = {mask: np.where(np.tri(2, dtype=bool), values, np.nan) for mask, values in acc.items()}
+    make_summary(acc=acc, task_aware=tuple(experiment.client.task_aware)).write(run_dir / "summary.json")
+    test, names = experiment.data.dataset.test, experiment.data.class_names
+    for index, image in enumerate(test.images):
+        Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(tmp_path / f"{index}.png")
+    for client, part in enumerate(experiment.data.split.clients):
+        for task, own in enumerate(part.tasks):
+            files = [str(tmp_path / f"{index}.png") for index in own.test]
+            if told:
+                with pytest.raises(ValueError, match=r"give the task, 1 to 2 \(--task N\)"):
+                    predict(run_dir, files, client)
+            found = predict(run_dir, files, client, task + 1 if told else None)
+            hits = [each.label == names[label] for each, label in zip(found, test.labels[own.test], strict=True)]
+            assert 100 * sum(hits) / len(hits) == seen.results[-1].accuracy["seen"][client][task]
 
 
 def test_the_vit_is_not_part_of_a_state(whole: tuple[Experiment, Run]) -> None:

@@ -533,7 +533,9 @@ def test_bad_settings_are_named(changes: dict[str, Any], text: str) -> None:
 def test_what_does_not_fit_the_vit_or_the_method_is_named(make: Make, vit: FrozenViT) -> None:
     with pytest.raises(ValueError, match=r"model\.rank is 33, must be between 1 and the width 32"):
         client(rank=33).assemble(vit, SmallModelSpec(**CNN), "resnet18", 4)
-    other = FrozenViT(**{**VIT, "name": "vit_small_patch16_224", "model_args": {**VIT["model_args"], "mlp_layer": Odd}})
+    other = FrozenViT(**{**VIT, "name": "vit_small_patch16_224"})
+    for block in other.vit.blocks:
+        block.mlp = Odd(32, 128)
     with pytest.raises(ValueError, match=r"have no linear layer mlp\.fc1"):
         client().assemble(other, SmallModelSpec(**CNN), "resnet18", 4)
     with pytest.raises(ValueError, match=r"server\.alpha is 1\.5, must be between 0 and 1"):

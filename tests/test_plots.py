@@ -123,3 +123,8 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="matrix must be"):
             accuracy_matrix(matrix, tmp_path / "matrix.png", "")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_title_may_hold_any_sign(tmp_path: Path) -> None:
+    accuracy_matrix([[[50.0]]], tmp_path / "matrix.png", title=r"a$\frac$b on $x_{$")
+    assert (tmp_path / "matrix.png").stat().st_size > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from test_cli import METHOD
 from fedlscl.cli import main
 from fedlscl.data.splits import Split
 from fedlscl.models.vit import FrozenViT
-from fedlscl.run.predict import predict
+from fedlscl.run.predict import files_in, predict
 
 pytestmark = pytest.mark.usefixtures("command_line")
 
@@ -98,3 +99,103 @@ def test_mistakes_end_in_a_line(run_dir: Path, tmp_path: Path) -> None:
         message: Any = end.value.code
         assert expected in message
         assert "\n" not in message
+
+
+def picture(path: Path) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(len(path.name)).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return str(path)
+
+
+def test_lines_files_and_failures(run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Names are printed as they are, in a folder too; what cannot be read takes no other answer away."""
+    odd = ["scan[left].png", "x:smiley:.png", "[/b].png", "=1+1.png", f"{'long' * 50}.png", "sub/deeper/a b.png"]
+    named = [picture(tmp_path / "odd" / name) for name in odd]
+    (tmp_path / "odd" / "broken.png").write_text("no image")
+    (tmp_path / "odd" / "notes.txt").write_text("no image")
+    (tmp_path / "odd" / ".hidden.png").write_text("no image")
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(["predict", str(run_dir), str(tmp_path / "odd"), "--client", "0", "2", "--top", "2"])
+    message: Any = end.value.code
+    assert message.count("\n") == 0
+    assert message.startswith(f"fedlscl: {tmp_path / 'odd' / 'broken.png'} cannot be read as an image")
+    said = capfd.readouterr()
+    assert (
+        said.err == f"fedlscl: 1 other files in these folders are no images, such as {tmp_path / 'odd' / 'notes.txt'}\n"
+    )
+    rows = [line.split("\t") for line in said.out.splitlines()]
+    assert {row[0] for row in rows} == {*named}
+    assert [len(row) for row in rows] == [4] * len(odd) * 2 * 2
+    assert [row[1] for row in rows[:4]] == ["0", "0", "2", "2"]
+
+    main(["predict", str(run_dir), *named, "--client", "0", "2", "--out", str(tmp_path / "out.csv")])
+    main(["predict", str(run_dir), *named, "--client", "0", "2", "--out", str(tmp_path / "out.json")])
+    entries = json.loads((tmp_path / "out.json").read_text())
+    with (tmp_path / "out.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [entry["image"] for entry in entries] == [row["image"] for row in table] == [n for n in named for _ in "02"]
+    of = {client: dict(zip(named, predict(run_dir, named, client), strict=True)) for client in (0, 2)}
+    for entry, row in zip(entries, table, strict=True):
+        found = of[entry["client"]][entry["image"]]
+        expected_of = dict(zip(found.classes, found.probabilities, strict=True))
+        assert entry["probabilities"] == pytest.approx(expected_of, abs=1e-5)
+        assert sum(entry["probabilities"].values()) == pytest.approx(1)
+        assert entry["class"] == found.label == row["class"]
+        for name, probability in entry["probabilities"].items():
+            assert float(row[f"probability of {name}"]) == pytest.approx(probability, abs=1e-8)
+    best = of[2][rows[2][0]]
+    assert rows[2][1:] == ["2", best.classes[0], f"{best.probabilities[0]:.3f}"]
+    assert rows[3][1:] == ["2", best.classes[1], f"{best.probabilities[1]:.3f}"]
+    assert {path.name for path in tmp_path.glob("*out*")} == {"out.csv", "out.json"}
+
+
+def test_a_task_that_is_told_lets_its_classes_alone_compete(run_dir: Path, tmp_path: Path) -> None:
+    image, stored = picture(tmp_path / "a.png"), json.loads((run_dir / "split.json").read_text())
+    split = Split.from_json(json.dumps(stored["split"]))
+    for task, own in enumerate(split.clients[1].tasks, 1):
+        (found,) = predict(run_dir, [image], 1, task)
+        assert {*found.classes} == {stored["classes"][label] for label in own.classes}
+    with pytest.raises(ValueError, match="task is 3, but the run has tasks 1 to 2"):
+        predict(run_dir, [image], 1, 3)
+
+
+def test_a_damaged_run_is_told(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = picture(tmp_path / "a.png")
+
+    def answer(*more: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main(["predict", str(run_dir), image, *more])
+        said = f"{capsys.readouterr().err}{end.value.code if isinstance(end.value.code, str) else ''}"
+        assert len(said.splitlines()) == 1
+        return said
+
+    assert "out is 'x.txt', must end in .csv or .json" in answer("--out", "x.txt")
+    assert "there is no folder 'nowhere'" in answer("--out", "nowhere/x.csv")
+    assert "top is 0" in answer("--top", "0")
+    for path, content, text in (
+        *((state, b"\xff" * 30, "client 0") for state in (run_dir / "checkpoint").glob("client-0*")),
+        (run_dir / "config.yaml", b"model:\n  unknown: 3\n", "model"),
+        (run_dir / "config.yaml", b"", "config.yaml"),
+        (run_dir / "split.json", b'{"split": 3}', "split.json"),
+        (run_dir / "split.json", b'{"split": ', "split.json, line 1"),
+        (run_dir / "summary.json", b"{}", "summary.json"),
+    ):
+        before = path.read_bytes()
+        path.write_bytes(content)
+        assert text in answer()
+        path.write_bytes(before)
+
+
+def test_which_files_are_taken(tmp_path: Path) -> None:
+    for name in ("b.PNG", "a.jpeg", "sub/c.webp", "sub/d.jfif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "e.csv").touch()
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "f.png").touch()
+    images, others = files_in([str(tmp_path), "gone.txt"])
+    assert images == [*(str(tmp_path / name) for name in ("a.jpeg", "b.PNG", "sub/c.webp", "sub/d.jfif")), "gone.txt"]
+    assert others == [str(tmp_path / "e.csv")]

@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -387,3 +388,42 @@ def test_fields_are_named_as_on_the_command_line() -> None:
         "model.continual.a": 1,
         "cnn.model_args": {},
     }
+
+
+DAMAGES: list[tuple[str, Any]] = [
+    ("accuracy.seen.matrix", [[[50.0]]]),
+    ("accuracy.seen.matrix", [[[50.0], [1.0, 2.0]]]),
+    ("accuracy.none.table1", []),
+    ("accuracy.task.final_average", 1e300),
+    ("seconds.total", -1.0),
+    ("seed", 10**400),
+    ("peak_memory_mib", 10**400),
+    ("bytes_up.total", -5),
+    ("config", {}),
+    ("method", 3),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), DAMAGES, ids=[field for field, _ in DAMAGES])
+def test_a_damaged_summary_is_named_and_the_others_are_read(
+    field: str, value: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_run(tmp_path / "good")
+    path = write_run(tmp_path / "bad", seed=1) / "summary.json"
+    content = json.loads(path.read_text())
+    *groups, last = field.split(".")
+    inner = content
+    for group in groups:
+        inner = inner[group]
+    inner[last] = value
+    path.write_text(json.dumps(content))
+    assert [run.seed for run in read_runs(tmp_path)] == [42]
+    assert str(path) in caplog.text
+    with pytest.raises(ValueError, match=r"summary\.json"):
+        read_runs(path)
+
+
+def test_texts_of_a_summary_are_of_one_line(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "a\nb\x1b\ud800", setting="<i>")
+    (run,) = read_runs(tmp_path)
+    assert (run.method, run.setting) == ("a b  ", "<i>")

@@ -12,7 +12,7 @@ from made_runs import accuracy, make_run
 
 from fedlscl.analysis import paper
 from fedlscl.analysis.comparison import Comparison, compare
-from fedlscl.analysis.formats import MISSING, Cell, Table, to_csv, to_latex, to_markdown
+from fedlscl.analysis.formats import MISSING, Cell, Table, csv_text, to_csv, to_latex, to_markdown
 from fedlscl.analysis.paper_tables import COMPARED, table1, table2
 from fedlscl.analysis.results import Run
 from fedlscl.analysis.rows import COMPONENTS
@@ -377,3 +377,26 @@ def test_rows_are_as_wide_as_the_header() -> None:
     runs += [in_its_setting(config={"model.buffer_size": size}) for size in (5, 10)]
     for table in tables(comparison(*runs), ("task", "seen", "none")):
         assert {len(row) for row in table.rows} == {len(table.header)}, table.name
+
+
+HOSTILE = "a\n% b\\input{x}<script>|*[x](y) `c`\x1b"
+
+
+def test_no_text_leaves_its_cell() -> None:
+    table = Table(HOSTILE, HOSTILE, HOSTILE, HOSTILE, (HOSTILE,), ((Cell(HOSTILE),),))
+    markdown, latex, comma = to_markdown(table), to_latex(table), to_csv(table)
+    assert "<script>" not in markdown
+    assert "[x](" not in markdown
+    assert "\n%" not in markdown
+    assert r"\`c\`" in markdown
+    assert sum(not line.startswith("%") and "input" in line for line in latex.splitlines()) == 2
+    assert "\\input" not in latex.split("tabular")[1]
+    assert latex.count("\n% ") == 1  # the note, and no line of anybody else's
+    assert list(csv.reader(io.StringIO(comma))) == [[HOSTILE], [HOSTILE]]
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+a", "-a", "@x", "\tx", "\rx", "=", "-1+cmd"])
+def test_a_cell_is_no_formula(text: str) -> None:
+    assert csv_text([[text, "a=1", "-1.5e-3", "+2", "-inf", ""]]).startswith(("\"'", "'"))
+    (row,) = csv.reader(io.StringIO(csv_text([[text, "a=1", "-1.5e-3", "+2", "-inf", ""]]), newline=""))
+    assert row == [f"'{text}".replace("\r", " "), "a=1", "-1.5e-3", "+2", "-inf", ""]

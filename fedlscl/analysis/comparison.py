@@ -192,7 +192,7 @@ def _order(variant: Variant) -> list[tuple[str, tuple[float, str]]]:
 
 def _by_size(value: Any) -> tuple[float, str]:
     """Numbers by their size, anything else by its text."""
-    return (float(value) if isinstance(value, int | float) else 0.0, str(value))
+    return (float(max(-1e300, min(value, 1e300))) if isinstance(value, int | float) else 0.0, str(value))
 
 
 def _usual_for_all(methods: Sequence[Sequence[tuple[Run, ...]]]) -> dict[str, str | None]:

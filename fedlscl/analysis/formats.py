@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -56,12 +57,11 @@ class Table:
 def to_markdown(table: Table) -> str:
     """The table as Markdown, with its title, what its runs share, and its note."""
     marks = {"best": "**{}**", "second": "_{}_", "": "{}"}
-    rows = [
-        [marks[cell.mark].format(cell.text.replace("*", "\\*").replace("|", "\\|")) for cell in row]
-        for row in table.rows
-    ]
-    body = tabulate(rows, table.header, tablefmt="github", disable_numparse=True)
-    return f"**{table.title}**, {table.runs}\n\n{body}\n\n{table.note}\n"
+    rows = [[marks[cell.mark].format(escape_markdown(cell.text)) for cell in row] for row in table.rows]
+    header = [escape_markdown(name) for name in table.header]
+    body = tabulate(rows, header, tablefmt="github", disable_numparse=True)
+    title, runs, note = map(escape_markdown, (table.title, table.runs, table.note))
+    return f"**{title}**, {runs}\n\n{body}\n\n{note}\n"
 
 
 def to_latex(table: Table) -> str:
@@ -70,7 +70,7 @@ def to_latex(table: Table) -> str:
     rows = [[marks[cell.mark].format(_escape_latex(cell.text)) for cell in row] for row in table.rows]
     header = [_escape_latex(name) for name in table.header]
     body = tabulate(rows, header, tablefmt="latex_raw", disable_numparse=True)
-    return f"% {table.title}, {table.runs}\n% {table.note}\n{body}\n"
+    return f"% {in_one_line(table.title)}, {in_one_line(table.runs)}\n% {in_one_line(table.note)}\n{body}\n"
 
 
 def to_csv(table: Table) -> str:
@@ -91,8 +91,16 @@ def to_csv(table: Table) -> str:
             )
         if not kinds:
             columns.append([name, *("" if cell.text == MISSING else cell.text for cell in cells)])
+    return csv_text(zip(*columns, strict=True))
+
+
+def csv_text(rows: Iterable[Sequence[str]]) -> str:
+    """CSV, whose cells no spreadsheet takes for formulas: what begins like one gets a ' before it, but for numbers.
+
+    A carriage return, which not every reader takes for a part of a cell, becomes a space.
+    """
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(zip(*columns, strict=True))
+    csv.writer(out, lineterminator="\n").writerows([_harmless(cell) for cell in row] for row in rows)
     return out.getvalue()
 
 
@@ -110,6 +118,29 @@ _LATEX = {
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }
 
+_MARKDOWN = {"<": "&lt;", ">": "&gt;", "](": "]\\(", "~~": "\\~\\~", **{sign: f"\\{sign}" for sign in "\\`*|"}}
+
+
+def in_one_line(text: str) -> str:
+    """A text in one line, without signs that are not to be seen."""
+    return "".join(sign if sign.isprintable() else " " for sign in text)
+
+
+def escape_markdown(text: str) -> str:
+    """A text as Markdown, in one line; an underscore inside a word means nothing there and stays."""
+    escaped = re.sub(r"&(?=#?\w+;)", "&amp;", in_one_line(text))
+    escaped = re.sub(r"[\\`*|<>]|\]\(|~~", lambda found: _MARKDOWN[found[0]], escaped)
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\_", escaped)
+
 
 def _escape_latex(text: str) -> str:
-    return "".join(_LATEX.get(sign, sign) for sign in text)
+    return "".join(_LATEX.get(sign, sign) for sign in in_one_line(text))
+
+
+def _harmless(cell: str) -> str:
+    if cell[:1] not in tuple("=+-@\t\r\n") or not cell or _NUMBER.fullmatch(cell):
+        return cell.replace("\r", " ")
+    return f"'{cell}".replace("\r", " ")
+
+
+_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[-+]?(inf|nan)")

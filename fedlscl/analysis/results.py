@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedlscl.evaluation import MASKS, FloatArray, measured_mean
+from fedlscl.analysis.formats import in_one_line
+from fedlscl.checks import path as path_of
+from fedlscl.evaluation import MASKS, FloatArray, measured_mean, summarise
 from fedlscl.run.fields import flat
 from fedlscl.run.summary import NotASummary, Summary
 
@@ -119,7 +123,7 @@ class Run:
         if isinstance(root := fields.get("data.source.root"), str):
             fields["data.source.root"] = Path(root).name
         for name, value in fields.items():
-            if name.endswith("class_path") and value.startswith("fedlscl."):
+            if name.endswith("class_path") and str(value).startswith("fedlscl."):
                 fields[name] = value.rpartition(".")[2]
         return fields
 
@@ -176,7 +180,7 @@ def read_runs(paths: str | Path | Iterable[str | Path]) -> Runs:
     """
     runs: dict[Path, Run] = {}
     bad: list[Exception] = []
-    for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
+    for path in map(path_of, [paths] if isinstance(paths, str | Path) else paths):
         if not path.is_dir():
             try:
                 runs[path.resolve()] = _read(path)
@@ -210,10 +214,56 @@ def _read(path: Path) -> Run:
         OSError: if it cannot be read.
         ValueError: if it is no complete summary; naming the file and what is wrong.
     """
-    summary = Summary.read(path)
+    try:
+        summary = Summary.from_json(json.dumps(_printable(json.loads(path.read_bytes()))), str(path))
+    except (RecursionError, OverflowError) as error:
+        raise ValueError(f"{path} holds what no run writes ({error})") from error
+    except json.JSONDecodeError:
+        raise ValueError(f"{path} is not JSON; it was cut short or changed") from None
     if not summary.config:  # without it nobody can tell what it may be compared with
         raise ValueError(f"{path} lacks config; it was cut short, or made by another version")
+    try:
+        _check(summary)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} holds numbers that no run has ({error}); it was changed") from error
     return Run(path, summary)
+
+
+def _printable(value: Any) -> Any:
+    """The same plain values, every text in one line of signs that can be printed."""
+    if isinstance(value, Mapping):
+        return {in_one_line(key): _printable(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_printable(entry) for entry in value]
+    return in_one_line(value) if isinstance(value, str) else value
+
+
+def _check(summary: Summary) -> None:
+    """Raise ValueError if the numbers of a summary do not fit one another."""
+    shapes = set()
+    for mask in MASKS:
+        accuracy = summary.accuracy[mask]
+        found = summarise(accuracy.array)
+        shapes.add(accuracy.array.shape)
+        one = found["forgetting"] is None
+        if len(found["table1"]) != len(accuracy.table1) or one != (accuracy.forgetting is None):
+            raise ValueError(f"accuracy.{mask} is of another number of tasks than its matrix")
+        single = [accuracy.final_average, accuracy.average_incremental]
+        if any(math.isinf(value) or value < 0 or value > 100 for value in [*single, *accuracy.table1]):
+            raise ValueError(f"accuracy.{mask} is not in %")
+    if len(shapes) > 1:
+        raise ValueError(f"the masks have accuracies of different shapes, {sorted(shapes)}")
+    for name, value in {**summary.seconds, "peak_memory_mib": summary.peak_memory_mib}.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}")
+    for name, sent in (("bytes_up", summary.bytes_up), ("bytes_down", summary.bytes_down)):
+        if not (0 <= sent.total < 2**80 and 0 <= sent.per_client_round < 2**80):
+            raise ValueError(f"{name} is {sent.total}")
+    for counts in summary.compute.values():
+        if not all(0 <= value < 2**80 for value in (counts.trained_parameters, counts.flops_frozen, counts.flops)):
+            raise ValueError(f"compute is {counts}")
+    if not -(2**63) <= summary.seed < 2**63:
+        raise ValueError(f"seed is {summary.seed}")
 
 
 def _row(run: Run) -> dict[str, Any]:

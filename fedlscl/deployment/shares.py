@@ -7,6 +7,7 @@ A folder holds ``share.json`` and, as NumPy arrays, ``train-images``, ``train-la
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,13 +106,16 @@ def deal(data: FederatedDataModule, per_class: int, folder: Path) -> Iterator[Pa
     Args:
         data: the whole data set, set up.
         per_class: how many labelled images of each class the server holds.
-        folder: gets ``client-0``, ``client-1`` and so on, and ``server``.
+        folder: gets ``client-0``, ``client-1`` and so on, and ``server``; shares that were dealt into it before go.
 
     Yields:
         The folder of each share, once it is complete.
     """
-    for path in folder.glob("*/share.json"):
-        path.unlink()  # of shares dealt before, of which none must count while its images are replaced
+    # of shares dealt before none must count while its images are replaced, and none of its images must be left
+    for name in ("share.json", *(f"{part}-{what}.npy" for part in PARTS for what in ("images", "labels"))):
+        for path in folder.glob(f"*/{name}"):
+            if re.fullmatch(r"client-\d+|server", path.parent.name):
+                path.unlink()
     size = data.dataset.train.images.shape[1:]
     for index in range(len(data.split.clients)):
         held: dict[str, list[NDArray[np.int64]]] = {part: [] for part in PARTS}

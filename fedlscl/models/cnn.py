@@ -13,7 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedlscl.models.create import _create, resize
+from fedlscl.models.create import check_args, check_image_size, create, reason, resize
+
+CNN_ARGS = frozenset(
+    {
+        *("layers", "channels", "depths", "dims", "widths", "width", "width_factor", "embed_dim", "num_features"),
+        *("block_config", "growth_rate", "bn_size", "cardinality", "base_width", "block_reduce_first", "mlp_ratio"),
+        *("stem_type", "stem_width", "stem_chs", "stem_size", "stem_kernel_size", "fix_stem", "replace_stem_pool"),
+        *("patch_size", "kernel_sizes", "down_kernel_size", "output_stride", "avg_down", "aa_layer", "pad_type"),
+        *("conv_mlp", "conv_bias", "use_grn", "ls_init_value", "zero_init_last", "act_layer", "norm_layer"),
+        *("drop_rate", "drop_path_rate", "drop_block_rate", "global_pool"),
+    }
+)
+"""The arguments of timm's CNNs that `cnn.model_args` may give; which of them a CNN has is its own."""
+
+WIDEST = 65536
+"""Feature width above which it is taken for a mistake."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +40,10 @@ class SmallModelSpec:
         features: common feature width e; a CNN of another width gets a linear map to it.
         image_size: side of the square input in pixels, independent of the ViT's.
         pretrained: start from timm's weights.
-        model_args: further arguments of timm.create_model; where `name` is a list, those of each CNN under its name.
+        model_args: arguments of timm's CNNs (see `CNN_ARGS`); where `name` is a list, those of each CNN under its name.
+
+    Raises:
+        ValueError: if a number is impossible.
     """
 
     name: str | list[str] = "resnet18"
@@ -33,6 +51,12 @@ class SmallModelSpec:
     image_size: int = 224
     pretrained: bool = False
     model_args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if not 1 <= self.features <= WIDEST:
+            raise ValueError(f"cnn.features is {self.features}, must be 1 to {WIDEST}")
+        check_image_size("cnn", self.image_size)
 
     def name_of(self, client: int) -> str:
         """The CNN of a client."""
@@ -75,7 +99,8 @@ class SmallModel(nn.Module):
         super().__init__()
         self.unit_length = unit_length
         self.image_size = spec.image_size
-        self.backbone = _create("cnn", name, spec.pretrained, spec.args_of(name))
+        check_args("cnn", spec.args_of(name), CNN_ARGS)
+        self.backbone = create("cnn", name, spec.pretrained, spec.args_of(name))
         width, self.tiny = _trial(self.backbone, name, spec.image_size)
         self.project = nn.Identity() if width == spec.features else nn.Linear(width, spec.features)
         statistics = resolve_model_data_config(self.backbone)
@@ -108,11 +133,15 @@ def _trial(model: nn.Module, name: str, image_size: int) -> tuple[int, bool]:
         model.eval()
         with torch.no_grad():
             output = model(torch.zeros(1, 3, image_size, image_size))
-    except RuntimeError as error:
-        raise ValueError(f"cnn.image_size: '{name}' cannot take images of {image_size} px ({error})") from error
+    except Exception as error:  # whatever an odd combination of arguments leads to
+        raise ValueError(
+            f"cnn.image_size: '{name}' cannot take images of {image_size} px, or not with these cnn.model_args "
+            f"({reason(error)})"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
-    if output.ndim != 2:
-        raise ValueError(f"cnn.name: '{name}' gives an output of shape {tuple(output.shape)}, not one vector per image")
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"cnn.name: '{name}' gives an output of shape {shape}, not one vector per image")
     return int(output.shape[1]), beyond

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+LARGEST_IMAGE = 4096
+"""Side in pixels above which an image size is taken for a mistake."""
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -20,14 +24,81 @@ def resize(images: Tensor, size: int) -> Tensor:
     return x
 
 
-def _create(group: str, name: str, pretrained: bool, model_args: Mapping[str, Any]) -> nn.Module:
+def check_image_size(group: str, size: int) -> None:
+    """Raise ValueError if no image is of this size."""
+    if not 1 <= size <= LARGEST_IMAGE:
+        raise ValueError(f"{group}.image_size is {size}, must be 1 to {LARGEST_IMAGE} pixels")
+
+
+def check_args(group: str, model_args: Mapping[str, Any], allowed: Collection[str]) -> None:
+    """Refuse arguments of timm that are not known to describe an architecture and nothing else.
+
+    A configuration may come from somebody else, and timm has arguments that read files and fetch from addresses.
+
+    Args:
+        group: what stands before `model_args` in a configuration.
+        model_args: the arguments.
+        allowed: those that may be given.
+
+    Raises:
+        ValueError: names the first that may not, and those that may.
+    """
+    for name, value in model_args.items():
+        if name not in allowed:
+            raise ValueError(
+                f"{group}.model_args has '{name}', none of those that may be given: {', '.join(sorted(allowed))}"
+            )
+        several = isinstance(value, list | tuple)
+        for each in value if several else [value]:
+            if not isinstance(each, str | int | float | None):
+                raise ValueError(
+                    f"{group}.model_args.{name} is {value}, must be a number, a text, true, false, null, or a list "
+                    "of these"
+                )
+            if several and isinstance(each, int | float) and not each > 0:
+                raise ValueError(f"{group}.model_args.{name} is {value}, must be numbers above 0")
+
+
+def create(group: str, name: str, pretrained: bool, model_args: Mapping[str, Any]) -> nn.Module:
+    """A model of timm without classifier.
+
+    Args:
+        group: what stands before the fields' names in a configuration.
+        name: which.
+        pretrained: with timm's weights.
+        model_args: further arguments of its constructor.
+
+    Raises:
+        ValueError: if there is none of this name, or it cannot be made like that.
+    """
     import timm  # takes seconds, which only building a model is worth
+
+    return _made(timm.create_model, group, name, pretrained, model_args)
+
+
+def outline(group: str, name: str, model_args: Mapping[str, Any]) -> nn.Module:
+    """As `create`, on the device `meta`: shapes without numbers, in no time even for the largest model."""
+    import timm.models
+
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return _made(timm.models.create_model, group, name, False, model_args)
+
+
+def _made(
+    make: Callable[..., nn.Module], group: str, name: str, pretrained: bool, model_args: Mapping[str, Any]
+) -> nn.Module:
+    import timm
 
     if not timm.is_model(name):
         close = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
         raise ValueError(f"{group}.name: timm has no model '{name}'; similar names: {', '.join(close) or 'none'}")
     try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **model_args)
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{group}.name, {group}.model_args: timm cannot make '{name}' ({error})") from error
-    return model
+        return make(name, pretrained=pretrained, num_classes=0, **model_args)
+    except Exception as error:  # timm checks little: what does not fit fails anywhere, in any way
+        raise ValueError(f"{group}.name, {group}.model_args: timm cannot make '{name}' ({reason(error)})") from error
+
+
+def reason(error: Exception) -> str:
+    """Why a model could not be made or used."""
+    text = str(error).split("\n")[0]
+    return text if isinstance(error, ValueError | RuntimeError) and text else f"{type(error).__name__}: {text}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,37 @@ from torch import Tensor, nn
 
 from fedlscl import seeds
 from fedlscl.checks import at_least
+from fedlscl.checks import path as path_of
 from fedlscl.models.adapters import Injection
-from fedlscl.models.create import _create, resize
+from fedlscl.models.create import check_args, check_image_size, create, outline, reason, resize
 
 SHIPPED = Path(__file__).parent / "weights"
+
+VIT_ARGS = frozenset(
+    {
+        *("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "proj_bias", "init_values"),
+        *("qk_norm", "scale_attn_norm", "scale_mlp_norm", "pre_norm", "final_norm", "fc_norm", "embed_norm_layer"),
+        *("class_token", "reg_tokens", "pos_embed", "no_embed_class", "global_pool", "pool_include_prefix"),
+        *("act_layer", "norm_layer"),
+        # without effect, since it never trains
+        *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
+    }
+)
+"""The arguments of timm's VisionTransformer that `backbone.model_args` may give."""
+
+WIDEST_STD = 5.0
+"""Deviation above which it is taken for one of pixels in 0..255; where nothing is to be scaled it is 1."""
+
+PLAIN = (
+    "vit_base_patch16_224.augreg_in21k, vit_base_patch16_clip_224, vit_small_patch14_dinov2 or deit_base_patch16_224"
+)
+OTHERS = {
+    "Eva": "it has rotary position embeddings or blocks of another layout, as EVA, DINOv3 and PE have",
+    "VisionTransformerRelPos": "it has relative position embeddings",
+    "VisionTransformerSAM": "it has windows and relative positions",
+    "NaFlexVit": "it takes images of any size as sequences of patches",
+}
+"""What else than a plain ViT a model of timm is, by its class."""
 
 
 class FrozenViT(nn.Module):
@@ -35,9 +62,10 @@ class FrozenViT(nn.Module):
         pretrained: load timm's weights for this name, from its hub or cache.
         weights: load this safetensors file instead: a path, or the name of a file shipped in fedlscl/models/weights.
         image_size: side of the square input in pixels; the position embedding is resampled to it.
-        model_args: further arguments of timm.create_model, for instance embed_dim and depth of a model of your own.
-        mean: per-channel mean of the input pixels in 0..1; by default what timm states for this name.
-        std: per-channel deviation of the input pixels in 0..1; by default what timm states for this name.
+        model_args: arguments of timm's VisionTransformer (see `VIT_ARGS`), for instance embed_dim and depth of a model
+            of your own.
+        mean: the three channels' means of the input pixels in 0..1; by default what timm states for this name.
+        std: the three channels' deviations of the input pixels in 0..1; by default what timm states for this name.
         cache_mib: memory for what the frozen blocks compute, once for each image; 0 computes it in every step.
     """
 
@@ -57,22 +85,22 @@ class FrozenViT(nn.Module):
         cache_mib: float = 4096,
     ) -> None:
         from timm.data.config import resolve_model_data_config  # takes seconds, which only building a model is worth
-        from timm.models.vision_transformer import VisionTransformer
 
         super().__init__()
         at_least(0, "backbone", cache_mib=cache_mib)
+        check_image_size("backbone", image_size)
+        check_args("backbone", model_args or {}, VIT_ARGS)
+        _check_statistics(mean, std)
         self.cache_mib = cache_mib
+        model_args = {"img_size": image_size, **(model_args or {})}
+        _check_kind(name, image_size, model_args)
         with seeds.seeded(0, "backbone"):  # untrained weights too are the same in every run, and when predicting
-            vit = _create(
-                "backbone", name, pretrained and weights is None, {"img_size": image_size, **(model_args or {})}
-            )
-        if not isinstance(vit, VisionTransformer) or not hasattr(vit.blocks[0], "attn"):
-            raise ValueError(f"backbone.name: '{name}' is not a plain ViT; take a vit_* or deit_* model of timm")
+            vit: Any = create("backbone", name, pretrained and weights is None, model_args)
         if weights is not None:
             _load_vit(vit, _find(weights))
         self.weights_sha256 = weights_sha256(weights)
         self.name, self.image_size = name, image_size
-        self.source = Path(weights).name if weights else "pretrained by timm" if pretrained else "untrained"
+        self.source = path_of(weights).name if weights else "pretrained by timm" if pretrained else "untrained"
         self.vit: Any = vit
         self.width, self.depth = int(vit.embed_dim), len(vit.blocks)
         blocks: Any = vit.blocks
@@ -173,7 +201,7 @@ def weights_sha256(weights: str | None) -> str | None:
 
 
 def _find(weights: str) -> Path:
-    for path in (Path(weights), SHIPPED / weights):
+    for path in (path_of(weights), SHIPPED / weights):
         if path.is_file():
             return path
     shipped = ", ".join(sorted(file.name for file in SHIPPED.glob("*.safetensors")))
@@ -182,17 +210,84 @@ def _find(weights: str) -> Path:
     )
 
 
+def _check_statistics(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Refuse what cannot be the statistics of pixels in 0..1."""
+    for name, values, most in (("mean", mean, 1.0), ("std", std, WIDEST_STD)):
+        if values is None:
+            continue
+        if len(values) != 3:
+            raise ValueError(f"backbone.{name} is {values}, must be three numbers, one for each channel")
+        if not all(0 <= value <= most and (value > 0 or name == "mean") for value in values):
+            least = "from 0" if name == "mean" else "above 0 and"
+            raise ValueError(
+                f"backbone.{name} is {values}, must be numbers {least} to {most:g}, for pixels in 0..1; divide by 255 "
+                "what is meant for pixels in 0..255"
+            )
+
+
+def _check_kind(name: str, image_size: int, model_args: Mapping[str, Any]) -> None:
+    """Refuse what is not a plain ViT or cannot take the images, before a single weight is made."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    vit: Any = outline("backbone", name, model_args)
+    problem = None
+    if not isinstance(vit, VisionTransformer):
+        problem = OTHERS.get(type(vit).__name__, f"it is a {type(vit).__name__}")
+    elif not len(vit.blocks):
+        raise ValueError("backbone.model_args.depth is 0, must be at least 1")
+    elif not hasattr(getattr(vit.blocks[0], "attn", None), "qkv"):
+        problem = f"its blocks ({type(vit.blocks[0]).__name__}) have attention of another layout"
+    if problem:
+        raise ValueError(f"backbone.name: '{name}' is not a plain ViT: {problem}; plain ones work, such as {PLAIN}")
+    try:
+        features = vit.eval()(torch.zeros(1, 3, image_size, image_size, device="meta"))
+    except Exception as error:  # whatever an odd combination of arguments leads to
+        raise ValueError(
+            f"backbone.image_size, backbone.model_args: '{name}' cannot take images of {image_size} px like that "
+            f"({reason(error)})"
+        ) from error
+    if tuple(features.shape) != (1, vit.embed_dim):
+        raise ValueError(
+            f"backbone.model_args: '{name}' gives an output of shape {tuple(features.shape)} like that, must be "
+            f"{(1, vit.embed_dim)}, a vector for each image"
+        )
+
+
 def _load_vit(vit: Any, path: Path) -> None:
     from timm.models.vision_transformer import checkpoint_filter_fn
 
     try:
         stored = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"backbone.weights: '{path}' is not a safetensors file ({error})") from error
+        raise ValueError(
+            f"backbone.weights: '{path}' is not a safetensors file, the only kind that is read, or is damaged ({error})"
+        ) from error
+    for name, tensor in stored.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"backbone.weights: '{path}': tensor '{name}' holds NaN or infinite values")
     try:
         # timm's own filter resamples patch and position embeddings and knows the layouts of other ViT releases
         filtered = checkpoint_filter_fn({name: value.float() for name, value in stored.items()}, vit)
-        state = {name: value for name, value in filtered.items() if not name.startswith("head.")}
-        vit.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"backbone.weights: '{path}' does not fit backbone.name and model_args: {error}") from error
+    except Exception as error:  # it takes the tensors for those of a ViT, and fails anywhere if they are not
+        raise ValueError(
+            f"backbone.weights: '{path}' does not fit backbone.name, image_size and model_args, or is no ViT that timm "
+            f"knows ({reason(error)})"
+        ) from error
+    state = {name: value for name, value in filtered.items() if not name.startswith("head.")}
+    if problems := _misfits(state, vit.state_dict()):
+        more = f", and {len(problems) - 1} more like that" if problems[1:] else ""
+        raise ValueError(
+            f"backbone.weights: '{path}' does not fit backbone.name, image_size and model_args: {problems[0]}{more}"
+        )
+    vit.load_state_dict(state, strict=True)
+
+
+def _misfits(there: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """In what tensors differ from those that a model wants."""
+    problems = [
+        f"'{name}' is {tuple(there[name].shape)} there, {tuple(tensor.shape)} here"
+        for name, tensor in wanted.items()
+        if name in there and there[name].shape != tensor.shape
+    ]
+    problems += [f"'{name}' is not there" for name in wanted if name not in there]
+    return problems + [f"'{name}' is there and not known here" for name in there if name not in wanted]

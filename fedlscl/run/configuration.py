@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 
+from fedlscl.checks import file_name, path
 from fedlscl.client import Client
 from fedlscl.data.module import FederatedDataModule
 from fedlscl.data.source import Source
@@ -42,7 +43,11 @@ FIT = (
 ARGS_GIVEN = "LightningCLI's args parameter"
 """How Lightning's warning begins that there are also words on this process's own command line."""
 
+NOT_IN_A_PROJECT = set("/\\#?%:")
+"""Signs that W&B takes in no project's name."""
+
 NOT_PART_OF_A_RUN = ("run_dir", "tracking", "config")
+PATHS = ("run_dir", "data.cache_dir", "data.source.root", "backbone.weights")
 NETWORKS = ("model", "backbone", "cnn")
 
 
@@ -61,9 +66,10 @@ class Configuration:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=ARGS_GIVEN)
             self._cli = _ParsedCLI([*words])
-        seed = self._cli.config.seed_everything
-        if not 0 <= seed < 2**32:  # generators take no other
-            sys.exit(f"fedlscl: seed_everything is {seed}, must be a whole number from 0 to {2**32 - 1}")
+        try:
+            _check(self._cli.config)
+        except ValueError as error:
+            sys.exit(f"fedlscl: {error}")
 
     @cached_property
     def values(self) -> dict[str, Any]:
@@ -83,7 +89,7 @@ class Configuration:
     def run_dir(self) -> Path:
         """The run folder."""
         given = self._cli.config.run_dir
-        return Path(given) if given else self.default_run_dir
+        return path(given) if given else self.default_run_dir
 
     @property
     def default_run_dir(self) -> Path:
@@ -111,10 +117,7 @@ class Configuration:
             torch.set_num_threads(threads)
         for name in TALKATIVE:
             logging.getLogger(name).setLevel(logging.WARNING)
-        try:
-            values = self._cli.build()
-        except MisconfigurationException as error:
-            raise ValueError(str(error)) from error
+        values = self._cli.build()
         return Experiment(
             setting=values.setting,
             method=values.method,
@@ -158,6 +161,31 @@ class Configuration:
             parser.parse_object({"source": self.values["data"]["source"]})
         ).source
         return built
+
+
+def _check(config: Namespace) -> None:
+    """Refuse what could not even name a run.
+
+    Raises:
+        ValueError: names the field, its value and what would be right.
+    """
+    for group in ("data", "backbone", "cnn", "federation", "tracking", "trainer", "data.split"):
+        if not isinstance(config.get(group), Namespace | Mapping):
+            raise ValueError(f"{group} is {config.get(group)}, must be a mapping of fields to their values")
+    for name, value in flat(config.as_dict()).items():
+        if name in PATHS and value is not None:
+            path(value, name)
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError(f"{name} is {value}, which is too large")
+    seed = config.seed_everything
+    if isinstance(seed, bool) or not 0 <= seed < 2**32:  # generators take no other
+        raise ValueError(f"seed_everything is {seed}, must be a whole number from 0 to {2**32 - 1}")
+    for field in ("setting", "method"):
+        file_name(field, config[field])
+    project = config.tracking.project
+    if not project or len(project) > 128 or NOT_IN_A_PROJECT & {*project}:
+        signs = " ".join(sorted(NOT_IN_A_PROJECT))
+        raise ValueError(f"tracking.project is '{project}', must have 1 to 128 characters, none of {signs} among them")
 
 
 class _ParsedCLI(LightningCLI):
@@ -208,7 +236,12 @@ class _ParsedCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A fresh Trainer with the configured settings."""
-        return RoundTrainer(**self._get(self.config_init, "trainer"))
+        wanted = self._get(self.config_init, "trainer")
+        try:
+            return RoundTrainer(**wanted)
+        except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
+            told = ", ".join(f"trainer.{name} is {value}" for name, value in wanted.items())
+            raise ValueError(f"{told}: there can be no such Trainer on this machine ({error})") from error
 
     def trainer_with(self, logger: Logger | None) -> Trainer:
         """A fresh Trainer that logs there."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import platform
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -29,13 +28,13 @@ from fedlscl.federation.algorithm import Federation, NobodyLeft
 from fedlscl.federation.store import Store
 from fedlscl.federation.template import MakeTrainer, Template
 from fedlscl.federation.transport import InProcess, Transport, is_the_machines
-from fedlscl.files import Damaged, sha256, write_atomically
+from fedlscl.files import Damaged, sha256
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 from fedlscl.run.callback import RunCallback, accuracy_arrays, known
 from fedlscl.run.console import FederationProgress, summary_table
 from fedlscl.run.fields import short
-from fedlscl.run.folder import CHECKPOINT, CONFIG, METRICS, SPLIT, SUMMARY, TRACEBACK, RunFolder
+from fedlscl.run.folder import CHECKPOINT, CONFIG, METRICS, SPLIT, SUMMARY, RunFolder
 from fedlscl.run.summary import Accuracy, Compute, Skipped, Summary, Traffic, contradictory
 from fedlscl.run.tracking import Tracker, WandbMode, mended
 from fedlscl.schedule import Schedule
@@ -63,6 +62,10 @@ class Tracking:
 
     wandb_mode: WandbMode = "auto"
     project: str = "fedlscl"
+
+
+NOT_SET = "not set"
+"""What a difference says where one of two configurations, of another version perhaps, lacks a field."""
 
 
 class ImpossibleRun(ValueError):
@@ -151,7 +154,7 @@ class Experiment:
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:
-        """Say in a line what ended a run from outside; what a bug has ended leaves its traceback in the folder."""
+        """Say in a line what ended a run from outside."""
         try:
             yield
         except Exception as error:
@@ -162,8 +165,6 @@ class Experiment:
                     f"{cause} (run_dir '{self.run_dir}' keeps the rounds that are complete: start the run again to go "
                     "on after them)"
                 ) from error
-            with suppress(OSError):
-                write_atomically(self.run_dir / TRACEBACK, traceback.format_exc().encode())
             raise
 
     @property
@@ -334,7 +335,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     """The settings in which two configurations differ, as text."""
     found = []
     for key in dict.fromkeys([*old, *new]):
-        before, after = old.get(key), new.get(key)
+        before, after = old.get(key, NOT_SET), new.get(key, NOT_SET)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             found += differences(before, after, f"{prefix}{key}.")
         elif before != after:
@@ -360,7 +361,7 @@ def _parsed(parse: Callable[[bytes], Any], content: bytes, path: Path) -> Any:
     """What a file holds that was begun before there was a checksum of it."""
     try:
         found = parse(content)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise Damaged(f"'{path}' is damaged ({' '.join(str(error).split())}): delete it, or put back a copy") from error
     if not isinstance(found, dict):
         raise Damaged(f"'{path}' is damaged (it holds no fields): delete it, or put back a copy")

@@ -1,9 +1,12 @@
-"""The fields of a configuration, by the names that they have on the command line."""
+"""The fields of a configuration, by the names that they have on the command line, and plain values from files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -27,3 +30,29 @@ def short(values: Any) -> Any:
 
 def _short(path: str) -> str:
     return path.rpartition(".")[2] if path.startswith("fedlscl.") else path
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is no YAML in UTF-8; naming file and line.
+    """
+    try:
+        return yaml.safe_load(_text(path))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{path}{where}: not YAML ({getattr(error, 'problem', None) or error})") from error
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply to be read") from None
+
+
+def _text(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); save it as UTF-8") from error

@@ -9,11 +9,12 @@ from typing import Any
 
 from fedlscl.federation import store as checkpoint
 from fedlscl.files import Damaged, content_of, is_temporary, locked, make_folder, sha256, write_atomically
+from fedlscl.run.errors import TRACEBACK
 
 log = logging.getLogger(__name__)
 
 CONFIG, SPLIT, METRICS, SUMMARY, CHECKPOINT = "config.yaml", "split.json", "metrics.csv", "summary.json", "checkpoint"
-LOCK, TRACEBACK = ".lock", "traceback.txt"
+LOCK = ".lock"
 
 
 class RunFolder:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
@@ -25,10 +26,14 @@ STYLES: dict[str, dict[str, Any]] = {
     "none": {"color": "#009E73", "linestyle": "--", "marker": "^", "label": "all classes"},
 }
 DPI = 150
+AS_WRITTEN: dict[Any, Any] = {"text.parse_math": False}
+"""Settings of matplotlib under which a name may hold any sign: a $ begins no formula."""
+
 MAX_NUMBERED = 20
 """Cells of a heat map bear their number up to this many rows and columns."""
 
 
+@matplotlib.rc_context(AS_WRITTEN)
 def accuracy_over_rounds(
     history: Sequence[Mapping[str, Any]], path: Path, *, title: str = "", clients: bool = True
 ) -> None:
@@ -92,6 +97,7 @@ def accuracy_over_rounds(
     _save(figure, path)
 
 
+@matplotlib.rc_context(AS_WRITTEN)
 def accuracy_matrix(matrix: Sequence[Sequence[Sequence[float | None]]], path: Path, title: str) -> None:
     """Draw what remains of each task: client mean after each task, and each client after the last one.
 

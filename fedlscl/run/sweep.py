@@ -21,8 +21,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from fedlscl.checks import path
 from fedlscl.run.configuration import Configuration
-from fedlscl.run.fields import flat, short
+from fedlscl.run.fields import flat, read_yaml, short
+from fedlscl.run.leash import VARIABLE
 
 ARGS = "${args}"
 LOG = "output.log"
@@ -53,11 +55,11 @@ class PlannedRun:
         return next((line.strip() for line in reversed(lines) if line.strip()), "it wrote nothing")
 
 
-def read_sweep(path: Path) -> dict[str, Any]:
+def read_sweep(file: Path) -> dict[str, Any]:
     """Read a sweep file.
 
     Args:
-        path: a sweep file in W&B's format, method `grid`, whose command runs `fedlscl fit`.
+        file: a sweep file in W&B's format, method `grid`, whose command runs `fedlscl fit`.
 
     Returns:
         Its content.
@@ -67,21 +69,18 @@ def read_sweep(path: Path) -> dict[str, Any]:
         FileNotFoundError: if there is no such file.
     """
     sweeps = _sweeps()
-    try:
-        sweep = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+    sweep = read_yaml(file)
     if not isinstance(sweep, dict):
-        raise ValueError(f"{path} holds {type(sweep).__name__}, must be a sweep in W&B's format")
+        raise ValueError(f"{file} holds {type(sweep).__name__}, must be a sweep in W&B's format")
     if violations := sweeps.config.schema_violations_from_proposed_config(sweep):
-        raise ValueError(f"{path} is not a sweep in W&B's format: {'; '.join(violations)}")
+        raise ValueError(f"{file} is not a sweep in W&B's format: {'; '.join(violations)}")
     if sweep["method"] != "grid":
-        raise ValueError(f"{path}: method is '{sweep['method']}'; without W&B's server only 'grid' can be drawn")
+        raise ValueError(f"{file}: method is '{sweep['method']}'; without W&B's server only 'grid' can be drawn")
     if "early_terminate" in sweep:
-        raise ValueError(f"{path} has early_terminate, which needs W&B's server; here every run goes on to its end")
+        raise ValueError(f"{file} has early_terminate, which needs W&B's server; here every run goes on to its end")
     command = sweep.get("command") or []
     if command[:2] != ["fedlscl", "fit"] or ARGS not in command:
-        raise ValueError(f"{path}: command is {command}, must begin with fedlscl, fit and hold {ARGS}")
+        raise ValueError(f"{file}: command is {command}, must begin with fedlscl, fit and hold {ARGS}")
     return sweep
 
 
@@ -195,7 +194,7 @@ def not_arrived(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> lis
     """
     wanted = {}
     if "config" in parameters:
-        wanted = flat(short(yaml.safe_load(Path(parameters["config"]).read_text())))
+        wanted = flat(short(read_yaml(path(parameters["config"]))))
     wanted |= flat(short({name: value for name, value in parameters.items() if name != "config"}))
     there = flat(config)
     return [
@@ -216,7 +215,11 @@ def run_all(runs: Sequence[PlannedRun], jobs: int, console: Console) -> list[Pla
     Returns:
         The runs that failed. What they wrote is in ``output.log`` of their folders.
     """
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    environment = {
+        **os.environ,
+        VARIABLE: "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     waiting = [run for run in runs if not run.finished]
@@ -235,6 +238,7 @@ def run_all(runs: Sequence[PlannedRun], jobs: int, console: Console) -> list[Pla
                 time.sleep(POLL_SECONDS)
                 for process in [process for process in running if process.poll() is not None]:
                     run = running.pop(process)
+                    _let_go(process)
                     progress.advance(bar)
                     if process.returncode < 0:  # its own last line would not tell why, as when memory ran out
                         with (run.run_dir / LOG).open("a") as log:
@@ -250,15 +254,20 @@ def run_all(runs: Sequence[PlannedRun], jobs: int, console: Console) -> list[Pla
                 process.terminate()
             for process in running:
                 process.wait()
+                _let_go(process)
     return failed
 
 
 def _start(run: PlannedRun, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     run.run_dir.mkdir(parents=True, exist_ok=True)
     with (run.run_dir / LOG).open("ab") as log:
-        return subprocess.Popen(
-            run.words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-        )
+        return subprocess.Popen(run.words, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _let_go(process: subprocess.Popen[bytes]) -> None:
+    """Close the pipe that has kept it alive, see `leash`."""
+    assert process.stdin is not None  # `_start` makes one
+    process.stdin.close()
 
 
 def _same(wanted: Any, there: Any) -> bool:

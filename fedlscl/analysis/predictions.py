@@ -1,0 +1,119 @@
+"""How predictions are shown on the screen, and written to a file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from fedlscl.analysis.formats import csv_text
+from fedlscl.files import write_atomically
+from fedlscl.run.predict import Failure, Prediction
+
+BAR_FROM = 200
+"""Images that take long enough for a progress bar."""
+
+
+def checked(path: Path) -> Path:
+    """The file to write, before anything is computed for it.
+
+    Raises:
+        ValueError: if its name says of no format that it is in.
+        FileNotFoundError: if its folder does not exist.
+    """
+    if path.suffix not in WRITERS:
+        raise ValueError(f"out is '{path}', must end in {' or '.join(WRITERS)}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"out is '{path}', but there is no folder '{path.parent}'")
+    return path
+
+
+def show(
+    found: Iterable[Prediction | Failure], images: int, top: int, keep: bool = False
+) -> tuple[list[Prediction], list[str]]:
+    """Print predictions: as a table in a terminal, elsewhere a line each as soon as it is known, with tabs between.
+
+    Args:
+        found: what `fedlscl.run.predict.predictions` returns.
+        images: how many there are.
+        top: how many classes to print of each.
+        keep: whether to return the predictions.
+
+    Returns:
+        The predictions, and why images could not be read.
+    """
+    console, kept, failures = Console(), [], []
+    table = Table("image", "client", "class", "probability", box=box.SIMPLE_HEAD)
+    for column in table.columns:
+        column.overflow = "fold"  # nothing is cut
+    with Progress(console=Console(stderr=True), transient=True, disable=images < BAR_FROM) as progress:
+        bar = progress.add_task("classifying", total=images)
+        last: str | None = None
+        for each in found:
+            progress.advance(bar, each.image != last)
+            last = each.image
+            if isinstance(each, Failure):
+                failures.append(each.reason)
+                continue
+            if keep:
+                kept.append(each)
+            for name, probability in list(zip(each.classes, each.probabilities, strict=True))[:top]:
+                cells = (each.image, str(each.client), name, f"{probability:.3f}")
+                if console.is_terminal:
+                    table.add_row(*map(_visible, cells))
+                else:
+                    sys.stdout.write("\t".join(cells) + "\n")
+    if table.row_count:
+        console.print(table)
+    return kept, failures
+
+
+def write(predictions: Sequence[Prediction], path: Path) -> None:
+    """Write predictions with the probabilities of all classes that compete.
+
+    Args:
+        predictions: of one run.
+        path: a file that `checked` has returned; it is there whole or not at all.
+    """
+    write_atomically(path, WRITERS[path.suffix](predictions).encode(errors="surrogateescape"))
+
+
+def _visible(text: str) -> Text:
+    """A cell as it is, but for signs that would steer the terminal."""
+    return Text("".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text))
+
+
+def _to_csv(predictions: Sequence[Prediction]) -> str:
+    """A column for each class; nothing in it where a client does not know the class."""
+    names = sorted({name for each in predictions for name in each.classes})
+    rows = [["image", "client", "class", "probability", *(f"probability of {name}" for name in names)]]
+    for each in predictions:
+        of = dict(zip(each.classes, each.probabilities, strict=True))
+        numbers = [f"{of[name]:.9g}" if name in of else "" for name in names]
+        rows.append([each.image, str(each.client), each.label, f"{each.probability:.9g}", *numbers])
+    return csv_text(rows)
+
+
+def _to_json(predictions: Sequence[Prediction]) -> str:
+    entries = [
+        {
+            "image": each.image,
+            "client": each.client,
+            "class": each.label,
+            "probability": each.probability,
+            "probabilities": dict(zip(each.classes, each.probabilities, strict=True)),
+        }
+        for each in predictions
+    ]
+    return json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
+
+
+WRITERS = {".csv": _to_csv, ".json": _to_json}
+"""How predictions are written, by the file's suffix."""
