@@ -29,13 +29,12 @@ from fedlscl.deployment.flower.wire import (
 )
 from fedlscl.deployment.flower.words import experiment_of
 from fedlscl.evaluation import MASKS
-from fedlscl.federation.algorithm import MOST_SAID
 from fedlscl.federation.callback import FederationCallback
 from fedlscl.federation.store import Store
 from fedlscl.federation.template import Template
 from fedlscl.federation.transport import LEDGER, Fitted
 from fedlscl.federation.worker import COUNTS, Accuracy
-from fedlscl.messages import Download
+from fedlscl.messages import Download, in_a_line
 from fedlscl.run.configuration import Configuration
 from fedlscl.schedule import Round
 
@@ -299,7 +298,7 @@ def _missed(client: int, round: int) -> str:
 
 def _problem(error: Error) -> str:
     """What a node or Flower says went wrong; a node may say it at any length."""
-    return (error.reason or f"Flower's error {error.code}")[:MOST_SAID]
+    return in_a_line(error.reason or f"Flower's error {error.code}")
 
 
 def _is_away(reply: RecordDict | Error) -> bool:

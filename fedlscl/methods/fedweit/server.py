@@ -38,9 +38,11 @@ class FedWeITServer(Server):
             raise MessageError("upload has 'adaptive.places' or 'adaptive.values' without the other")
         if places is None or values is None:
             return
-        if len(places) != len(values) or places.min() < 0 or places.max() >= self.entries:
+        ascending = bool((places.diff() > 0).all())
+        if len(places) != len(values) or places.min() < 0 or places.max() >= self.entries or not ascending:
             raise MessageError(
-                f"upload: 'adaptive.places' must be a number from 0 to {self.entries - 1} for each of 'adaptive.values'"
+                f"upload: 'adaptive.places' must be a number from 0 to {self.entries - 1} for each of "
+                "'adaptive.values', ascending"
             )
 
     def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:
