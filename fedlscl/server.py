@@ -84,7 +84,7 @@ class Server(ABC):
     """
 
     listens: ClassVar[bool] = True  # false: nobody uploads anything
-    # how many times as large as is usual in its round a tensor may be; honest ones were seen to differ HONEST-fold at most
+    # how many times as large as is usual in its round a tensor may be, see docs/strangers.md for what honest ones are
     apart: ClassVar[float] = 100.0
 
     def __init__(self) -> None:

@@ -65,6 +65,11 @@ class Federation:
         """The rounds that are in the store."""
         return [RoundResult.from_json(entry) for entry in self.store.progress.get("history", [])]
 
+    @property
+    def nodes(self) -> dict[str, str]:
+        """By client which machine it was at, where its transport knows that."""
+        return dict(getattr(self.transport, "nodes", {}))
+
     def run(self, callback: FederationCallback | None = None) -> Iterator[RoundResult]:
         """Algorithm 1 from the first round that the store does not hold; each is in the store when it is yielded.
 

@@ -220,11 +220,9 @@ class Experiment:
             bytes_down=_traffic([entry["bytes_down"] for entry in history], clients),
             bytes_setup_per_client=federation.setup_bytes,
             compute={name: Compute(**counts) for name, counts in federation.cost().items()},
-            skipped=tuple(
-                Skipped(entry["round"], int(client), reason)
-                for entry in history
-                for client, reason in entry["skipped"].items()
-            ),
+            skipped=_named(history, "skipped"),
+            unanswered=_named(history, "unanswered"),
+            nodes=federation.nodes,
             seconds=progress["seconds"],
             peak_memory_mib=progress["memory"],
             threads=torch.get_num_threads(),
@@ -266,6 +264,15 @@ def _traffic(rounds: list[dict[int, int]], clients: int) -> Traffic:
     """The bytes of each round by client, whose index is text once the checkpoint was read."""
     return Traffic.of(
         [[entry.get(client, entry.get(str(client))) for client in range(clients)] for entry in rounds]  # type: ignore[call-overload]
+    )
+
+
+def _named(history: list[dict[str, Any]], what: str) -> tuple[Skipped, ...]:
+    """The clients that something is said of in some rounds; older histories lack it."""
+    return tuple(
+        Skipped(entry["round"], int(client), reason)
+        for entry in history
+        for client, reason in entry.get(what, {}).items()
     )
 
 

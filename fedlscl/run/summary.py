@@ -144,6 +144,8 @@ class Summary:
         bytes_setup_per_client: what a client needs beforehand besides its own data.
         compute: what a client trains and computes, by the name of its CNN; empty if nobody counted.
         skipped: the clients that were left out of a round.
+        unanswered: the clients that kept their model in a round, since no answer could be used, likewise.
+        nodes: by client the fingerprint of the key that its node had; empty where clients had none of their own.
         seconds: wall time, `total` and by phase.
         peak_memory_mib: the most memory that the process had.
         threads: torch's threads.
@@ -169,6 +171,8 @@ class Summary:
     bytes_setup_per_client: int
     compute: Mapping[str, Compute] = field(default_factory=dict)
     skipped: tuple[Skipped, ...]
+    unanswered: tuple[Skipped, ...] = ()
+    nodes: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float]
     peak_memory_mib: float
     threads: int
