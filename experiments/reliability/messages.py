@@ -12,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedlscl.federation.algorithm import Federation
 from fedlscl.messages import Download, MessageError, Schema, Upload
+from fedlscl.schedule import Round
 from fedlscl.server import Server
-from reliability.small import attacked, experiment, federation
+from reliability.small import Hostile, experiment, federation
 
 COUNT = 10_000
 METHODS = ("fed_lscl", "fed_lscl_sums", "fedavg", "fedweit", "pilora", "lorm", "glfc", "mfcl", "fedvit_rows")
@@ -32,24 +34,37 @@ class Sample(NamedTuple):
     server: Server
 
 
+class Listening(Hostile):
+    """A transport that keeps what client 1 sends and is answered."""
+
+    def __init__(self, federation: Federation) -> None:
+        self.kept: list[tuple[type[Upload | Download], bytes]] = []
+
+        def note(upload: Upload, _: object) -> Upload:
+            self.kept.append((Upload, upload.to_bytes()))
+            return upload
+
+        super().__init__(federation, 1, note)
+
+    def answer(self, round: Round, client: int, message: bytes | None, accepted: bool) -> None:
+        """Keep it."""
+        if client == self.client and message is not None:
+            self.kept.append((Download, message))
+        super().answer(round, client, message, accepted)
+
+
 def samples(folder: Path) -> list[Sample]:
     """Every method's uploads and downloads of a run."""
     found = []
     for name in METHODS:
-        sent: list[bytes] = []
-        described = experiment(name, folder)
-
-        def note(upload: Upload, _: object, sent: list[bytes] = sent) -> Upload:
-            sent.append(upload.to_bytes())
-            return upload
-
-        attacked(described, folder / name, 1, note)
-        made = federation(described, folder / f"{name}-again")
-        template = made.template
-        found += [Sample(name, Upload, data, template.model_of(1).upload_schema(), made.server) for data in sent]
-        start = {n: t for n, t in template.common_start.items() if n in template.model_of(1).download_schema()}
-        down = Download(1, 1, 1, 0, start).to_bytes()
-        found.append(Sample(name, Download, down, template.model_of(1).download_schema(), made.server))
+        made = federation(experiment(name, folder), folder / name)
+        made.transport = listening = Listening(made)
+        for _ in made.run():
+            pass
+        body = made.template.model_of(1)
+        for kind, data in listening.kept:
+            schema = body.upload_schema() if kind is Upload else body.download_schema()
+            found.append(Sample(name, kind, data, schema, made.server))
     return found
 
 
