@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Self
@@ -30,10 +30,43 @@ _DTYPES = {
 }
 LARGEST = 1e15  # of a tensor's values: what is computed of them must not overflow float32
 _HEADER_LIMIT = 2**20  # bytes; names, shapes and offsets of the largest CNN take a tenth of it
+MOST_SAID = 500  # characters of a line that a stranger may have had a part in
+
+Rule = Callable[[Tensor], str | None]
+"""What is wrong with a tensor's values by the method's own rules, in words that follow its name, or None."""
 
 
 class MessageError(ValueError):
     """A message that does not fit its schema; the text names the tensor and what was wrong."""
+
+
+def in_a_line(text: object) -> str:
+    """What somebody else may have written, fit for a log: one line of `MOST_SAID` characters, none unprintable."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:MOST_SAID])
+
+
+def unit_rows(tensor: Tensor) -> str | None:
+    """Rows (n, d) that are normalised have length 1; or 0, where there was nothing to normalise."""
+    lengths = tensor.double().norm(dim=1)
+    wrong = ((lengths - 1).abs() > 1e-3) & (lengths > 0)
+    return f"has a row of length {float(lengths[wrong][0]):g}, must be 1" if bool(wrong.any()) else None
+
+
+def not_negative(tensor: Tensor) -> str | None:
+    """Variances, sums of squares and counts are 0 or more; counts are at most `LARGEST`, so that they can be added."""
+    if bool((tensor < 0).any()):
+        return f"holds {tensor.min():g}, must not be negative"
+    return f"holds {tensor.max():g}, must be at most {LARGEST:g}" if bool((tensor > LARGEST).any()) else None
+
+
+def semidefinite(tensor: Tensor) -> str | None:
+    """Sums of x x^T (d, d) are symmetric and positive semi-definite, up to the rounding of float32."""
+    matrix = tensor.double()
+    size = float(matrix.abs().max())
+    if float((matrix - matrix.mT).abs().max()) > 1e-4 * size:
+        return "is not symmetric"
+    lowest = float(torch.linalg.eigvalsh(matrix)[0])
+    return f"has the eigenvalue {lowest:g}, must not be negative" if lowest < -1e-4 * size else None
 
 
 @dataclass(frozen=True)
@@ -45,11 +78,15 @@ class AtMost:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What one tensor of a message must look like; an optional one may be missing."""
+    """What one tensor of a message must look like; an optional one may be missing.
+
+    Its values may have to keep a rule besides, such as `unit_rows`, `not_negative` or `semidefinite`.
+    """
 
     shape: tuple[int | AtMost, ...]
     dtype: torch.dtype = torch.float32
     optional: bool = False
+    rule: Rule | None = None
 
     @classmethod
     def like(cls, tensor: Tensor) -> TensorSpec:
@@ -83,9 +120,28 @@ class TensorSpec:
 Schema = Mapping[str, TensorSpec]
 
 
+_RULES: Mapping[str, Rule] = {"running_var": not_negative, "num_batches_tracked": not_negative}
+"""Of what torch's batch normalisation keeps, by the last part of its name."""
+
+
 def schema_of(tensors: Mapping[str, Tensor]) -> Schema:
-    """The schema that tensors of exactly these names, shapes and dtypes fulfil."""
-    return {name: TensorSpec.like(tensor) for name, tensor in tensors.items()}
+    """The schema that tensors of exactly these names, shapes and dtypes fulfil; variances and counters not negative."""
+    return {n: replace(TensorSpec.like(tensor), rule=_RULES.get(n.rpartition(".")[2])) for n, tensor in tensors.items()}
+
+
+def unusable(tensors: Mapping[str, Tensor], schema: Schema) -> str | None:
+    """What is wrong with the values of tensors that have the shapes and dtypes of a schema, or None.
+
+    Floating-point numbers must be finite and at most `LARGEST`, bytes of truth values 0 or 1, and rules are kept.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool((tensor.isfinite() & (tensor.abs() <= LARGEST)).all()):
+            return f"tensor '{name}' holds NaN or infinite values, or some beyond {LARGEST:g}"
+        if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
+            return f"tensor '{name}' holds bytes that are neither true nor false"
+        if (rule := schema[name].rule) is not None and (problem := rule(tensor)) is not None:
+            return f"tensor '{name}' {problem}"
+    return None
 
 
 def optional(schema: Schema) -> Schema:
@@ -126,7 +182,7 @@ class Message:
 
         Raises:
             MessageError: too large, truncated, not safetensors, a missing or unknown tensor, a wrong shape or dtype,
-                or a value that is not finite or beyond `LARGEST`.
+                a value that is not finite or beyond `LARGEST`, or one that breaks the tensor's rule.
         """
         limit = _HEADER_LIMIT + sum(spec.max_bytes for spec in schema.values())
         if len(data) > limit:
@@ -136,7 +192,8 @@ class Message:
         missing = sorted(name for name, spec in schema.items() if not (spec.optional or name in header))
         if missing or not set(header) <= set(schema):
             unknown = sorted(set(header) - set(schema))
-            raise MessageError(f"{cls.kind} lacks tensors {missing} and has unknown tensors {unknown}")
+            named = f"{cls.kind} lacks tensors {_some(missing)} and has unknown tensors {_some(unknown)}"
+            raise MessageError(in_a_line(named))
         for name, entry in header.items():
             shape = entry.get("shape") if isinstance(entry, dict) else None
             if not isinstance(entry, dict) or not isinstance(shape, list) or any(type(n) is not int for n in shape):
@@ -147,12 +204,9 @@ class Message:
         try:
             tensors = load(data)
         except SafetensorError as error:
-            raise MessageError(f"{cls.kind} is damaged: {error}") from error
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool((tensor.isfinite() & (tensor.abs() <= LARGEST)).all()):
-                raise MessageError(
-                    f"{cls.kind}: tensor '{name}' holds NaN or infinite values, or some beyond {LARGEST:g}"
-                )
+            raise MessageError(in_a_line(f"{cls.kind} is damaged: {error}")) from error
+        if problem := unusable(tensors, schema):
+            raise MessageError(f"{cls.kind}: {problem}")
         return cls(**_read_numbers(metadata, cls._numbers, cls.kind), tensors=tensors)
 
 
@@ -172,6 +226,10 @@ class Received(Mapping[int, Upload]):
         """Take in an upload that was checked, and let go of its tensors, which `file` holds."""
         self._found[upload.client] = replace(upload, tensors={}), file
 
+    def leave_out(self, client: int) -> None:
+        """Forget a client's upload."""
+        del self._found[client]
+
     def __getitem__(self, client: int) -> Upload:
         """Read a client's upload."""
         upload, file = self._found[client]
@@ -190,6 +248,12 @@ class Download(Message):
     """What the server sends to one client."""
 
     kind = "download"
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    """Names as a list in brackets, the first few of many."""
+    cut = [name[:40] for name in names[:most]]
+    return f"{cut}" if len(names) <= most else f"{cut} and {len(names) - most} more"
 
 
 def _header(data: bytes, kind: str) -> dict[str, object]:
@@ -217,6 +281,7 @@ def _read_numbers(metadata: object, names: tuple[str, ...], kind: str) -> dict[s
     for name in names:
         text = metadata.get(name) if isinstance(metadata, dict) else None
         if not isinstance(text, str) or not (text.isascii() and text.isdecimal()) or len(text) > 18:
-            raise MessageError(f"{kind} has no valid number '{name}' (found {text!r})")
+            found = repr(text)[:40]
+            raise MessageError(f"{kind} has no valid number '{name}' (found {found})")
         numbers[name] = int(text)
     return numbers

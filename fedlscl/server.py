@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, NamedTuple
 
-import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from fedlscl.messages import Schema, Upload
+from fedlscl.robust import Averaging, Robust, Sizes, outliers
 from fedlscl.schedule import Round
 
 
@@ -37,11 +37,13 @@ class Context:
         clients: number of clients in the federation, absent ones included.
         round: where the federation is.
         trainer: makes a fresh Trainer for each model that the server fits.
+        start: the tensors with which all clients start, by the names under which they travel.
     """
 
     clients: int
     round: Round
     trainer: Callable[[], Trainer]
+    start: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class OnDemand(Mapping[int, Answer]):
@@ -75,12 +77,18 @@ class OnDemand(Mapping[int, Answer]):
 
 
 class Server(ABC):
-    """What every method's server does once a round."""
+    """What every method's server does once a round.
+
+    Uploads are looked at twice: each alone as it arrives, against its schema with the rules in it and by `check`, and
+    all of a round beside each other before they are aggregated, by `compare`. Who does not pass is left out by name.
+    """
 
     listens: ClassVar[bool] = True  # false: nobody uploads anything
     serves: ClassVar[str] = ""  # the client that it is made for, where it cannot serve all
     needs: ClassVar[tuple[str, ...]] = ()  # what such clients send, up to the first dot in the tensors' names
     gives: ClassVar[tuple[str, ...]] = ()  # likewise what they take back
+    # how many times as large as is usual in its round a tensor may be, see docs/strangers.md for what honest ones are
+    apart: ClassVar[float] = 100.0
 
     def __init__(self) -> None:
         self.server_images = 0  # how many labelled training images of each class this server must have of its own
@@ -121,12 +129,24 @@ class Server(ABC):
             MessageError: if its tensors do not fit one another; the client is then left out of the round.
         """
 
+    def compare(self, found: Mapping[int, Sizes], before: Sizes) -> dict[int, str]:
+        """Look at the uploads of a round beside each other, by default for tensors that are far too large.
+
+        Args:
+            found: how large what each client sent is, see `fedlscl.robust.sizes`.
+            before: what was usual before, see `fedlscl.robust.outliers`.
+
+        Returns:
+            By client why it is left out of the round.
+        """
+        return outliers(found, before, self.apart)
+
     def state(self) -> dict[str, Tensor]:
         """Everything of this server that must survive a round, as named tensors on the CPU; nothing by default."""
         return {}
 
     def load(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 - most servers have nothing to remember
-        """Take over what `state` returned; called before every round but the first."""
+        """Take over what `state` returned, also that of an earlier round; called before every round but the first."""
 
     @abstractmethod
     def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:
@@ -157,11 +177,16 @@ class FedAvg(Server):
 
     Args:
         weighting: by the number of training `samples`, or `uniform`.
+        robust: `none` for this mean, or an average that one client cannot take over: `clip`, `median` or
+            `trimmed_mean`, see `fedlscl.robust.Averaging`.
+        trim: the fraction that a trimmed mean leaves out at either end.
     """
 
-    def __init__(self, weighting: Literal["samples", "uniform"] = "samples") -> None:
+    def __init__(
+        self, weighting: Literal["samples", "uniform"] = "samples", robust: Robust = "none", trim: float = 0.2
+    ) -> None:
         super().__init__()
-        self.weighting = weighting
+        self.weighting, self.mean = weighting, Averaging(robust, trim)
 
     def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
         """Average what clients take back; of what else they send FedAvg makes no use."""
@@ -172,15 +197,24 @@ class FedAvg(Server):
         if unknown := sorted(set(self.names) - set(uploads)):
             raise ValueError(f"server: FedAvg averages what clients send, but model wants '{unknown[0]}' back")
 
+    def state(self) -> dict[str, Tensor]:
+        """What a robust average remembers."""
+        return self.mean.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take it over."""
+        self.mean.load(state)
+
     def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:
         """One mean for all clients."""
-        mean = average(
+        models = (
             (
                 {name: upload.tensors[name] for name in self.names},
                 upload.samples if self.weighting == "samples" else 1,
             )
             for upload in uploads.values()
         )
+        mean = self.mean(models, context.start)
         return dict.fromkeys(range(context.clients), Answer(mean)), {}
 
 
@@ -192,7 +226,7 @@ class Sum(Server):
 
     def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
         """Only for clients that expect sums."""
-        if downloads != {f"{name}_sum": spec for name, spec in uploads.items()}:
+        if downloads != {f"{name}_sum": replace(spec, rule=None) for name, spec in uploads.items()}:
             raise ValueError(
                 f"server: Sum answers with the sums of what clients send ({', '.join(sorted(uploads)[:3])}), which is "
                 "not what model takes back; take FedAvg or the server of the method"
@@ -207,32 +241,3 @@ class Sum(Server):
                 sums[f"{name}_sum"] = sums.get(f"{name}_sum", 0) + tensor.double()
         answer = {name: tensor.to(self.dtypes[name]) for name, tensor in sums.items()}
         return dict.fromkeys(uploads, Answer(answer)), {}
-
-
-def average(models: Iterable[tuple[Mapping[str, Tensor], int]]) -> dict[str, Tensor]:
-    """Tensor by tensor the weighted mean, summed up in float64; of integer tensors (counters) the maximum.
-
-    Args:
-        models: named tensors, the same names and shapes in each, with their weight. No weight is negative and not all
-            are zero; they are divided by their sum. Gone through once.
-
-    Raises:
-        ValueError: if the weights make no mean.
-    """
-    weights: list[int] = []
-    sums: dict[str, Tensor] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    for model, weight in models:
-        weights.append(weight)
-        for name, tensor in model.items():
-            if name not in sums:
-                dtypes[name] = tensor.dtype
-                sums[name] = tensor.double() * weight if tensor.is_floating_point() else tensor.clone()
-            elif tensor.is_floating_point():
-                sums[name].add_(tensor, alpha=weight)
-            else:
-                torch.maximum(sums[name], tensor, out=sums[name])
-    total = sum(weights)
-    if total <= 0 or min(weights) < 0:
-        raise ValueError(f"weights {weights} must not be negative and must have a positive sum")
-    return {n: (s / total).to(dtypes[n]) if dtypes[n].is_floating_point else s for n, s in sums.items()}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from fedlscl.files import Damaged
 from fedlscl.messages import Message, Upload
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL
 from fedlscl.schedule import Schedule
+from fedlscl.server import Answer, Answers, Context, Metrics, OnDemand, Server
 
 Make = Callable[..., Federation]
 
@@ -223,6 +225,18 @@ MALFORMED: dict[str, tuple[Callable[[Upload], Upload | bytes], str]] = {
         lambda u: Upload(u.client, u.task, 7, u.samples, u.tensors),
         "claims to be of client 1, round 7",
     ),
+    "of another task": (
+        lambda u: Upload(u.client, 2, u.round, u.samples, u.tensors),
+        "claims to be of client 1, round 1, task 2",
+    ),
+    "with more samples than it has": (
+        lambda u: Upload(u.client, u.task, u.round, 10**17, u.tensors),
+        "claims 100000000000000000 samples, and the split gives this client",
+    ),
+    "with features that are not of unit length": (
+        lambda u: with_tensors(u, features=1000 * u.tensors["features"]),
+        "'features' has a row of length 1000, must be 1",
+    ),
     "without samples": (
         lambda u: Upload(u.client, u.task, u.round, 0, u.tensors),
         "claims that no sample is behind it",
@@ -273,3 +287,133 @@ def test_a_client_that_diverged_once_can_come_back(make: Make, monkeypatch: pyte
     assert list(first.skipped) == [1]
     second = next(rounds)
     assert second.skipped == {}
+
+
+HUGE: dict[str, Callable[[Upload], Upload]] = {
+    "all 1e15": lambda u: with_tensors(u, **{n: torch.full_like(u.tensors[n], 1e15) for n in ("weight", "bias")}),
+    "a generator x 1e6": lambda u: with_tensors(u, weight=1e6 * u.tensors["weight"]),
+    "one number": lambda u: with_tensors(u, bias=u.tensors["bias"].index_fill(0, torch.tensor(0), 1e15)),
+}
+
+
+@pytest.mark.parametrize("case", HUGE)
+def test_who_sends_far_more_than_the_others_is_left_out_and_nobody_else_notices(
+    make: Make, monkeypatch: pytest.MonkeyPatch, case: str, quiet: pytest.LogCaptureFixture
+) -> None:
+    break_upload(monkeypatch, 1, HUGE[case])
+    first, second = run(make())
+    assert set(first.skipped) == set(second.skipped) == {1}
+    assert re.search(r"the root mean square of '(weight|bias)' is .*, more than 100 times the", first.skipped[1])
+    assert sorted(first.bytes_down) == sorted(second.bytes_down) == [0, 2]
+    assert first.unanswered == {}
+    assert "client 1 is left out of round 1" in quiet.text
+
+
+def test_the_number_of_samples_is_that_of_all_tasks_since_the_last(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that failed in the first task trains on both in the second, and says so."""
+    monkeypatch.setattr(Fragile, "failures", frozenset({(1, 1)}))
+    results = run(make(client=make_client(Fragile)))
+    assert [set(result.skipped) for result in results] == [{1}, set()]
+
+
+class Answering(Server):
+    """Answers every client with what a test wants."""
+
+    answer: Callable[[int, int], float] = staticmethod(lambda round, client: 0.0)
+    eager = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rounds = torch.zeros(())
+
+    def state(self) -> dict[str, Tensor]:
+        return {"rounds": self.rounds}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self.rounds = state["rounds"]
+
+    def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:
+        self.rounds = self.rounds + 1
+
+        def answer(client: int) -> Answer:
+            sent = uploads[client].tensors
+            value = self.answer(context.round.number, client)
+            return Answer({"weight": sent["weight"] + value, "bias": sent["bias"]}, {"value": value})
+
+        if self.eager:
+            return {client: answer(client) for client in uploads}, {}
+        return OnDemand(uploads, answer), {}
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan, 1e20])
+def test_clients_keep_their_models_where_no_answer_can_be_used(
+    make: Make, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    """The server is as it was before, and the round and its reason are on record."""
+    monkeypatch.setattr(Answering, "answer", staticmethod(lambda round, client: value if round == 1 else 0.0))
+    federation = make(server=Answering())
+    first, second = run(federation)
+    assert set(first.unanswered) == {0, 1, 2}
+    assert first.unanswered[0].startswith("the server's answer: tensor 'weight' holds NaN or infinite values")
+    assert first.skipped == second.skipped == second.unanswered == first.bytes_down == first.server == {}
+    assert sorted(second.bytes_down) == [0, 1, 2]
+    state = federation.store.read("server")
+    assert state is not None
+    assert state["rounds"] == 1  # the first round has left no trace
+    assert RoundResult.from_json(json.loads(json.dumps(first.to_json()))).unanswered == first.unanswered
+
+
+def test_of_answers_on_demand_one_that_cannot_be_used_concerns_its_client_alone(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Answering, "eager", False)
+    monkeypatch.setattr(Answering, "answer", staticmethod(lambda round, client: torch.inf if client == 2 else 1.0))
+    first, _ = run(make(server=Answering()))
+    assert set(first.unanswered) == {2}
+    assert sorted(first.bytes_down) == [0, 1]
+    assert first.server == {"value": 1.0}
+
+
+def test_a_server_that_cannot_compute_with_the_numbers_answers_nobody(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(round: int, client: int) -> float:
+        if round == 1:
+            raise torch.linalg.LinAlgError("it did not converge")  # type: ignore[attr-defined]
+        return 0.0
+
+    monkeypatch.setattr(Answering, "answer", staticmethod(fail))
+    first, second = run(make(server=Answering()))
+    assert first.unanswered == dict.fromkeys(range(3), "it did not converge")
+    assert second.unanswered == {}
+
+
+def test_a_fault_in_a_server_is_no_client_s_and_ends_the_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(round: int, client: int) -> float:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Answering, "answer", staticmethod(fail))
+    with pytest.raises(OSError, match="no space left"):
+        run(make(server=Answering()))
+
+
+def test_what_a_client_writes_is_a_short_line_in_the_log(
+    make: Make, monkeypatch: pytest.MonkeyPatch, quiet: pytest.LogCaptureFixture
+) -> None:
+    """Half a megabyte of names, with line ends and control characters in them."""
+    names = {f"\x1b[2J\n{n}{'x' * 2000}": torch.zeros(1) for n in range(300)}
+    break_upload(monkeypatch, 1, lambda u: with_tensors(u, **names))
+    result = next(make().run(Recorder()))
+    assert set(result.skipped) == {1}
+    assert len(result.skipped[1]) <= 500
+    assert result.skipped[1].isprintable()
+    assert all(len(record.getMessage()) < 600 for record in quiet.records)
+
+
+def test_features_go_up_in_an_order_that_tells_nothing(make: Make, wire: list[tuple[Message, bytes]]) -> None:
+    """Ascending: it depends on nothing but the set, so that nobody can put them back into the buffer's."""
+    run(make())
+    for message, _ in wire:
+        if isinstance(message, Upload):
+            rows = message.tensors["features"].tolist()
+            assert rows == sorted(rows)

@@ -24,7 +24,10 @@ from test_contract import METHODS, budget
 
 pytest.importorskip("flwr")
 
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
@@ -32,6 +35,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedlscl.cli import main
 from fedlscl.deployment.flower import client, server, words
 from fedlscl.deployment.flower.client import client_app
+from fedlscl.deployment.flower.nodes import Bindings, fingerprint, key_of
 from fedlscl.deployment.flower.server import FlowerTransport, server_app
 from fedlscl.deployment.flower.wire import COST, END, FIT, WHO
 from fedlscl.deployment.flower.words import experiment_of
@@ -57,6 +61,7 @@ class Wire(Grid):
     def __init__(self, words: list[str], nodes: dict[int, dict[str, Any]]) -> None:
         self.words, self.nodes = words, nodes
         self.words_of: dict[int, list[str]] = {}  # where a machine understands the run's words differently
+        self.keys: dict[int, bytes] = {}  # as Flower tells them; of nodes in a simulation there are none
         self.offline: set[int] = set()
         self.spoiled: set[str] = set()  # messages whose reply cannot be unpacked
         self.fault: Fault = lambda message, reply: reply
@@ -65,6 +70,9 @@ class Wire(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         return [node for node in self.nodes if node not in self.offline]
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [NodeInfo(node_id=node, public_key=self.keys.get(node, b"")) for node in self.get_node_ids()]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         for message in messages:
@@ -201,11 +209,11 @@ class Place:
             self.known[failure] = run(federation)
         return deepcopy(self.known[failure])
 
-    def on_flower(self, timeout: float = 5.0) -> Federation:
+    def on_flower(self, timeout: float = 5.0, **more: Any) -> Federation:
         """The server with its share alone, where its run folder stands."""
         experiment = experiment_of(shlex.join(self.words), str(self.folder / "shares" / "server"))
         configuration = Configuration(self.words).sha256
-        transport = partial(FlowerTransport, grid=self.wire, configuration=configuration, timeout=timeout)
+        transport = partial(FlowerTransport, grid=self.wire, configuration=configuration, timeout=timeout, **more)
         return replace(experiment, run_dir=self.folder / "server", transport=transport).federation()
 
 
@@ -494,17 +502,24 @@ def test_an_impossible_accuracy_is_not_taken(
     assert unknown == [[False] * 3, [False] * 3, [False, True, False], [False] * 3]
 
 
-def test_a_client_that_fails_says_why(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here because its disk was lost, so that it cannot go on from the round that the server names."""
+def test_a_client_that_fails_tells_the_type_alone(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """Here because its disk was lost, so that it cannot go on from the round that the server names.
+
+    The text, which may name files, stays in the log of its own machine.
+    """
     federation = place.on_flower()
     run(federation, stop=2)
     state = place.folder / "nodes" / "client-1"
     for path in state.iterdir():
         path.unlink()
-    (result,) = run(place.on_flower(), stop=3)
-    assert result.skipped == {
-        1: "<class 'LookupError'>:<'client 1 lacks end-2, from which the server goes on; it has nothing'>"
-    }
+    with caplog.at_level(logging.WARNING, logger="fedlscl"):
+        (result,) = run(place.on_flower(), stop=3)
+    assert result.skipped == {1: "LookupError"}
+    (at_node, *_) = [r for r in caplog.records if r.name.endswith("flower.client")]
+    assert "client 1 lacks end-2, from which the server goes on; it has nothing" in at_node.getMessage()
+    everything = b"".join(data for message, data in place.wire.sent if message.metadata.src_node_id)
+    assert b"lacks end-2" not in everything
+    assert str(place.folder).encode() not in everything
 
 
 # ---- nodes that do not belong
@@ -572,7 +587,7 @@ def test_other_weights_are_refused_and_the_same_ones_may_lie_elsewhere(
 def test_a_node_cannot_be_a_client_whose_data_it_does_not_have(place: Place) -> None:
     place.wire.nodes[101]["data"] = str(place.folder / "shares" / "client-2")
     (result,) = run(place.on_flower(), stop=1)
-    assert "but the data there are not of that client" in result.skipped[1]
+    assert result.skipped == {1: "NotThisClient"}
 
 
 # ---- the run's configuration
@@ -587,6 +602,8 @@ def test_a_node_cannot_be_a_client_whose_data_it_does_not_have(place: Place) -> 
         ({"words": "--config nowhere.yaml"}, "words of the run or the node: .*nowhere.yaml"),
         ({"words": "--federation.rounds nope"}, "words of the run or the node: .*rounds"),
         ({"data": "nowhere"}, "nowhere holds no share of a federation's data"),
+        ({"clients": "0=mine"}, "clients has the entry '0=mine', must be a client from 0 to 2 and the fingerprint"),
+        ({"patience": 0}, "patience is 0, must be a whole number of rounds from 1 on"),
     ],
 )
 def test_a_wrong_configuration_is_named(place: Place, config: dict[str, Any], complaint: str) -> None:
@@ -820,8 +837,139 @@ def test_a_node_that_has_become_another_client_is_not_taken_for_the_first(place:
     next(rounds)
     place.wire.nodes[101] = {"client": 2, "data": place.wire.nodes[102]["data"]}
     result = next(rounds)
-    assert "the message is for client 1, and this is client 2" in result.skipped[1]
+    assert result.skipped == {1: "NotThisClient"}
     assert all(math.isnan(value) for value in result.accuracy["seen"][1])
+
+
+# ---- who is who
+
+
+def key_pair() -> tuple[bytes, str]:
+    """A node's public key as Flower tells it, and the line of its file."""
+    public = ec.generate_private_key(ec.SECP384R1()).public_key()
+    pem = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    return pem, public.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
+def test_a_fingerprint_is_what_ssh_keygen_prints() -> None:
+    """Of this key it prints: 384 SHA256:rA4t... somebody (ECDSA)."""
+    line = (
+        "ecdsa-sha2-nistp384 AAAAE2VjZHNhLXNoYTItbmlzdHAzODQAAAAIbmlzdHAzODQAAABhBKSLyaNXP0QCANANZYLFqCHY7J1lJ6m9/GM8D"
+        "myiPTTSlMys8MfQRf16tlsiJraEHewN0HdkFXMwevcnmX8ONF0PlxecEyoKQEB8QdF78VB6oHpKIXLgQ3hpQeLwUCLqOg== somebody"
+    )
+    assert fingerprint(line) == "SHA256:rA4ti2d2kaacJefcPcX7pp8o7U/sMRQOTZYf7ZPNvsU"
+    pem, own = key_pair()
+    assert key_of(pem) == fingerprint(own)
+    assert key_of(b"\x00" * 32) is None  # as a simulation has them
+    with pytest.raises(ValueError, match="a public key in OpenSSH's format"):
+        fingerprint("nothing")
+
+
+def test_another_node_cannot_become_a_client_that_was_met(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """Not while the client is away, and not after a new start of the server, unless the operator says so."""
+    keys = {node: key_pair() for node in (100, 101, 102, 200)}
+    place.wire.keys = {node: pem for node, (pem, _) in keys.items()}
+    told = {str(n): fingerprint(keys[100 + n][1]) for n in range(3)}
+    with caplog.at_level(logging.WARNING, logger="fedlscl"):
+        federation = place.on_flower(timeout=1.0)
+        run(federation, stop=1)
+        assert "client 1 is from now on at the node with the key SHA256:" in caplog.text
+        assert federation.nodes == told
+        place.wire.nodes[200] = place.wire.nodes.pop(101)
+        for _ in range(2):
+            caplog.clear()
+            (result,) = run(place.on_flower(timeout=1.0), stop=len(place.on_flower().history) + 1)
+            assert set(result.skipped) == {1}
+            assert f"node 200 is refused: it says that it is client 1, whose key is {told['1']}" in caplog.text
+        new = fingerprint(keys[200][1])
+        (result,) = run(place.on_flower(timeout=1.0, clients=f"1={new}"), stop=4)
+    assert result.skipped == {}
+    assert place.on_flower().nodes == {**told, "1": new}
+
+
+def test_a_node_that_has_moved_with_its_key_is_the_same_client(place: Place) -> None:
+    place.wire.keys = {node: key_pair()[0] for node in (100, 101, 102)}
+    run(place.on_flower(), stop=1)
+    place.wire.nodes[200], place.wire.keys[200] = place.wire.nodes.pop(101), place.wire.keys.pop(101)
+    (result,) = run(place.on_flower(timeout=1.0), stop=2)
+    assert result.skipped == {}
+
+
+def test_keys_in_the_configuration_keep_others_out_from_the_start(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A rogue node that is there first, and one client's key in the place of another."""
+    keys = {node: key_pair() for node in (99, 100, 101, 102)}
+    place.wire.nodes[99] = dict(place.wire.nodes[101])
+    place.wire.keys = {node: pem for node, (pem, _) in keys.items()}
+    named = ",".join(f"{n}={fingerprint(keys[100 + n][1])}" for n in range(3))
+    with caplog.at_level(logging.WARNING, logger="fedlscl"):
+        (result,) = run(place.on_flower(timeout=1.0, clients=named), stop=1)
+    assert result.skipped == {}
+    assert "node 99 is refused: it says that it is client 1, whose key is SHA256:" in caplog.text
+    assert "from now on" not in caplog.text  # nothing had to be believed
+    bindings = Bindings(3, f"0={fingerprint(keys[100][1])}")
+    assert "has the key of client 0" in str(bindings.meet(1, fingerprint(keys[100][1])))
+    assert Bindings(3, "1=*").meet(1, None) is None
+
+
+@pytest.mark.parametrize("named", ["3=*", "0=*,0=*", "0", "x=*", "0=SHA256:short"])
+def test_keys_that_are_none_are_named(named: str) -> None:
+    with pytest.raises(ValueError, match="clients (has the entry|names client)"):
+        Bindings(3, named)
+
+
+def test_a_node_that_never_replies_is_dropped_and_taken_up_when_it_replies(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It costs time-outs in the rounds of the patience, and none after."""
+    place.words += ["--federation.rounds", "4"]
+    place.wire.words += ["--federation.rounds", "4"]
+    silent = {FIT, END}
+    place.wire.fault = silence(101, silent, place.wire._answer, place.wire)
+    federation, clock = place.on_flower(timeout=10.0, patience=2), server.time
+    found, spent = [], []
+    with caplog.at_level(logging.WARNING, logger="fedlscl"):
+        for result in federation.run(Recorder()):
+            found.append(result.skipped.get(1, ""))
+            spent.append(clock.now)  # type: ignore[attr-defined]
+            if result.round == 5:
+                silent.clear()
+    assert found[:2] == ["TimeoutError: no reply within 10 s"] * 2
+    assert found[2:4] == ["TimeoutError: dropped, no reply in time in 2 rounds in a row"] * 2
+    assert found[4] == "TimeoutError: no reply within 10 s"  # asked again, and dropped at once, now for four rounds
+    assert found[5:] == ["TimeoutError: dropped, no reply in time in 2 rounds in a row"] * 3
+    rounds = [b - a for a, b in zip([0.0, *spent], spent, strict=False)]
+    assert all(seconds >= 20 for seconds in rounds[:2])
+    assert all(seconds < 5 for seconds in rounds[2:4])
+    assert "client 1 is dropped, and asked again in round 5" in caplog.text
+
+
+def test_a_dropped_client_whose_node_starts_again_takes_part_at_once(place: Place) -> None:
+    silent = {FIT, END}
+    place.wire.fault = silence(101, silent, place.wire._answer, place.wire)
+    rounds = place.on_flower(timeout=1.0, patience=1).run(Recorder())
+    assert next(rounds).skipped == {1: "TimeoutError: no reply within 1 s"}
+    place.wire.offline = {101}
+    assert set(next(rounds).skipped) == {1}
+    place.wire.offline = set()
+    silent.clear()
+    assert next(rounds).skipped == {}
+
+
+def silence(node: int, kinds: set[str], answer: Any, wire: Wire) -> Fault:
+    """Nothing comes of messages of some kinds to a node, which does not see them."""
+
+    def fault(message: Message, reply: Message | None) -> Message | None:
+        deaf = message.metadata.dst_node_id == node and message.metadata.message_type in kinds
+        return None if deaf else reply
+
+    def hear(message: Message) -> Message:
+        deaf = message.metadata.dst_node_id == node and message.metadata.message_type in kinds
+        return Message(RecordDict(), reply_to=message) if deaf else answer(message)  # type: ignore[no-any-return]
+
+    wire._answer = hear  # type: ignore[method-assign]
+    return fault
 
 
 # ---- one folder, one engine; one split, one configuration

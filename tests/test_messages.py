@@ -12,7 +12,22 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlscl.messages import AtMost, Download, Message, MessageError, Received, Schema, TensorSpec, Upload, optional
+from fedlscl.messages import (
+    AtMost,
+    Download,
+    Message,
+    MessageError,
+    Received,
+    Schema,
+    TensorSpec,
+    Upload,
+    in_a_line,
+    not_negative,
+    optional,
+    schema_of,
+    semidefinite,
+    unit_rows,
+)
 
 SCHEMA: Schema = {
     "weight": TensorSpec((2, 3)),
@@ -418,3 +433,66 @@ def test_received_uploads_are_read_at_each_access(tmp_path: Path) -> None:
     (tmp_path / "3").unlink()
     with pytest.raises(FileNotFoundError):
         received[3]
+
+
+# ------------------------------------------------------ what tensors must be by their meaning
+
+
+def test_rows_of_unit_length_by_hand() -> None:
+    assert unit_rows(torch.tensor([[0.6, 0.8], [0.0, 0.0], [-1.0, 0.0]])) is None  # zeros where there was no length
+    assert unit_rows(torch.tensor([[0.6, 0.8], [3.0, 4.0]])) == "has a row of length 5, must be 1"
+    assert unit_rows(torch.tensor([[0.06, 0.08]])) == "has a row of length 0.1, must be 1"
+
+
+def test_what_cannot_be_negative() -> None:
+    assert not_negative(torch.tensor([0, 5])) is None
+    assert not_negative(torch.tensor([0.5, -0.25])) == "holds -0.25, must not be negative"
+    assert not_negative(torch.tensor(2**62)) == "holds 4.61169e+18, must be at most 1e+15"
+
+
+def test_second_moments_are_symmetric_and_have_no_negative_direction() -> None:
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    assert semidefinite(x.T @ x) is None
+    assert semidefinite((x[:1].T @ x[:1]) * 1e14) is None  # of rank one, and large
+    assert semidefinite(torch.tensor([[1.0, 0.5], [0.0, 1.0]])) == "is not symmetric"
+    assert semidefinite(torch.tensor([[0.0, 1.0], [1.0, 0.0]])) == "has the eigenvalue -1, must not be negative"
+    assert semidefinite(torch.zeros(2, 2)) is None
+
+
+def test_a_rule_is_checked_as_the_message_is_read() -> None:
+    schema = {**SCHEMA, "features": TensorSpec((AtMost(4), 3), rule=unit_rows)}
+    with pytest.raises(MessageError, match=r"upload: tensor 'features' has a row of length .*, must be 1"):
+        Upload.from_bytes(GOOD, schema)
+    right = torch.tensor([[1.0, 0.0, 0.0]])
+    assert torch.equal(Upload.from_bytes(upload(features=right).to_bytes(), schema).tensors["features"], right)
+
+
+def test_batch_normalisation_has_rules_without_being_asked() -> None:
+    layer = torch.nn.BatchNorm2d(2)
+    schema = schema_of({f"cnn.bn.{name}": tensor for name, tensor in layer.state_dict().items()})
+    rules = {name.rpartition(".")[2]: spec.rule for name, spec in schema.items()}
+    assert rules["running_var"] is rules["num_batches_tracked"] is not_negative
+    assert rules["weight"] is rules["running_mean"] is None
+
+
+def test_truth_values_are_zero_or_one() -> None:
+    """torch takes any byte for one, and counts it as what it is."""
+    schema = {"kept": TensorSpec((2,), torch.bool)}
+    data = Upload(1, 1, 1, 1, {"kept": torch.tensor([True, False])}).to_bytes()
+    assert data.endswith(b"\x01\x00") or data.rstrip(b"\x00").endswith(b"\x01")
+    place = data.rindex(b"\x01\x00")
+    with pytest.raises(MessageError, match="tensor 'kept' holds bytes that are neither true nor false"):
+        Upload.from_bytes(data[:place] + b"\x02\x00" + data[place + 2 :], schema)
+
+
+def test_a_line_is_short_and_can_be_read() -> None:
+    assert in_a_line("a\nb\x1b[31mc\u202e") == "a?b?[31mc?"
+    assert in_a_line("x" * 10**6) == "x" * 500
+
+
+def test_names_in_an_error_are_few_and_short() -> None:
+    many = {f"{n}{'y' * 5000}": torch.zeros(1) for n in range(40)}
+    with pytest.raises(MessageError) as caught:
+        Upload.from_bytes(Upload(1, 2, 3, 40, {**tensors(), **many}).to_bytes(), {**SCHEMA, "z": TensorSpec((10**6,))})
+    assert len(str(caught.value)) <= 500
+    assert "and 37 more" in str(caught.value)

@@ -16,7 +16,7 @@ from fedlscl.federation.algorithm import Federation
 from fedlscl.messages import Download, Message, Upload
 from fedlscl.methods.frozen_vit import FrozenViTClient
 from fedlscl.methods.row_average import COUNTS, CountingFrozenViTClient, RowAverage, row_means
-from fedlscl.server import average
+from fedlscl.robust import average
 
 Make = Callable[..., Federation]
 ROWS = ["weight", "bias"]

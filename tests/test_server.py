@@ -13,8 +13,9 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from fedlscl.messages import TensorSpec, Upload
+from fedlscl.robust import average
 from fedlscl.schedule import Round
-from fedlscl.server import Answer, Context, FedAvg, Isolated, OnDemand, Server, Sum, average
+from fedlscl.server import Answer, Context, FedAvg, Isolated, OnDemand, Server, Sum
 
 
 def no_model() -> nn.Module:

@@ -161,6 +161,10 @@ class FederatedDataModule(LightningDataModule):
             chosen.append(order[np.argsort(held[order], kind="stable")][:per_class])
         return self.batch("train", np.concatenate(chosen))
 
+    def samples_of(self, client: int) -> tuple[int, ...]:
+        """How many training images a client has in each task, as all have agreed; empty where nobody knows that."""
+        return tuple(len(task.train) for task in self.split.clients[client].tasks)
+
     def _gather(self, part: str, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         chosen = self.dataset.train if part == "train" else self.dataset.test
         return torch.from_numpy(chosen.images[positions]), torch.from_numpy(chosen.labels[positions])

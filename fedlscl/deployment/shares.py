@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from fedlscl.files import replacing, sync, write_atomically
 
 PARTS = ("train", "test")
 FIELDS = {"data", "classes", "sha256", "server_images", "split"}
-"""What `share.json` holds."""
+"""What `share.json` holds; the server's also has `samples`, each client's number of training images in each task."""
 
 
 class LocalShare(FederatedDataModule):
@@ -34,7 +35,7 @@ class LocalShare(FederatedDataModule):
 
     Raises:
         FileNotFoundError: if there is no share in `folder`.
-        ValueError: if `share.json` is not what `deal` writes.
+        ValueError: if `share.json` is not what `deal` writes; `samples` may be missing.
     """
 
     def __init__(self, folder: Path, device_mib: float = 8192) -> None:
@@ -50,6 +51,7 @@ class LocalShare(FederatedDataModule):
             raise ValueError(f"{path}: {error}") from error
         super().__init__(_Arrays(folder), share.spec, share.seed, device_mib=device_mib)
         self.folder, self.split = folder, share
+        self._samples = _samples(self._content.get("samples", []), share, path)
 
     def prepare_data(self) -> None:
         """Everything is there."""
@@ -75,6 +77,10 @@ class LocalShare(FederatedDataModule):
         """The hash of the split that this is a share of."""
         return str(self._content["sha256"])
 
+    def samples_of(self, client: int) -> tuple[int, ...]:
+        """As the server's share says, which has none of the clients' images."""
+        return super().samples_of(client) or (self._samples[client] if self._samples else ())
+
     def server_images(self, per_class: int) -> tuple[Tensor, Tensor]:
         """The server's images, which are all that the server's share holds."""
         if (there := self._content["server_images"]) != per_class:
@@ -82,6 +88,17 @@ class LocalShare(FederatedDataModule):
                 f"{self.folder} holds {there} images of each class for the server, server wants {per_class}"
             )
         return self.batch("train", np.arange(len(self.dataset.train.labels)))
+
+
+def _samples(found: object, split: Split, path: Path) -> list[tuple[int, ...]]:
+    """What a share says of the clients' numbers of images, checked."""
+    clients, tasks = split.spec.clients, split.spec.tasks
+    if found == []:
+        return []
+    rows = [tuple(row) for row in found if isinstance(row, list)] if isinstance(found, list) else []
+    if len(rows) != clients or any(len(row) != tasks or any(type(n) is not int or n < 0 for n in row) for row in rows):
+        raise ValueError(f"{path}: samples must be for each of {clients} clients a list of {tasks} whole numbers")
+    return rows
 
 
 class _Arrays(Source):
@@ -148,10 +165,19 @@ def deal(data: FederatedDataModule, per_class: int, folder: Path) -> Iterator[Pa
     if per_class:
         images, labels = data.server_images(per_class)
         public = ImageSet(images.numpy(), labels.numpy())
-    yield _write(data, folder / "server", data.split.only([]), {"train": public, "test": nothing}, per_class)
+    samples = [list(data.samples_of(index)) for index in range(len(data.split.clients))]
+    held_there = {"train": public, "test": nothing}
+    yield _write(data, folder / "server", data.split.only([]), held_there, per_class, {"samples": samples})
 
 
-def _write(data: FederatedDataModule, folder: Path, split: Split, sets: dict[str, ImageSet], per_class: int) -> Path:
+def _write(
+    data: FederatedDataModule,
+    folder: Path,
+    split: Split,
+    sets: dict[str, ImageSet],
+    per_class: int,
+    more: Mapping[str, Any] | None = None,
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for part, images in sets.items():
         _save(folder / f"{part}-images.npy", images.images)
@@ -162,6 +188,7 @@ def _write(data: FederatedDataModule, folder: Path, split: Split, sets: dict[str
         "sha256": data.split_sha256,
         "server_images": per_class,
         "split": json.loads(split.to_json()),
+        **(more or {}),
     }
     write_atomically(folder / "share.json", json.dumps(content).encode())  # last: without it there is no share
     return folder

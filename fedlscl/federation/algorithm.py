@@ -13,18 +13,23 @@ from dataclasses import dataclass
 import torch
 from lightning.pytorch import Trainer
 
-from fedlscl import seeds
+from fedlscl import robust, seeds
+from fedlscl.client import Client
 from fedlscl.federation.callback import FederationCallback, RoundResult
 from fedlscl.federation.store import Store
 from fedlscl.federation.template import Template
 from fedlscl.federation.trainer import StepCount
 from fedlscl.federation.transport import Fitted, Transport
-from fedlscl.messages import Download, MessageError, Received, Upload
+from fedlscl.messages import Download, MessageError, Received, Upload, in_a_line, unusable
 from fedlscl.schedule import Round, Schedule
-from fedlscl.server import Answers, Context, Metrics, Server
+from fedlscl.server import Answer, Answers, Context, Metrics, OnDemand, Server
 
 log = logging.getLogger(__name__)
-MOST_SAID = 500  # characters on record of why a client is left out, of which a client may determine some
+USUAL = "usual"
+"""The name under which the store holds how large uploads are, see `fedlscl.robust.medians`."""
+
+IMPOSSIBLE = (ArithmeticError, torch.linalg.LinAlgError, MessageError)  # type: ignore[attr-defined]
+"""What a server raises that cannot go on with the numbers that it was sent."""
 
 
 class NobodyLeft(RuntimeError):
@@ -64,6 +69,11 @@ class Federation:
         """The rounds that are in the store."""
         return [RoundResult.from_json(entry) for entry in self.store.progress.get("history", [])]
 
+    @property
+    def nodes(self) -> dict[str, str]:
+        """By client which machine it was at, where its transport knows that."""
+        return dict(getattr(self.transport, "nodes", {}))
+
     def run(self, callback: FederationCallback | None = None) -> Iterator[RoundResult]:
         """Algorithm 1 from the first round that the store does not hold; each is in the store when it is yielded.
 
@@ -84,12 +94,19 @@ class Federation:
         """Clients fit, the server answers, all evaluate."""
         result = RoundResult(round.task, round.number)
         participants = self.schedule.participants(self.clients, round)
+        if (state := self.store.read("server")) is not None:
+            self.server.load(state)
+        self._learned = self._tasks_learned(round)
         uploads = self._fit(round, participants, result, callback)
         answers: Answers = {}
         if uploads:
             with result.timed("aggregate"):
-                answers, metrics = self._aggregate(uploads, round, callback)
-                result.server = dict(metrics)
+                try:
+                    answers, metrics = self._aggregate(uploads, round, callback)
+                    result.server = dict(metrics)
+                except IMPOSSIBLE as error:
+                    log.warning("no client has an answer in round %d: %s", round.number, in_a_line(error))
+                    result.unanswered = dict.fromkeys(range(self.clients), in_a_line(error))
         self._answer(round, answers, set(participants) - set(result.skipped), result)
         with result.timed("evaluate"):
             found = self.transport.evaluations(round)
@@ -111,6 +128,7 @@ class Federation:
         with result.timed("fit"):
             for fitted in self.transport.fit(round, participants, self.server.listens, callback):
                 self._receive(fitted, result, uploads)
+            self._compare(uploads, result)
         if len(result.skipped) == len(participants):
             why: dict[str, list[int]] = {}
             for index, problem in sorted(result.skipped.items()):
@@ -126,8 +144,13 @@ class Federation:
             message = None
             if index in answers:
                 with result.timed("aggregate"):
-                    answer = answers[index]
-                    message = Download(index, round.task, round.number, 0, answer.tensors).to_bytes()
+                    try:
+                        answer = self._usable(answers[index], index)
+                        message = Download(index, round.task, round.number, 0, answer.tensors).to_bytes()
+                    except IMPOSSIBLE as error:
+                        log.warning("client %d has no answer in round %d: %s", index, round.number, in_a_line(error))
+                        result.unanswered[index] = in_a_line(error)
+            if message is not None:
                 for name, value in answer.metrics.items():
                     of_answers.setdefault(name, []).append(value)
                 result.bytes_down[index] = len(message)
@@ -144,24 +167,81 @@ class Federation:
             try:
                 self._take(fitted.client, fitted.upload, result, uploads)
             except MessageError as error:
-                problem = f"{type(error).__name__}: {error}"
+                problem = in_a_line(f"{type(error).__name__}: {error}")
                 log.warning("client %d is left out of round %d: %s", fitted.client, result.round, problem)
         if problem is not None:
-            result.skipped[fitted.client] = problem[:MOST_SAID]
+            result.skipped[fitted.client] = in_a_line(problem)
 
     def _take(self, client: int, message: bytes, result: RoundResult, uploads: Received) -> None:
         result.bytes_up[client] = len(message)
         upload = Upload.from_bytes(message, self.template.model_of(client).upload_schema())
-        if (upload.client, upload.round) != (client, result.round):
-            raise MessageError(f"upload claims to be of client {upload.client}, round {upload.round}")
+        if (upload.client, upload.round, upload.task) != (client, result.round, result.task):
+            said = f"upload claims to be of client {upload.client}, round {upload.round}, task {upload.task}"
+            raise MessageError(said)
         if upload.samples < 1:
             raise MessageError("upload claims that no sample is behind it")
+        if (agreed := self._agreed(client, result.task)) is not None and upload.samples != agreed:
+            raise MessageError(f"upload claims {upload.samples} samples, and the split gives this client {agreed}")
         self.server.check(upload)
         uploads.add(upload, self.store.put_aside(f"upload-{client}", message))
 
+    def _agreed(self, client: int, task: int) -> int | None:
+        """How many samples are behind an upload, those of all tasks since the last one; None if nobody knows."""
+        of_tasks = self.template.data.samples_of(client)
+        # a method with another training set has other numbers, which only its clients know
+        if not of_tasks or type(self.template.first).training_set is not Client.training_set:
+            return None
+        return sum(of_tasks[self._learned[client] : task])
+
+    def _tasks_learned(self, round: Round) -> list[int]:
+        """The last task before this one in which each client took part to the end of a round; 0 for none."""
+        learned = [0] * self.clients
+        for past in self.history:
+            if past.task < round.task:
+                then = Round(past.task, past.round, False, round.seed)
+                for client in self.schedule.participants(self.clients, then):
+                    if client not in past.skipped:
+                        learned[client] = past.task
+        return learned
+
+    def _compare(self, uploads: Received, result: RoundResult) -> None:
+        """Leave out by name whose upload the server finds out of place among the others."""
+        found: dict[int, robust.Sizes] = {}
+        for client, upload in uploads.items():
+            found[client] = robust.sizes(upload.tensors)
+            if self._agreed(client, result.task) is None:
+                found[client] = {**found[client], robust.SAMPLES: upload.samples}
+        stored = self.store.read(USUAL)
+        before = robust.sizes(self.template.common_start)
+        before |= {} if stored is None else {name: float(size) for name, size in stored.items()}
+        for client, reason in self.server.compare(found, before).items():
+            log.warning("client %d is left out of round %d: %s", client, result.round, reason)
+            result.skipped[client] = reason
+            uploads.leave_out(client)
+            del found[client]
+        if len(found) > 2:
+            usual = {**before, **robust.medians(found)}
+            self.store.write(USUAL, {n: torch.tensor(size, dtype=torch.float64) for n, size in usual.items()})
+
+    def _usable(self, answer: Answer, client: int) -> Answer:
+        """An answer as it is, if it can be sent.
+
+        Raises:
+            MessageError: if it holds numbers that no client would take.
+        """
+        schema = self.template.model_of(client).download_schema()
+        known = {name: tensor for name, tensor in answer.tensors.items() if name in schema}
+        if problem := unusable(known, schema):
+            raise MessageError(f"the server's answer: {problem}")
+        return answer
+
     def _aggregate(self, uploads: Received, round: Round, callback: FederationCallback) -> tuple[Answers, Metrics]:
-        if (state := self.store.read("server")) is not None:
-            self.server.load(state)
+        """Ask the server; if it cannot answer, it is as it was before.
+
+        Raises:
+            MessageError: if what it would remember, or answer, cannot be used.
+        """
+        before = {name: tensor.clone() for name, tensor in self.server.state().items()}
         logger = callback.on_aggregate_start(round.task, round.number)
 
         def trainer() -> Trainer:
@@ -169,11 +249,24 @@ class Federation:
             made.callbacks.append(StepCount(callback.on_aggregate_step))  # type: ignore[attr-defined]
             return made
 
-        with seeds.seeded(self.template.seed, "aggregate", round.number):
-            aggregated = self.server.aggregate(uploads, Context(self.clients, round, trainer))
-        if state := self.server.state():
+        context = Context(self.clients, round, trainer, self.template.common_start)
+        try:
+            with seeds.seeded(self.template.seed, "aggregate", round.number):
+                answers, metrics = self.server.aggregate(uploads, context)
+            state = self.server.state()
+            if broken := [n for n, t in state.items() if t.is_floating_point() and not bool(t.isfinite().all())]:
+                raise MessageError(f"the server would have to remember '{broken[0]}' with NaN or infinite values")
+            if not isinstance(answers, OnDemand):
+                different = {id(answer): (client, answer) for client, answer in answers.items()}
+                for client, answer in different.values():
+                    self._usable(answer, client)
+        except IMPOSSIBLE:
+            if before:
+                self.server.load(before)
+            raise
+        if state:
             self.store.write("server", state)
-        return aggregated
+        return answers, metrics
 
     def cost(self) -> dict[str, dict[str, int]]:
         """For the CNN of each name what a client with it trains and computes, see `Worker.cost`; none if none says."""

@@ -19,7 +19,8 @@ class RoundResult:
 
     `round` counts over all tasks; task and round are 1-based. Accuracies are in %, for each mask a list per client
     with a value for each task learned so far, NaN where a client could not be asked. Bytes are those of the serialised
-    messages. Seconds are those of the phases `fit`, `aggregate`, `download` and `evaluate`.
+    messages. `unanswered` says of each client that kept its model, since there was no answer to it that could be used,
+    why. Seconds are those of the phases `fit`, `aggregate`, `download` and `evaluate`.
     """
 
     task: int
@@ -27,6 +28,7 @@ class RoundResult:
     bytes_up: dict[int, int] = field(default_factory=dict)
     bytes_down: dict[int, int] = field(default_factory=dict)
     skipped: dict[int, str] = field(default_factory=dict)
+    unanswered: dict[int, str] = field(default_factory=dict)
     accuracy: dict[str, list[list[float]]] = field(default_factory=lambda: {mask: [] for mask in MASKS})
     server: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -49,8 +51,9 @@ class RoundResult:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RoundResult:
         """The reverse of `to_json`, also after JSON has made texts of the clients' numbers."""
-        by_client = ("bytes_up", "bytes_down", "skipped")
-        return cls(**{**values, **{name: {int(c): v for c, v in values[name].items()} for name in by_client}})
+        by_client = ("bytes_up", "bytes_down", "skipped", "unanswered")
+        numbered = {name: {int(c): v for c, v in values[name].items()} for name in by_client if name in values}
+        return cls(**{**values, **numbered})
 
 
 class FederationCallback:

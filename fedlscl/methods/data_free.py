@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from fedlscl.messages import Download, Schema, TensorSpec, Upload, schema_of
+from fedlscl.messages import Download, MessageError, Schema, TensorSpec, Upload, schema_of
 from fedlscl.methods.fedavg import FedAvgClient
 from fedlscl.server import Answer, Answers, Context, FedAvg, Metrics
 
@@ -81,12 +81,18 @@ class DataFreeServer(FedAvg):
         self.model = model
         self.learned = torch.zeros(uploads["classes"].largest, dtype=torch.bool)
 
+    def check(self, upload: Upload) -> None:
+        """Every client has learned something."""
+        if not bool(upload.tensors["classes"].any()):
+            raise MessageError("upload: 'classes' names no class")
+
     def state(self) -> dict[str, Tensor]:
         """Old, the classes that any client has told of."""
-        return {"learned": self.learned}
+        return {**super().state(), "learned": self.learned}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take them over."""
+        super().load(state)
         self.learned = state["learned"]
 
     def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:

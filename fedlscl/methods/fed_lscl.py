@@ -6,8 +6,8 @@ H(ViT adapted by W, x). A round trains theta, phi and H on the current task (Eq.
 Aggregation: the server answers every client with a phi of its own (Eq. 5, one-by-one distillation, O2D), in closed
 form (`ExactO2D`) or by gradient descent as published (`IterativeO2D`).
 
-What travels: up phi and the features FS of the buffered samples, in random order, down phi; no image, label, CNN or
-head.
+What travels: up phi and the features FS of the buffered samples, sorted by their values, down phi; no image, label,
+CNN or head.
 
 Logged: collaborate/cross_entropy; replay/cross_entropy, replay/features (lambda_E ||E - E'||^2), replay/weights
 (lambda_W ||W - W'||^2); server/objective_before and server/objective_after (Eq. 5, mean over the students).
@@ -19,6 +19,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
@@ -30,7 +31,7 @@ from fedlscl.checks import at_least
 from fedlscl.client import Client
 from fedlscl.federation.trainer import fit_once
 from fedlscl.losses import o2d_loss
-from fedlscl.messages import AtMost, Schema, TensorSpec, Upload, schema_of
+from fedlscl.messages import AtMost, Schema, TensorSpec, Upload, schema_of, unit_rows
 from fedlscl.methods import o2d as distillation
 from fedlscl.methods.o2d import Generator, Student
 from fedlscl.models.adapters import LowRank, ParameterGenerator
@@ -93,13 +94,14 @@ class FedLSCL(Client):
 
     def outgoing(self) -> dict[str, Tensor]:
         """phi and FS (n, e)."""
-        # in random order: that of the buffer would tell the server which features are of one class
-        order = torch.randperm(len(self.feature_set), generator=self.rng("features"))
-        return {**self.shared(), "features": self.feature_set[order]}
+        # In the order of the buffer they would tell the server which are of one class, and it knows the run's seed, and
+        # so every shuffle that is drawn from it. In ascending order they are a set and nothing else, on all engines
+        order = np.lexsort(self.feature_set.numpy().T[::-1])
+        return {**self.shared(), "features": self.feature_set[torch.from_numpy(order)]}
 
     def upload_schema(self) -> Schema:
-        """FS holds at most M features of each class."""
-        features = TensorSpec((AtMost(self.buffer_size * self.num_classes), self.generator.in_features))
+        """FS holds at most M features of each class, of unit length (Eq. 2)."""
+        features = TensorSpec((AtMost(self.buffer_size * self.num_classes), self.generator.in_features), rule=unit_rows)
         return {**schema_of(self.shared()), "features": features}
 
 

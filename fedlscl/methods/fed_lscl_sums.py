@@ -14,13 +14,14 @@ kept its own generator. The solution is found at the start of the evaluation, an
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fedlscl.losses import masked_cross_entropy
-from fedlscl.messages import Download, Schema, TensorSpec
+from fedlscl.messages import Download, Schema, TensorSpec, semidefinite
 from fedlscl.methods.fed_lscl import FedLSCL
 from fedlscl.methods.o2d import Student, Sums, matrix, second_moments
 from fedlscl.models.cnn import SmallModelSpec
@@ -81,13 +82,16 @@ class FedLSCLSums(FedLSCL):
         return {"gram": gram, "target": target.float()}
 
     def upload_schema(self) -> Schema:
-        """Matrices of e + 1 rows."""
-        size = len(self.moments)
-        return {"gram": TensorSpec((size, size)), "target": TensorSpec((size, self.generator.out_features))}
+        """Matrices of e + 1 rows; C_i is that of features of unit length (Eq. 2)."""
+        return {**self._matrices(), "gram": replace(self._matrices()["gram"], rule=of_unit_length)}
 
     def download_schema(self) -> Schema:
         """S and T are as large as C_i and G_i."""
-        return {f"{name}_sum": spec for name, spec in self.upload_schema().items()}
+        return {f"{name}_sum": spec for name, spec in self._matrices().items()}
+
+    def _matrices(self) -> dict[str, TensorSpec]:
+        size = len(self.moments)
+        return {"gram": TensorSpec((size, size)), "target": TensorSpec((size, self.generator.out_features))}
 
     def download(self, message: Download) -> None:
         """Keep S and T until the device is at hand."""
@@ -124,3 +128,11 @@ class FedLSCLSums(FedLSCL):
         logits = self.observe(self.memory.remembered)["logits"]
         seen = self.data.class_mask(0, self.memory.begun)
         return float(masked_cross_entropy(logits, self.data.labels(self.memory.remembered), seen))
+
+
+def of_unit_length(gram: Tensor) -> str | None:
+    """A mean of x x^T (e + 1, e + 1), x features of length 1 (or 0) with a 1 behind them."""
+    lengths, one = float(gram.diagonal()[:-1].sum()), float(gram[-1, -1])
+    if not (0 <= lengths < 1 + 1e-3 and abs(one - 1) < 1e-3):
+        return f"is of features whose mean squared length is {lengths:g}, with {one:g} behind them; both must be 1"
+    return semidefinite(gram)

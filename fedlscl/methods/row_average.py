@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlscl.continual import NoReplay
-from fedlscl.messages import Schema, TensorSpec, Upload, schema_of
+from fedlscl.messages import MessageError, Schema, TensorSpec, Upload, not_negative, schema_of
 from fedlscl.methods.frozen_vit import FrozenViTClient
 from fedlscl.server import Answer, Answers, Context, FedAvg, Metrics
 
@@ -40,7 +40,7 @@ class CountingFrozenViTClient(FrozenViTClient):
 
     def upload_schema(self) -> Schema:
         """What is shared, and a number for each class."""
-        return {**schema_of(self.shared()), COUNTS: TensorSpec((self.num_classes,), torch.int64)}
+        return {**schema_of(self.shared()), COUNTS: TensorSpec((self.num_classes,), torch.int64, rule=not_negative)}
 
 
 class RowAverage(FedAvg):
@@ -64,6 +64,11 @@ class RowAverage(FedAvg):
             if name not in self.names or uploads[name].shape[:1] != uploads[COUNTS].shape:
                 fitting = [n for n in self.names if uploads[n].shape[:1] == uploads[COUNTS].shape]
                 raise ValueError(f"server.rows names '{name}', must name tensors with a row for each class: {fitting}")
+
+    def check(self, upload: Upload) -> None:
+        """The counts are those of the images behind the upload."""
+        if (counted := int(upload.tensors[COUNTS].sum())) != upload.samples:
+            raise MessageError(f"upload: '{COUNTS}' adds up to {counted} images, of {upload.samples}")
 
     def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:
         """One mean for all clients."""

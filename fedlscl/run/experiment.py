@@ -284,11 +284,9 @@ class Experiment:
             compute={name: Compute(**counts) for name, counts in federation.cost().items()},
             tested_pairs=None if pairs is None else len(pairs),
             untrained_pairs=None if pairs is None else sum(not pair.trained for pair in pairs),
-            skipped=tuple(
-                Skipped(entry["round"], int(client), reason)
-                for entry in history
-                for client, reason in entry["skipped"].items()
-            ),
+            skipped=_named(history, "skipped"),
+            unanswered=_named(history, "unanswered"),
+            nodes=federation.nodes,
             seconds=progress["seconds"],
             peak_memory_mib=progress["memory"],
             threads=torch.get_num_threads(),
@@ -347,6 +345,15 @@ def _traffic(rounds: list[dict[int, int]], clients: int) -> Traffic:
     """The bytes of each round by client, whose index is text once the checkpoint was read."""
     return Traffic.of(
         [[entry.get(client, entry.get(str(client))) for client in range(clients)] for entry in rounds]  # type: ignore[call-overload]
+    )
+
+
+def _named(history: list[dict[str, Any]], what: str) -> tuple[Skipped, ...]:
+    """The clients that something is said of in some rounds; older histories lack it."""
+    return tuple(
+        Skipped(entry["round"], int(client), reason)
+        for entry in history
+        for client, reason in entry.get(what, {}).items()
     )
 
 

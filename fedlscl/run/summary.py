@@ -159,6 +159,8 @@ class Summary:
         tested_pairs: on how many pairs of a client and a class the accuracies are, None where nobody counted.
         untrained_pairs: in how many of these the client has no training image of the class.
         skipped: the clients that were left out of a round.
+        unanswered: the clients that kept their model in a round, since no answer could be used, likewise.
+        nodes: by client the fingerprint of the key that its node had; empty where clients had none of their own.
         seconds: wall time, `total` and by phase.
         peak_memory_mib: the most memory that the process had.
         threads: torch's threads.
@@ -186,6 +188,8 @@ class Summary:
     tested_pairs: int | None = None
     untrained_pairs: int | None = None
     skipped: tuple[Skipped, ...]
+    unanswered: tuple[Skipped, ...] = ()
+    nodes: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float]
     peak_memory_mib: float
     threads: int

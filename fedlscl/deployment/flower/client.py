@@ -6,14 +6,15 @@ Flower makes it anew whenever it likes, from the words of the command line.
 from __future__ import annotations
 
 import fcntl
+import logging
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from lightning.pytorch.loggers import Logger
 
@@ -31,10 +32,33 @@ from fedlscl.models.vit import weights_sha256
 from fedlscl.run.configuration import Configuration
 from fedlscl.schedule import Round
 
+log = logging.getLogger(__name__)
 client_app = ClientApp()
+
+Handler = Callable[[Message, Context], Message]
+CLIENT_FAILED = 2  # of Flower's error codes, which its public modules do not name
+
+
+class NotThisClient(ValueError):
+    """A message, or data, of another client."""
+
+
+def tells_types_alone(handler: Handler) -> Handler:
+    """Reply with the type of an exception; its text, which may name files, stays in the log of this machine."""
+
+    @wraps(handler)
+    def guarded(message: Message, context: Context) -> Message:
+        try:
+            return handler(message, context)
+        except Exception as error:
+            log.error("%s: %s", type(error).__name__, error, exc_info=error)
+            return Message(Error(CLIENT_FAILED, type(error).__name__), reply_to=message)
+
+    return guarded
 
 
 @client_app.query("who")
+@tells_types_alone
 def who(message: Message, context: Context) -> Message:
     """Say which client this is, of which classes and split its data are, and what the run's words mean here.
 
@@ -56,6 +80,7 @@ def who(message: Message, context: Context) -> Message:
 
 
 @client_app.train()
+@tells_types_alone
 def fit(message: Message, context: Context) -> Message:
     """Train in a round, and reply with the upload and what training logged."""
     numbers, metrics = message.content.config_records["round"], _Metrics()
@@ -71,6 +96,7 @@ def fit(message: Message, context: Context) -> Message:
 
 
 @client_app.evaluate()
+@tells_types_alone
 def end(message: Message, context: Context) -> Message:
     """Hear the end of a round, and reply with the accuracies."""
     with _node(message, context) as node:
@@ -79,6 +105,7 @@ def end(message: Message, context: Context) -> Message:
 
 
 @client_app.query("cost")
+@tells_types_alone
 def cost(message: Message, context: Context) -> Message:
     """Count what this client trains and computes."""
     with _node(message, context) as node:
@@ -92,7 +119,7 @@ def _node(message: Message, context: Context) -> Iterator[Node]:
     index, worker, folder = _own(context)
     meant = _integer(message.content.config_records["round"], "client")
     if meant != index:
-        raise ValueError(f"the message is for client {meant}, and this is client {index}")
+        raise NotThisClient(f"the message is for client {meant}, and this is client {index}")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f".client-{index}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -110,7 +137,7 @@ def _own(context: Context) -> tuple[int, Worker, Path]:
         str(context.run_config["words"]), str(config.get("words", "")), str(config.get("data", ""))
     )
     if not 0 <= index < worker.template.clients or not worker.template.data.split.clients[index].tasks:
-        raise ValueError(f"client is {index} in the node's configuration, but the data there are not of that client")
+        raise NotThisClient(f"client is {index} in the node's configuration, but the data there are not of that client")
     return index, worker, folder
 
 

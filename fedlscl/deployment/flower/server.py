@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -15,6 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
+from fedlscl.deployment.flower.nodes import Bindings, Patience, key_of
 from fedlscl.deployment.flower.wire import (
     COST,
     END,
@@ -29,13 +31,12 @@ from fedlscl.deployment.flower.wire import (
 )
 from fedlscl.deployment.flower.words import experiment_of
 from fedlscl.evaluation import MASKS
-from fedlscl.federation.algorithm import MOST_SAID
 from fedlscl.federation.callback import FederationCallback
 from fedlscl.federation.store import Store
 from fedlscl.federation.template import Template
 from fedlscl.federation.transport import LEDGER, Fitted
 from fedlscl.federation.worker import COUNTS, Accuracy
-from fedlscl.messages import Download
+from fedlscl.messages import Download, in_a_line
 from fedlscl.run.configuration import Configuration
 from fedlscl.schedule import Round
 
@@ -53,7 +54,7 @@ def serve(grid: Grid, context: Context) -> None:
 
     Its fields: ``words``, those behind `fedlscl fit`; ``data``, the server's share as `fedlscl deal` writes it, empty
     to take the configuration's own data; ``timeout``, how many seconds clients have for a fit, and again to hear its
-    end.
+    end; ``clients``, their keys, see `Bindings`; ``patience``, see `Patience`.
     """
     config = context.run_config
     timeout = config["timeout"]
@@ -61,7 +62,14 @@ def serve(grid: Grid, context: Context) -> None:
         raise ValueError(f"timeout is {timeout!r}, must be a positive number of seconds")
     experiment = experiment_of(str(config["words"]), str(config["data"]))
     configuration = Configuration(shlex.split(str(config["words"])))
-    transport = partial(FlowerTransport, grid=grid, configuration=configuration.sha256, timeout=timeout)
+    transport = partial(
+        FlowerTransport,
+        grid=grid,
+        configuration=configuration.sha256,
+        timeout=timeout,
+        clients=str(config.get("clients", "")),
+        patience=config.get("patience", 2),
+    )
     experiment = replace(experiment, transport=transport)
     experiment.run(Console())
 
@@ -79,12 +87,24 @@ class FlowerTransport:
         grid: Flower's way to the nodes.
         configuration: hash of the run's configuration, which every node must have as well.
         timeout: seconds that clients have, for a fit and again to hear its end.
+        clients: the keys of clients' nodes, see `Bindings`; those of the others are learned and kept in the store.
+        patience: after how many rounds a client that does not reply is dropped, see `Patience`.
 
     Raises:
-        ValueError: if the store is that of a run in one process.
+        ValueError: if the store is that of a run in one process, or `clients` or `patience` is wrong.
     """
 
-    def __init__(self, template: Template, store: Store, *, grid: Grid, configuration: str, timeout: float) -> None:
+    def __init__(
+        self,
+        template: Template,
+        store: Store,
+        *,
+        grid: Grid,
+        configuration: str,
+        timeout: float,
+        clients: str = "",
+        patience: Any = 2,
+    ) -> None:
         self.template, self.store, self.grid, self.timeout = template, store, grid, timeout
         self.configuration = configuration
         if store.progress and LEDGER not in store.files:
@@ -102,6 +122,13 @@ class FlowerTransport:
         }
         self._since: list[int] = ledger["since"].tolist()
         self._missed: list[list[int]] = ledger["missed"].tolist()
+        self._bindings = Bindings(template.clients, clients, ledger.get("keys"))
+        self._patience, self._late, self._heard = Patience(patience), set[int](), set[int]()
+
+    @property
+    def nodes(self) -> dict[str, str]:
+        """By client the key that its node has; none in a simulation."""
+        return {str(client): key for client, key in sorted(self._bindings.keys.items())}
 
     def fit(
         self, round: Round, clients: Sequence[int], uploads: bool, callback: FederationCallback
@@ -151,8 +178,12 @@ class FlowerTransport:
             for entry in [entry for entry in self._missed if entry[0] == client]:
                 self.store.forget(_missed(client, entry[2]))
                 self._missed.remove(entry)
+        for node in self._patience.end(round.number, self._late, self._heard, self._by_client()):
+            self._absent.add(self._clients.pop(node))
+        self._late, self._heard = set(), set()
         missed = torch.tensor(self._missed, dtype=torch.int64).reshape(-1, len(_COLUMNS))
-        self.store.write(LEDGER, {"since": torch.tensor(self._since), "missed": missed})
+        ledger = {"since": torch.tensor(self._since), "missed": missed, "keys": self._bindings.learned()}
+        self.store.write(LEDGER, ledger)
         return found
 
     def cost(self, client: int) -> dict[str, int]:
@@ -174,14 +205,17 @@ class FlowerTransport:
         self, kind: str, round: Round, clients: Sequence[int], more: Mapping[str, bool]
     ) -> Iterator[tuple[int, RecordDict | str]]:
         """Send each client its message as soon as it is there; yield its reply, or why there is none."""
-        waiting, sent, deadline = list(clients), dict[str, int](), time.monotonic() + self.timeout
+        self._patience.nodes({node.node_id for node in self.grid.get_nodes()}, round.number)
+        dropped = self._patience.clients() if kind != COST else set()
+        waiting = [client for client in clients if client not in dropped]
+        sent, deadline = dict[str, int](), time.monotonic() + self.timeout
         self._asked = {message_id: asked for message_id, asked in self._asked.items() if asked[1] > time.monotonic()}
         self._refused.clear()  # what was wrong with a node may have been put right
         answered = kind == COST  # the run is over, and whoever is there will do
         pause = POLL_SECONDS
         while waiting or sent:
             late = time.monotonic() >= deadline  # a reply that took long to fetch must not cost others theirs
-            nodes = self._nodes()
+            nodes = self._nodes(round.number)
             for client in [client for client in waiting if client in nodes]:
                 if message_id := self._push(self._content(client, round, more), nodes[client], kind):
                     waiting.remove(client)
@@ -192,13 +226,17 @@ class FlowerTransport:
                     waiting.append(client)  # until the time-out it may come back
                     continue
                 answered, pause = True, POLL_SECONDS
+                self._heard.add(client)
                 yield client, _problem(reply) if isinstance(reply, Error) else reply
             if late or (answered and not sent and self._absent.issuperset(waiting)):
                 break  # who was not there before either holds nobody up
             if waiting or sent:
                 time.sleep(pause)
                 pause = min(1.5 * pause, SLOWEST_POLL_SECONDS)
-        self._absent = self._absent.difference(clients).union(waiting)
+        self._absent = self._absent.difference(clients).union(waiting, dropped)
+        self._late.update(sent.values())
+        for client in dropped.intersection(clients):
+            yield client, f"TimeoutError: dropped, {self._patience.reason()}"
         for client in waiting:
             within = f"within {self.timeout:g} s" if late else "since an earlier message"
             yield client, f"TimeoutError: no node of this client {within}"
@@ -219,8 +257,9 @@ class FlowerTransport:
             try:
                 replies = list(self.grid.pull_messages([message_id]))
             except Exception as error:
-                log.warning("a reply cannot be read", exc_info=error)
-                yield message_id, Error(0, f"{type(error).__name__}: {error}")
+                problem = in_a_line(f"{type(error).__name__}: {error}")
+                log.warning("a reply cannot be read: %s", problem)
+                yield message_id, Error(0, problem)
                 continue
             for reply in [reply for reply in replies if reply.metadata.reply_to_message_id == message_id][:1]:
                 yield message_id, reply.error if reply.has_error() else reply.content
@@ -245,27 +284,32 @@ class FlowerTransport:
             }
         )
 
-    def _nodes(self) -> dict[int, int]:
+    def _by_client(self) -> dict[int, int]:
+        return {client: node for node, client in self._clients.items()}
+
+    def _nodes(self, round: int) -> dict[int, int]:
         """The node of each client that is there; a node that is new is asked whose it is."""
-        online = set(self.grid.get_node_ids())
+        keys = {node.node_id: node.public_key for node in self.grid.get_nodes()}
+        online = set(keys)
         self._refused &= online
         # who comes back may have other data
         self._clients = {node: client for node, client in self._clients.items() if node in online}
         self._asked = {message_id: asked for message_id, asked in self._asked.items() if asked[0] in online}
-        for node in sorted(online - set(self._clients) - self._refused - {node for node, _ in self._asked.values()}):
+        known = set(self._clients) | self._refused | self._patience.nodes(online, round)
+        for node in sorted(online - known - {node for node, _ in self._asked.values()}):
             if message_id := self._push(RecordDict(), node, WHO):
                 self._asked[message_id] = node, time.monotonic() + self.timeout
         for message_id, reply in self._pull(self._asked):
             node, _ = self._asked.pop(message_id)
-            if _is_away(reply):
+            if _is_away(reply) or node not in keys:
                 continue
-            problem = _problem(reply) if isinstance(reply, Error) else self._meet(node, reply)
+            problem = _problem(reply) if isinstance(reply, Error) else self._meet(node, keys[node], reply)
             if problem:
                 self._refused.add(node)
                 log.warning("node %d is refused: %s", node, problem)
-        return {client: node for node, client in self._clients.items()}
+        return self._by_client()
 
-    def _meet(self, node: int, content: RecordDict) -> str | None:
+    def _meet(self, node: int, public_key: bytes, content: RecordDict) -> str | None:
         who = content.config_records.get("who", ConfigRecord())
         client = who.get("client")
         if type(client) is not int or not 0 <= client < self.template.clients:
@@ -279,9 +323,12 @@ class FlowerTransport:
             ("file of weights", self.template.vit.weights_sha256 or "none"),
         ):
             if who.get(name) != own:
-                return f"client {client} has another {name} ({str(who.get(name))[:12]}) than this run ({own[:12]})"
+                found = in_a_line(who.get(name))[:12]
+                return f"client {client} has another {name} ({found}) than this run ({own[:12]})"
         if others := [other for other, its in self._clients.items() if its == client]:
             return f"it says that it is client {client}, which is at node {others[0]}"
+        if problem := self._bindings.meet(client, key_of(public_key)):
+            return problem
         self._clients[node] = client
         if self._homes.setdefault(client, node) != node:
             log.warning("client %d was at node %d and is at node %d now", client, self._homes[client], node)
@@ -299,7 +346,7 @@ def _missed(client: int, round: int) -> str:
 
 def _problem(error: Error) -> str:
     """What a node or Flower says went wrong; a node may say it at any length."""
-    return (error.reason or f"Flower's error {error.code}")[:MOST_SAID]
+    return in_a_line(error.reason or f"Flower's error {error.code}")
 
 
 def _is_away(reply: RecordDict | Error) -> bool:

@@ -14,7 +14,8 @@ from fedlscl.federation.trainer import fit_once
 from fedlscl.messages import Schema, Upload
 from fedlscl.methods.fedmgp.client import FedMGPClient
 from fedlscl.methods.fedmgp.fits import Distillation, HeadTraining, Steps
-from fedlscl.server import Answer, Answers, Context, Metrics, Server, average
+from fedlscl.robust import Averaging, Robust
+from fedlscl.server import Answer, Answers, Context, Metrics, Server
 
 
 class FedMGPServer(Server):
@@ -26,6 +27,8 @@ class FedMGPServer(Server):
         epochs: over these, for the prompt and again for the head.
         batch_size: images of a step.
         learning_rate: of Adam.
+        robust: how key and head are averaged, see `FedAvg`; the prompt is distilled from all.
+        trim: the fraction that a trimmed mean leaves out at either end.
     """
 
     serves, needs = "FedMGPClient", ("prompt", "key", "global_head")
@@ -37,8 +40,11 @@ class FedMGPServer(Server):
         epochs: int = 5,
         batch_size: int = 16,
         learning_rate: float = 1e-3,
+        robust: Robust = "none",
+        trim: float = 0.2,
     ) -> None:
         super().__init__()
+        self.mean = Averaging(robust, trim)
         if fusion not in ("distil", "client0"):
             raise ValueError(f"server.fusion is {fusion}, must be distil or client0")
         at_least(1, "server", surrogates=surrogates, epochs=epochs, batch_size=batch_size)
@@ -55,6 +61,14 @@ class FedMGPServer(Server):
         """Keep the surrogate images."""
         self.images, self.labels = images, labels
 
+    def state(self) -> dict[str, Tensor]:
+        """What a robust average remembers."""
+        return self.mean.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take it over."""
+        self.mean.load(state)
+
     def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:
         """The same for all clients."""
         if self.fusion == "client0":
@@ -62,7 +76,7 @@ class FedMGPServer(Server):
             answer = Answer({name: sent[name] for name in ("prompt", "key")})
             return dict.fromkeys(range(context.clients), answer), {}
         student, *teachers = [uploads[index].tensors["prompt"] for index in sorted(uploads)]
-        mean = average((upload.tensors, upload.samples) for upload in uploads.values())
+        mean = self.mean(((upload.tensors, upload.samples) for upload in uploads.values()), context.start)
         model = self.model()
         assert isinstance(model, FedMGPClient)  # nobody else sends such prompts
         model.adopt({**mean, "prompt": student})

@@ -36,9 +36,12 @@ class FedWeITServer(Server):
         if not adaptive:
             return
         places = adaptive["places"]
-        if len(places) != len(adaptive["values"]) or places.min() < 0 or places.max() >= self.entries:
+        ascending = bool((places.diff() > 0).all())
+        within = places.min() >= 0 and places.max() < self.entries
+        if len(places) != len(adaptive["values"]) or not within or not ascending:
             raise MessageError(
-                f"upload: 'adaptive.places' must be a number from 0 to {self.entries - 1} for each of 'adaptive.values'"
+                f"upload: 'adaptive.places' must be a number from 0 to {self.entries - 1} for each of "
+                "'adaptive.values', ascending"
             )
 
     def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:

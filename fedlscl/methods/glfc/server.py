@@ -16,6 +16,7 @@ from fedlscl.memory import above, below
 from fedlscl.messages import Schema, Upload
 from fedlscl.methods.glfc.client import TEACHERS
 from fedlscl.methods.glfc.gradients import SIDE, encoded, encoding_net, labels_of
+from fedlscl.robust import Robust
 from fedlscl.server import Answer, Answers, Context, FedAvg, Metrics
 
 
@@ -26,12 +27,21 @@ class GLFCServer(FedAvg):
         iterations: of L-BFGS for each gradient.
         learning_rate: of L-BFGS.
         monitors: how many of the last iterates become monitor images.
+        robust: how the mean is made, see `FedAvg`.
+        trim: the fraction that a trimmed mean leaves out at either end.
     """
 
     serves, needs = "GLFCClient", ("gradients",)
 
-    def __init__(self, iterations: int = 250, learning_rate: float = 0.1, monitors: int = 20) -> None:
-        super().__init__("uniform")
+    def __init__(
+        self,
+        iterations: int = 250,
+        learning_rate: float = 0.1,
+        monitors: int = 20,
+        robust: Robust = "none",
+        trim: float = 0.2,
+    ) -> None:
+        super().__init__("uniform", robust, trim)
         checks.at_least(1, "server", iterations=iterations)
         checks.positive("server", learning_rate=learning_rate)
         if not 1 <= monitors <= iterations:
@@ -49,10 +59,12 @@ class GLFCServer(FedAvg):
 
     def state(self) -> dict[str, Tensor]:
         """Both teachers, the monitor images with their labels, and the score to beat."""
-        return {**self.teachers, "monitor.images": self.images, "monitor.labels": self.labels, "best": self.best}
+        monitors = {"monitor.images": self.images, "monitor.labels": self.labels}
+        return {**super().state(), **self.teachers, **monitors, "best": self.best}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over all of that."""
+        super().load(state)
         self.teachers = {name: tensor for name, tensor in state.items() if name.split(".")[0] in TEACHERS}
         self.images, self.labels, self.best = state["monitor.images"], state["monitor.labels"], state["best"]
 

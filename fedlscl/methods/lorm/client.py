@@ -16,7 +16,7 @@ from fedlscl.checks import at_least
 from fedlscl.client import Client
 from fedlscl.continual import NoReplay
 from fedlscl.memory import above, below
-from fedlscl.messages import Download, Schema, TensorSpec, optional, schema_of
+from fedlscl.messages import Download, Schema, TensorSpec, not_negative, optional, schema_of, semidefinite
 from fedlscl.methods.lorm.merging import divided
 from fedlscl.models.adapters import LoRA, LowRank
 from fedlscl.models.cnn import SmallModelSpec
@@ -159,7 +159,7 @@ class LoRMClient(Client):
     def upload_schema(self) -> Schema:
         """Factors of one kind, the head, and the Gram matrices."""
         width = self.head.in_features
-        return {**self._news(), **self._diagonals(), "gram.head": TensorSpec((width, width))}
+        return {**self._news(), **self._diagonals(), "gram.head": TensorSpec((width, width), rule=semidefinite)}
 
     def download(self, message: Download) -> None:
         """Take over what was merged; with Gram diagonals the task is over, and new factors begin."""
@@ -179,7 +179,9 @@ class LoRMClient(Client):
         return {**optional(schema_of(factors)), **schema_of(self._head())}
 
     def _diagonals(self) -> Schema:
-        return {f"gram.{layer}": TensorSpec((len(a), a.shape[2])) for layer, a in zip(LAYERS, self.a, strict=True)}
+        """Sums of squares."""
+        shapes = {layer: (len(a), a.shape[2]) for layer, a in zip(LAYERS, self.a, strict=True)}
+        return {f"gram.{layer}": TensorSpec(shape, rule=not_negative) for layer, shape in shapes.items()}
 
 
 class Listening:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlscl.memory import above, below
-from fedlscl.messages import Schema, Upload
+from fedlscl.messages import MessageError, Schema, Upload
 from fedlscl.methods.lorm.client import LAYERS, LoRMClient, initial, turn
 from fedlscl.methods.lorm.merging import merge, projected, shrunk
 from fedlscl.server import Answer, Answers, Context, Metrics, Server
@@ -37,6 +37,13 @@ class LoRMServer(Server):
         self.origin = int(body.origin)
         self.a = {layer: a.detach().clone() for layer, a in zip(LAYERS, body.a, strict=True)}
         self.merges = 0
+
+    def check(self, upload: Upload) -> None:
+        """The factor whose turn it is, and it alone."""
+        which = turn(self.merges)
+        wanted = {f"{which}.{layer}" for layer in LAYERS}
+        if {name for name in upload.tensors if name.startswith(("a.", "b."))} != wanted:
+            raise MessageError(f"upload: this round is for the factor {which} of all layers, and for no other")
 
     def state(self) -> dict[str, Tensor]:
         """The common A, and the rounds of the current task so far."""

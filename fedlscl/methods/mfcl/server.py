@@ -14,6 +14,7 @@ from fedlscl.messages import Schema
 from fedlscl.methods.data_free import DataFreeServer
 from fedlscl.methods.mfcl.client import MFCLClient
 from fedlscl.methods.mfcl.generator import GeneratorSettings, GeneratorTraining
+from fedlscl.robust import Robust
 from fedlscl.server import Metrics
 
 
@@ -22,13 +23,21 @@ class MFCLServer(DataFreeServer):
 
     Args:
         weighting: of the mean: `uniform`, or by the number of training `samples`.
+        robust: how the mean is made, see `FedAvg`.
+        trim: the fraction that a trimmed mean leaves out at either end.
         **training: of the generator, see `GeneratorSettings`.
     """
 
     serves, gives = "MFCLClient", ("generator",)
 
-    def __init__(self, weighting: Literal["samples", "uniform"] = "uniform", **training: Any) -> None:
-        super().__init__(weighting)
+    def __init__(
+        self,
+        weighting: Literal["samples", "uniform"] = "uniform",
+        robust: Robust = "none",
+        trim: float = 0.2,
+        **training: Any,
+    ) -> None:
+        super().__init__(weighting, robust, trim)
         self.settings = GeneratorSettings(**training)
 
     def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:

@@ -13,7 +13,8 @@ from fedlscl.checks import positive
 from fedlscl.messages import MessageError, Schema, Upload
 from fedlscl.methods.pilora.client import PAIR
 from fedlscl.methods.pilora.prototypes import weights
-from fedlscl.server import Answer, Answers, Context, Metrics, Server, average
+from fedlscl.robust import Averaging, Robust
+from fedlscl.server import Answer, Answers, Context, Metrics, Server
 
 
 class PILoRAServer(Server):
@@ -22,12 +23,21 @@ class PILoRAServer(Server):
     Args:
         proto_clients: whose copies of a class's prototype count, those of the clients `training` it now or of `all`.
         temperature: of the softmax that makes weights of them.
+        robust: how the pairs are averaged, see `FedAvg`.
+        trim: the fraction that a trimmed mean leaves out at either end.
     """
 
     serves, needs = "PILoRAClient", ("means",)
 
-    def __init__(self, proto_clients: Literal["training", "all"] = "training", temperature: float = 0.2) -> None:
+    def __init__(
+        self,
+        proto_clients: Literal["training", "all"] = "training",
+        temperature: float = 0.2,
+        robust: Robust = "none",
+        trim: float = 0.2,
+    ) -> None:
         super().__init__()
+        self.mean = Averaging(robust, trim)
         positive("server", temperature=temperature)
         self.proto_clients, self.temperature = proto_clients, temperature
 
@@ -48,11 +58,12 @@ class PILoRAServer(Server):
             )
 
     def state(self) -> dict[str, Tensor]:
-        """The prototypes (K, d) of all classes, as answered last."""
-        return {"prototypes": self.prototypes}
+        """The prototypes (K, d) of all classes, as answered last, and what a robust average remembers."""
+        return {**self.mean.state(), "prototypes": self.prototypes}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over the prototypes."""
+        self.mean.load(state)
         self.prototypes = state["prototypes"].clone()
 
     def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:
@@ -71,7 +82,7 @@ class PILoRAServer(Server):
                     means[label].append(mean)
                 yield {name: sent[name] for name in PAIR}, upload.samples
 
-        pair = average(pairs())
+        pair = self.mean(pairs(), context.start)
         for label, copies in candidates.items():
             if self.proto_clients == "all":
                 copies += [self.prototypes[label]] * (context.clients - len(copies))

@@ -13,6 +13,7 @@ from fedlscl.federation.trainer import fit_once
 from fedlscl.messages import Schema
 from fedlscl.methods.data_free import DataFreeServer
 from fedlscl.methods.target.synthesis import Inversion, InversionSettings
+from fedlscl.robust import Robust
 from fedlscl.server import Metrics
 
 
@@ -21,13 +22,21 @@ class TARGETServer(DataFreeServer):
 
     Args:
         weighting: of the mean: `uniform`, or by the number of training `samples`.
+        robust: how the mean is made, see `FedAvg`.
+        trim: the fraction that a trimmed mean leaves out at either end.
         **inversion: how the images are made, see `InversionSettings`.
     """
 
     serves, gives = "TARGETClient", ("images",)
 
-    def __init__(self, weighting: Literal["samples", "uniform"] = "uniform", **inversion: Any) -> None:
-        super().__init__(weighting)
+    def __init__(
+        self,
+        weighting: Literal["samples", "uniform"] = "uniform",
+        robust: Robust = "none",
+        trim: float = 0.2,
+        **inversion: Any,
+    ) -> None:
+        super().__init__(weighting, robust, trim)
         self.settings = InversionSettings(**inversion)
 
     def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
