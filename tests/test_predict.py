@@ -176,11 +176,11 @@ def test_a_damaged_run_is_told(run_dir: Path, tmp_path: Path, capsys: pytest.Cap
     assert "there is no folder 'nowhere'" in answer("--out", "nowhere/x.csv")
     assert "top is 0" in answer("--top", "0")
     for path, content, text in (
-        *((state, b"\xff" * 30, "client 0") for state in (run_dir / "checkpoint").glob("client-0*")),
+        *((state, b"\xff" * 30, state.name) for state in (run_dir / "checkpoint").glob("client-0*")),
         (run_dir / "config.yaml", b"model:\n  unknown: 3\n", "model"),
         (run_dir / "config.yaml", b"", "config.yaml"),
         (run_dir / "split.json", b'{"split": 3}', "split.json"),
-        (run_dir / "split.json", b'{"split": ', "split.json, line 1"),
+        (run_dir / "split.json", b'{"split": ', "split.json"),
         (run_dir / "summary.json", b"{}", "summary.json"),
     ):
         before = path.read_bytes()

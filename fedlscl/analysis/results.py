@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +17,7 @@ from fedlscl.analysis.formats import in_one_line
 from fedlscl.checks import path as path_of
 from fedlscl.evaluation import MASKS, FloatArray, measured_mean, summarise
 from fedlscl.run.fields import flat
-from fedlscl.run.summary import NotASummary, Summary
+from fedlscl.run.summary import NotASummary, Summary, checked
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +217,9 @@ def _read(path: Path) -> Run:
         ValueError: if it is no complete summary; naming the file and what is wrong.
     """
     try:
-        summary = Summary.from_json(json.dumps(_printable(json.loads(path.read_bytes()))), str(path))
+        if (content := checked(path)) is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        summary = Summary.from_json(json.dumps(_printable(json.loads(content))), str(path))
     except (RecursionError, OverflowError) as error:
         raise ValueError(f"{path} holds what no run writes ({error})") from error
     except json.JSONDecodeError:

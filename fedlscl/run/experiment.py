@@ -333,11 +333,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     """The settings in which two configurations differ, as text."""
     found = []
     for key in dict.fromkeys([*old, *new]):
-        before, after = old.get(key, NOT_SET), new.get(key, NOT_SET)
+        before, after = old.get(key), new.get(key)  # where a field is new, it was not set before
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             found += differences(before, after, f"{prefix}{key}.")
         elif before != after:
-            found.append(f"{prefix}{key}: {before} there, {after} now")
+            there, now = (fields.get(key, NOT_SET) for fields in (old, new))
+            found.append(f"{prefix}{key}: {there} there, {now} now")
     return found
 
 

@@ -29,6 +29,24 @@ def contradictory(*fingerprints: str | None) -> bool:
     return len({fingerprint.rpartition(":")[0] for fingerprint in known}) < len(known)
 
 
+def checked(path: Path) -> bytes | None:
+    """What is in a summary's file, None if it is missing; in the folder of its run, what the run wrote and nothing else.
+
+    Raises:
+        OSError: if the file cannot be read.
+        Damaged: if its checksum in the run's checkpoint is another.
+    """
+    folder, sums = RunFolder(path.parent), {}
+    if path.name == SUMMARY:
+        try:
+            sums = folder.sums()
+        except Damaged as error:
+            log.warning("%s; '%s' cannot be checked", error, path)
+        except ValueError:  # a checkpoint of an older version, which has no checksums
+            pass
+    return folder.read(path.name, sums)
+
+
 class NotASummary(ValueError):
     """A file that was never meant to be a summary."""
 
@@ -215,15 +233,7 @@ class Summary:
     @classmethod
     def read_if_there(cls, path: Path) -> Summary | None:
         """As `read`, and None if there is no such file."""
-        folder, sums = RunFolder(path.parent), {}
-        if path.name == SUMMARY:
-            try:
-                sums = folder.sums()
-            except Damaged as error:
-                log.warning("%s; '%s' cannot be checked", error, path)
-            except ValueError:  # a checkpoint of an older version, which has no checksums
-                pass
-        content = folder.read(path.name, sums)
+        content = checked(path)
         return None if content is None else cls.from_json(content, str(path))
 
     @classmethod
