@@ -31,6 +31,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fedlscl.deployment.flower.nodes import fingerprint
 from fedlscl.run.configuration import Configuration
 
 HERE = Path(__file__).resolve().parent
@@ -139,10 +140,11 @@ class Deployment:
         )
 
     def start(self, name: str, folder: Path, *command: str) -> None:
-        """Start a process in a folder; what it writes goes to ``output.log`` there."""
+        """Start a process of Flower's in a folder; what it writes goes to ``output.log`` there."""
+        starter = (sys.executable, "-m", "fedlscl.deployment.flower.start")
         with (folder / "output.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                [BIN / command[0], *command[1:]],
+                [*starter, BIN / command[0], *command[1:]],
                 cwd=folder,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
@@ -168,6 +170,9 @@ class Deployment:
         """
         config = self.folder / "run.toml"
         values = {"words": shlex.join(self.words), "data": "" if self.simulate else ".", "timeout": self.timeout}
+        public = sorted(self.folder.glob("client-*/node.pub"))
+        keys = {path.parent.name.removeprefix("client-"): fingerprint(path.read_text()) for path in public}
+        values["clients"] = ",".join(f"{client}={key}" for client, key in keys.items())
         config.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items()))
         options = [f"--run-config={config}", "--format=json"]
         if self.simulate:

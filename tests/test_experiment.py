@@ -396,10 +396,14 @@ def test_what_a_killed_process_left_behind_is_removed(interrupted: Path, make: M
 def test_trouble_of_the_machine_ends_a_run_in_a_line(
     interrupted: Path, make: Make, monkeypatch: pytest.MonkeyPatch, finished: tuple[Experiment, Summary]
 ) -> None:
-    folder = copied(interrupted, make())
+    copied(interrupted, make())
     for error, expected, line in (
-        (OSError(28, "No space left on device", "metrics.csv"), StoppedRun, "No space left on device: 'metrics.csv' "),
-        (MemoryError(), StoppedRun, "MemoryError: "),
+        (
+            OSError(28, "No space left on device", "metrics.csv"),
+            StoppedRun,
+            "metrics.csv: No space left on device; make",
+        ),
+        (MemoryError(), StoppedRun, "there is not enough memory"),
         (KeyError("oops"), KeyError, "oops"),
     ):
         with monkeypatch.context() as patch:

@@ -177,7 +177,7 @@ def test_a_damaged_run_is_told(run_dir: Path, tmp_path: Path, capsys: pytest.Cap
     assert "top is 0" in answer("--top", "0")
     for path, content, text in (
         *((state, b"\xff" * 30, state.name) for state in (run_dir / "checkpoint").glob("client-0*")),
-        (run_dir / "config.yaml", b"model:\n  unknown: 3\n", "model"),
+        (run_dir / "config.yaml", b"model:\n  unknown: 3\n", "config.yaml"),
         (run_dir / "config.yaml", b"", "config.yaml"),
         (run_dir / "split.json", b'{"split": 3}', "split.json"),
         (run_dir / "split.json", b'{"split": ', "split.json"),

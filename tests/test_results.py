@@ -55,7 +55,7 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("{", "is not JSON: Expecting property name"),
+        ("{", "is not JSON; it was cut short or changed"),
         ({"seed": "42"}, ": seed is '42', must be a whole number"),
         ({"config": None}, "lacks config; it was cut short, or made by another version"),
         ({"seconds": None, "machine": None}, "lacks machine, seconds; it was"),

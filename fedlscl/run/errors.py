@@ -146,7 +146,11 @@ def told(error: BaseException) -> str | None:
     if "SafetensorError" in names:
         cause = " (is the disk full?)" if "os error 28" in text else ""
         return f"a file of tensors cannot be read or written: {text}{cause}"
-    if isinstance(error, MemoryError) or "OutOfMemoryError" in names or "allocate memory" in text:
+    if (
+        isinstance(error, MemoryError)
+        or "OutOfMemoryError" in names
+        or ("allocate memory" in text and not _ours(error))
+    ):
         return f"there is not enough memory: {text or 'smaller batches or images need less'}"
     if isinstance(error, OverflowError):
         return f"a number is too large: {text}"

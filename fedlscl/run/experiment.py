@@ -33,6 +33,7 @@ from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 from fedlscl.run.callback import RunCallback, accuracy_arrays, known
 from fedlscl.run.console import FederationProgress, summary_table
+from fedlscl.run.errors import told
 from fedlscl.run.fields import short
 from fedlscl.run.folder import CHECKPOINT, CONFIG, METRICS, SPLIT, SUMMARY, RunFolder
 from fedlscl.run.summary import Accuracy, Compute, Skipped, Summary, Traffic, contradictory
@@ -159,11 +160,10 @@ class Experiment:
             yield
         except Exception as error:
             if isinstance(error, NobodyLeft | Damaged) or is_the_machines(error):
-                plain = isinstance(error, NobodyLeft | Damaged | OSError)
-                cause = str(error) if plain else f"{type(error).__name__}: {error}".splitlines()[0]
+                cause = told(error) or f"{type(error).__name__}: {error}".splitlines()[0]
                 raise StoppedRun(
-                    f"{cause} (run_dir '{self.run_dir}' keeps the rounds that are complete: start the run again to go "
-                    "on after them)"
+                    f"{cause} (run_dir '{self.run_dir}' keeps the complete rounds: start the run again to go on after "
+                    "them)"
                 ) from error
             raise
 
