@@ -30,7 +30,7 @@ def contradictory(*fingerprints: str | None) -> bool:
 
 
 def checked(path: Path) -> bytes | None:
-    """What is in a summary's file, None if it is missing; in the folder of its run, what the run wrote and nothing else.
+    """What is in a summary's file, None if it is missing; in the folder of its run it is what the run wrote, or refused.
 
     Raises:
         OSError: if the file cannot be read.
