@@ -30,7 +30,7 @@ def contradictory(*fingerprints: str | None) -> bool:
 
 
 def checked(path: Path) -> bytes | None:
-    """What is in a summary's file, None if it is missing; in the folder of its run it is what the run wrote, or refused.
+    """What is in a summary's file, None if it is missing; in its run's folder it is what the run wrote, or refused.
 
     Raises:
         OSError: if the file cannot be read.
