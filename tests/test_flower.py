@@ -948,7 +948,7 @@ def test_keys_in_the_configuration_keep_others_out_from_the_start(
 
 @pytest.mark.parametrize("named", ["3=*", "0=*,0=*", "0", "x=*", "0=SHA256:short"])
 def test_keys_that_are_none_are_named(named: str) -> None:
-    with pytest.raises(ValueError, match="clients (has the entry|names client)"):
+    with pytest.raises(ValueError, match=r"clients (has the entry|names client)"):
         Bindings(3, named)
 
 

@@ -258,9 +258,9 @@ def among_alike(folder: Path) -> tuple[str, int]:
         cells = [f"{r.accuracy:.1f}{' (refused)' if r.refused else ''}" for r in results]
         rows.append(f"| {average} | {honest.accuracy:.1f} | {' | '.join(cells)} |")
     said = (
-        "Averages of clients with other classes are near chance here, so that the table above shows that runs go on, and "
-        "little of what a robust average is worth. FedAvg on three clients that have the same four classes, one task of "
-        "three rounds, accuracy of the two others in %:"
+        "Averages of clients with other classes are near chance here, so that the table above shows that runs go on, "
+        "and little of what a robust average is worth. FedAvg on three clients that have the same four classes, one "
+        "task of three rounds, accuracy of the two others in %:"
     )
     return "\n".join([said, "", *rows]), ended
 
