@@ -34,6 +34,7 @@ from fedlscl.federation.algorithm import Federation
 from fedlscl.federation.callback import RoundResult
 from fedlscl.messages import Download, Message, Upload, schema_of
 from fedlscl.run.experiment import Experiment
+from fedlscl.run.folder import RunFolder
 from fedlscl.run.predict import predict
 from fedlscl.schedule import Schedule
 
@@ -287,7 +288,7 @@ def test_prediction_from_files_is_that_of_the_evaluation(whole: tuple[Experiment
     """Each client's accuracies among the classes seen come out of the run's folder and image files again, exactly."""
     experiment, seen = whole
     run_dir, told = experiment.run_dir, "seen" in experiment.client.task_aware
-    experiment._save_beginning()
+    RunFolder(run_dir).begin(experiment._beginning, {})
     acc = {mask: np.array(seen.results[-1].accuracy[mask])[:, None].repeat(2, 1) for mask in MASKS}
     acc = {mask: np.where(np.tri(2, dtype=bool), values, np.nan) for mask, values in acc.items()}
     make_summary(acc=acc, task_aware=tuple(experiment.client.task_aware)).write(run_dir / "summary.json")

@@ -110,6 +110,7 @@ def test_no_values_end_a_run_or_harm_another_client(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(values, "ATTACKS", chosen)
     monkeypatch.setattr(values, "exchanging", lambda: ["fedvit"])
     monkeypatch.setattr(values, "AVERAGES", ("median",))
+    monkeypatch.setattr(values, "among_alike", lambda folder: ("", 0))
     text, faults = values.run(tmp_path, 0, values.COUNT)
     assert faults == 0, text
     rows = {

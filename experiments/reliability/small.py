@@ -63,14 +63,18 @@ def exchanging() -> list[str]:
     return [name for name, content in found.items() if content["server"]["class_path"] not in silent]
 
 
-def experiment(name: str, folder: Path) -> Experiment:
-    """The experiment of a method; parsing takes longer than a run, so make it once and run `fresh` ones."""
+def experiment(name: str, folder: Path, *more: str) -> Experiment:
+    """The experiment of a method with `more` words; parsing takes longer than a run, so make it once, see `federation`.
+
+    The words that name fields of its own come last, and count.
+    """
     path = folder / "small.yaml"
     data = {**SETTING["data"], "cache_dir": str(folder / "cache")}
     path.write_text(yaml.safe_dump({**SETTING, "data": data}))
     words = ["--config", str(path), "--config", str(METHODS / f"{name}.yaml")]
     words += [f"--model.init_args.{field}={value}" for field, value in BUDGET.items()]
     words += [f"--server.init_args.{field}={value}" for field, value in OF_SERVER.get(name, {}).items()]
+    words += more
     made = Configuration(words).build()
     made.load()
     return made
