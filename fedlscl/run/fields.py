@@ -45,7 +45,7 @@ def read_yaml(path: Path) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}{where}: not YAML ({getattr(error, 'problem', None) or error})") from error
+        raise ValueError(f"{path}{where}: this is not YAML ({getattr(error, 'problem', None) or error})") from error
     except RecursionError:
         raise ValueError(f"{path}: nested too deeply to be read") from None
 
@@ -60,7 +60,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(_text(path))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg}); it was cut short or changed") from error
+        raise ValueError(
+            f"{path}, line {error.lineno}: this is not JSON ({error.msg}); it was cut short or changed"
+        ) from error
     except RecursionError:
         raise ValueError(f"{path}: nested too deeply to be read") from None
 
@@ -71,4 +73,4 @@ def _text(path: Path) -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); save it as UTF-8") from error
+        raise ValueError(f"{path}, line {line}: this is not UTF-8 ({error.reason}); save it as UTF-8") from error
