@@ -119,10 +119,10 @@ def test_wrong_values_are_told_in_a_line(
         (b"", "holds nothing"),
         (b"just text", "holds a str"),
         (b"- 1\n", "holds a list"),
-        (b"model:\n  na\xefve: 3\n", ", line 2: not UTF-8"),
-        (b"a: [1,\nb: 2", ", line 2: not YAML"),
+        (b"model:\n  na\xefve: 3\n", ", line 2: this is not UTF-8"),
+        (b"a: [1,\nb: 2", ", line 2: this is not YAML"),
         (b"a: \0", "not YAML"),
-        (b"model: !!python/object/apply:os.system [ls]", ", line 1: not YAML"),
+        (b"model: !!python/object/apply:os.system [ls]", ", line 1: this is not YAML"),
         (b"model: &a [*a]", "nested too deeply"),
     ],
 )

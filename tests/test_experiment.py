@@ -427,6 +427,7 @@ def test_differences_name_every_field() -> None:
     new = {"a": 1, "b": {"c": 3, "d": {"e": [1, 2]}}, "kind": "y", "new": 5}
     named = [text.split(":")[0] for text in differences(old, new)]
     assert named == ["b.c", "b.d.e", "kind", "new"]
+    assert differences({}, {"cache_mib": 8192}) == ["cache_mib: not set there, 8192 now"]
     assert differences(old, old) == []
 
 

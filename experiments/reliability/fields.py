@@ -193,9 +193,8 @@ def draw(rng: random.Random, mini: Path, folder: Path, number: int) -> Case:
 
     def word() -> Case:
         field = rng.choice([name for name in sorted(RANGES) if "model_args" not in name and "class_path" not in name])
-        value = (
-            yaml.safe_dump(rng.choice(RANGES[field]), default_flow_style=True, width=10**6).split("\n...")[0].strip()
-        )
+        wrong = rng.choice([value for value in RANGES[field] if value != ""])  # whose '' would be two quotes here
+        value = yaml.safe_dump(wrong, default_flow_style=True, width=10**6).split("\n...")[0].strip()
         name = field.replace(".init_args", "")
         return Case(f"--{name}={value}", ["--config", str(mini), f"--{name}={value}"], (*last_names(field), "data"))
 

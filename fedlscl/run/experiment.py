@@ -333,12 +333,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     """The settings in which two configurations differ, as text."""
     found = []
     for key in dict.fromkeys([*old, *new]):
-        before, after = old.get(key), new.get(key)  # where a field is new, it was not set before
+        before, after = old.get(key), new.get(key)  # null is as good as nothing
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             found += differences(before, after, f"{prefix}{key}.")
         elif before != after:
-            there, now = (fields.get(key, NOT_SET) for fields in (old, new))
-            found.append(f"{prefix}{key}: {there} there, {now} now")
+            found.append(f"{prefix}{key}: {old.get(key, NOT_SET)} there, {new.get(key, NOT_SET)} now")
     return found
 
 

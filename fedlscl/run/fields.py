@@ -44,7 +44,7 @@ def read_yaml(path: Path) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}{where}: not YAML ({getattr(error, 'problem', None) or error})") from error
+        raise ValueError(f"{path}{where}: this is not YAML ({getattr(error, 'problem', None) or error})") from error
     except RecursionError:
         raise ValueError(f"{path}: nested too deeply to be read") from None
 
@@ -55,4 +55,4 @@ def _text(path: Path) -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); save it as UTF-8") from error
+        raise ValueError(f"{path}, line {line}: this is not UTF-8 ({error.reason}); save it as UTF-8") from error

@@ -16,6 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
+from fedlscl.checks import path as path_of
 from fedlscl.client import Client
 from fedlscl.data.module import FederatedDataModule
 from fedlscl.federation.algorithm import Federation
@@ -78,7 +79,8 @@ def simulate(
         made.logger = logger
         return made
 
-    if folder is not None and Path(folder).exists() and any(Path(folder).iterdir()):
+    folder = None if folder is None else path_of(folder)
+    if folder is not None and folder.exists() and any(folder.iterdir()):
         raise ValueError(
             f"folder '{folder}' holds something; give a new one (a run that goes on where it was interrupted is what "
             "`fedlscl fit` is for)"
@@ -89,10 +91,10 @@ def simulate(
     data.setup()
     with ExitStack() as stack:
         if folder is None:
-            folder = tempfile.mkdtemp(prefix="fedlscl-")
+            folder = Path(tempfile.mkdtemp(prefix="fedlscl-"))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
         with _quiet():
-            template, store = Template(client, data, vit, cnn, seed, trainer), Store(Path(folder))
+            template, store = Template(client, data, vit, cnn, seed, trainer), Store(folder)
             schedule = Schedule(rounds, clients_per_round)
             federation = Federation(schedule, server, template, store, InProcess(template, store))
         closing = stack.pop_all()
