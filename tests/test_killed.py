@@ -44,46 +44,50 @@ import fedlscl.methods.fed_lscl, lightning.pytorch.loops, matplotlib.pyplot, tim
 
 config, whole, killed, record = sys.argv[1:]
 sys.argv[1:] = []
-writes, last = 0, 0
+writes, deadly = [0], None  # writes after each manifest
 
 
 def counted(write):
     def call(*args, **options):
-        global writes
-        writes += 1
-        if writes == last:
+        writes[-1] += 1
+        if (len(writes) - 1, writes[-1]) == deadly:
             os.kill(os.getpid(), signal.SIGKILL)
-        return write(*args, **options)
+        result = write(*args, **options)
+        if write is replace and Path(args[1]).name == "state.json":
+            writes.append(0)
+        return result
 
     return call
 
 
-def attempt(run_dir, deadly):
-    global last
-    last = deadly
+def attempt(run_dir, when):
+    global deadly
+    deadly = when
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     code = 1
     try:
         cli.main(["fit", "--config", config, "--run_dir", run_dir])
-        Path(run_dir, "writes").write_text(str(writes))
+        Path(run_dir, "writes").write_text(json.dumps(writes))
         code = 0
     finally:
         os._exit(code)
 
 
+replace = os.replace
 for name in ("replace", "fsync", "unlink"):
     setattr(os, name, counted(getattr(os, name)))
-assert attempt(whole, 0) == 0
-of_a_round = int(Path(whole, "writes").read_text()) // 6
+assert attempt(whole, None) == 0
+first, *rounds, last = json.loads(Path(whole, "writes").read_text())
+assert len(rounds) == 7  # a manifest before the first state, one for each round, and one when all is finished
 # at the beginning, in the first round, and then each time elsewhere in the round after the next
-for deadly in (2, of_a_round // 2, *(of_a_round + 10 + 7 * n % of_a_round for n in range(4))):
-    code, state = attempt(killed, deadly), Path(killed, "checkpoint", "state.json")
+for when in ((0, 2), (1, 3), *((1, 4 + 7 * n % (rounds[1] - 4)) for n in range(4))):
+    code, state = attempt(killed, when), Path(killed, "checkpoint", "state.json")
     progress = json.loads(state.read_text())["progress"] if state.exists() else {}
     with open(record, "a") as file:
         file.write(json.dumps([code, progress.get("round", 0)]) + "\\n")
-assert attempt(killed, 0) == 0
+assert attempt(killed, None) == 0
 """
 
 

@@ -125,6 +125,11 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_title_may_hold_any_sign(tmp_path: Path) -> None:
-    accuracy_matrix([[[50.0]]], tmp_path / "matrix.png", title=r"a$\frac$b on $x_{$")
-    assert (tmp_path / "matrix.png").stat().st_size > 0
+def test_a_name_is_drawn_as_it_is(tmp_path: Path, drawn: list[Figure]) -> None:
+    """And not as a formula, which it need not be."""
+    for number, title in enumerate((r"a$\frac$b", "cost $5 to $6", r"\$", "$x$")):
+        accuracy_matrix([[[50.0]]], tmp_path / f"{number}.png", title)
+        accuracy_over_rounds(HISTORY, tmp_path / f"{number}-rounds.png", title=title)
+    for figure in drawn:
+        assert not figure._suptitle.get_parse_math()  # type: ignore[attr-defined]
+    assert drawn[0]._suptitle.get_text() == r"a$\frac$b"  # type: ignore[attr-defined]

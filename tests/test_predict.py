@@ -17,6 +17,7 @@ from test_cli import METHOD
 
 from fedlscl.cli import main
 from fedlscl.data.splits import Split
+from fedlscl.files import Damaged
 from fedlscl.models.vit import FrozenViT
 from fedlscl.run.predict import files_in, predict
 
@@ -77,6 +78,21 @@ def test_other_weights_in_the_place_of_the_runs_are_refused(run_dir: Path, tmp_p
     write_weights(tmp_path, 0.1)
     with pytest.raises(ValueError, match="weights are not those of the run"):
         predict(run_dir, [str(tmp_path / "image.png")])
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "split.json", "checkpoint/state.json", "client-0"])
+def test_a_damaged_file_of_the_run_is_named(run_dir: Path, tmp_path: Path, name: str) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    path = run_dir / name if name != "client-0" else next((run_dir / "checkpoint").glob("client-0*"))
+    content = path.read_bytes()
+    at = len(content) // 2
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    with pytest.raises(Damaged, match=f"{path.name}' is damaged"):
+        predict(run_dir, [str(tmp_path / "image.png")])
+    path.unlink()
+    if name != "checkpoint/state.json":
+        with pytest.raises(Damaged, match=f"{path.name}' is missing"):
+            predict(run_dir, [str(tmp_path / "image.png")])
 
 
 def mistakes(run_dir: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:

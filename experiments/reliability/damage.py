@@ -20,6 +20,9 @@ from reliability.forked import Outcome, finished, fit, forked, numbers
 COUNT = 2000
 """Damages."""
 
+SHOWN = 5
+"""Faults in one place that are listed, of which there may be many of a kind."""
+
 
 def flipped(content: bytes, rng: Random) -> bytes:
     """One bit is another."""
@@ -127,9 +130,11 @@ def run(folder: Path, seed: int, count: int) -> tuple[str, int]:
             where = file.relative_to(root)
             faults.setdefault(place, []).append(f"{end}: {name}, {where} {damage.__name__}: {line}")
     ends = sorted({end for tally in tallies.values() for end in tally})
-    lines = [f"| | {' | '.join(end.lower() for end in ends)} |", f"| --- |{' --- |' * len(ends)}"]
+    lines = [f"{count} damages, by where they were and what came of them:", ""]
+    lines += [f"| | {' | '.join(end.lower() for end in ends)} |", f"| --- |{' --- |' * len(ends)}"]
     lines += [f"| {place} | {' | '.join(str(tally[end]) for end in ends)} |" for place, tally in tallies.items()]
-    lines += ["", *(f"- fault in {place}: {fault}" for place, those in faults.items() for fault in those)]
+    lines += ["", *(f"- fault in {place}: {fault}" for place, those in faults.items() for fault in those[:SHOWN])]
+    lines += [f"- and {len(those) - SHOWN} more in {p}" for p, those in faults.items() if len(those) > SHOWN]
     return "\n".join(lines), sum(map(len, faults.values()))
 
 

@@ -11,12 +11,13 @@ import os
 import re
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from reliability.changes import Change, watch
+from reliability.changes import Change, audited, watch
 from reliability.forked import Outcome, finished, fit, forked, numbers
 from reliability.power import MODES, Disk
 
@@ -62,6 +63,7 @@ def snapshots(config: Path, place: Path, where: Path, seed: int) -> tuple[list[P
     def prepare() -> None:
         seen: dict[str, dict[str, Contents]] = {}
         disk, rng, killed = Disk(place), Random(seed), list[str]()
+        heard, told = audited([place]), Counter[str]()
 
         def keep(kind: str, found: Contents) -> str:
             alike = seen.setdefault(kind, {})
@@ -74,6 +76,9 @@ def snapshots(config: Path, place: Path, where: Path, seed: int) -> tuple[list[P
             return name
 
         def tell(change: Change) -> None:
+            if {kind: told[kind] for kind in heard} != heard:
+                (where / "unseen").write_text(f"before change {len(killed) + 1} {heard} and not {told}")
+            told[change.kind] += 1
             now = contents(place)
             killed.append(keep("kill", now))
             if change.kind == "write" and len(change.content) > 1:
@@ -135,6 +140,8 @@ def run(folder: Path, seed: int, count: int) -> tuple[str, int]:
     killed_at, by_kind, outcome = snapshots(config, place, where, seed)
     changes = len(killed_at)
     lines, faults = [f"The run makes {changes} changes on the disk.", ""], []
+    if (where / "unseen").exists():
+        faults.append(f"not all changes were seen: the interpreter says {(where / 'unseen').read_text()}")
     if (wrong := problem(outcome, place / "run", expected, names)) is not None:
         faults.append(f"the run that is watched: {wrong}")
     killed = folder / "killed"

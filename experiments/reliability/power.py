@@ -19,6 +19,10 @@ class _File:
     certain: bytes = b""
 
 
+def _middle(file: _File) -> int:
+    return (len(file.certain) + len(file.now)) // 2
+
+
 @dataclass
 class _Folder:
     now: dict[str, _File | _Folder] = field(default_factory=dict)
@@ -109,7 +113,9 @@ class Disk:
                 if isinstance(what, _Folder):
                     found[path] = None
                     gather(what, f"{path}/")
-                elif mode == 2 and what.now != what.certain:
+                elif mode == 2 and what.now.startswith(what.certain):  # at most the end is uncertain
+                    found[path] = what.now[: rng.choice((len(what.certain), len(what.now), _middle(what)))]
+                elif mode == 2:
                     found[path] = rng.choice((what.certain, what.now, what.now[: len(what.now) // 2], b""))
                 else:
                     found[path] = what.certain
