@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # A worker takes file after file: the long ones first, and none waits at the end for another's
-LONGEST = ("contract", "flower", "deployment", "bench", "report", "sweep", "killed", "wandb_server", "cli", "start")
+LONGEST = ("contract", "flower", "deployment", "bench", "wandb_server", "sweep", "killed", "reliability", "report")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -126,7 +126,7 @@ def run(folder: Path, seed: int, count: int) -> tuple[str, int]:
             end = end if told[name] in outcome.text else "OTHER NUMBERS"
         tallies.setdefault(place, Counter())[end] += 1
         if end.isupper():
-            line = outcome.text.strip().splitlines()[-1] if outcome.text.strip() else "nothing"
+            line = (outcome.text.strip().splitlines() or ["nothing"])[-1].replace(f"{folder}/", "")
             where = file.relative_to(root)
             faults.setdefault(place, []).append(f"{end}: {name}, {where} {damage.__name__}: {line}")
     ends = sorted({end for tally in tallies.values() for end in tally})
