@@ -114,13 +114,17 @@ def sha256(content: bytes) -> str:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Keep other processes from what a lock file stands for; the lock goes with the process, however that ends.
 
     Where there are no locks (some network disks, Windows) a warning says so, and this goes on without.
 
+    Args:
+        path: the lock file.
+        wait: until another process lets go of it.
+
     Raises:
-        BlockingIOError: if another process has it.
+        BlockingIOError: if another process has it, unless this waits.
         ValueError: if `path` is a symbolic link.
         OSError: if the file cannot be opened or made.
     """
@@ -132,20 +136,20 @@ def locked(path: Path) -> Iterator[None]:
         raise
     try:
         with naming(path):
-            _lock(file, path)
+            _lock(file, path, wait)
         yield
     finally:
         os.close(file)
 
 
-def _lock(file: int, path: Path) -> None:
+def _lock(file: int, path: Path, wait: bool) -> None:
     try:
         import fcntl
     except ImportError:
         reason = "this system has none"
     else:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             return
         except OSError as error:
             if error.errno not in NO_LOCKS:

@@ -34,7 +34,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # A worker takes file after file: the long ones first, and none waits at the end for another's
-LONGEST = ("contract", "flower", "deployment", "bench", "wandb_server", "sweep", "killed", "reliability", "report")
+LONGEST = (
+    "contract",
+    "flower",
+    "deployment",
+    "reliability",
+    "bench",
+    "report",
+    "sweep",
+    "killed",
+    "wandb_server",
+    "cli",
+    "start",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -114,6 +114,7 @@ def test_a_run_killed_again_and_again_gives_the_same_numbers(tmp_path: Path) -> 
     assert lasting_rows(whole) == lasting_rows(killed)
     assert not list(killed.rglob("*.tmp"))
     files = sorted((whole / "checkpoint").glob("*.safetensors"))
-    assert {path.name[: len("client-0")] for path in files} == {"client-0", "client-1", "client-2"}
+    # and what uploads are compared with
+    assert {path.name[: len("client-0")] for path in files} == {"client-0", "client-1", "client-2", "usual.6."}
     for path in files:
         assert (killed / "checkpoint" / path.name).read_bytes() == path.read_bytes()

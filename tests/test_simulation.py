@@ -89,7 +89,7 @@ def test_the_mean_of_a_round_by_hand() -> None:
 
 
 def test_a_round_survives_json() -> None:
-    result = RoundResult(1, 2, {0: 5}, {1: 7}, {2: "gone"}, {"seen": [[1.0]]}, {"x": 0.5}, {"fit": 2.0})
+    result = RoundResult(1, 2, {0: 5}, {1: 7}, {2: "gone"}, {3: "huge"}, {"seen": [[1.0]]}, {"x": 0.5}, {"fit": 2.0})
     assert RoundResult.from_json(json.loads(json.dumps(result.to_json()))) == result
 
 

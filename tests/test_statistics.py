@@ -25,6 +25,7 @@ from fedlscl.methods.statistics.client import (
     JointStatisticsClient,
     LocalStatisticsClient,
     StatisticsClient,
+    numbers_of,
     rounded,
 )
 from fedlscl.methods.statistics.heads import (
@@ -179,7 +180,8 @@ def pooled_head(head: ClosedFormHead, federation: Federation, data: FederatedDat
     for index in range(federation.clients):
         at = torch.cat([torch.as_tensor(task.train) for task in data.split.clients[index].tasks[:tasks]])
         frozen = client.precomputed("train", at.numpy(), torch.device("cpu"))["features"]
-        parts.append(head.sums(client.seen_by_head(frozen), client.data.labels(at), at, data.num_classes))
+        numbers = numbers_of(client.data.batch("train", at)[0])
+        parts.append(head.sums(client.seen_by_head(frozen), client.data.labels(at), numbers, data.num_classes))
     return head.solve(dict(enumerate(parts)) if head.by_client else {0: added(parts)})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import random
 import resource
 import time
@@ -16,7 +15,7 @@ from fedlscl.federation.algorithm import Federation
 from fedlscl.messages import Download, MessageError, Schema, Upload
 from fedlscl.schedule import Round
 from fedlscl.server import Server
-from reliability.small import Hostile, experiment, federation
+from reliability.small import Hostile, experiment, federation, quiet
 
 COUNT = 10_000
 METHODS = ("fed_lscl", "fed_lscl_sums", "fedavg", "fedweit", "pilora", "lorm", "glfc", "mfcl", "fedvit_rows")
@@ -154,9 +153,9 @@ DAMAGES: tuple[Callable[[bytes, random.Random], bytes], ...] = (
 )
 
 
+@quiet()
 def run(folder: Path, seed: int, count: int) -> tuple[str, int]:
     """Damage `count` messages; what came of it, and how many faults there were."""
-    logging.getLogger("fedlscl").setLevel(logging.ERROR)
     rng, good = random.Random(seed), samples(folder)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ended, slowest, longest, faults = Counter[str](), (0.0, ""), 0, list[str]()

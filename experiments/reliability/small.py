@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +55,21 @@ SETTING: dict[str, Any] = {
     "federation": {"rounds": 2},
     "trainer": {"accelerator": "cpu"},
     "tracking": {"wandb_mode": "disabled"},
+    # a method's own client takes over what of this it has
+    "model": {"class_path": "FedAvgClient", "init_args": {"continual": {"class_path": "NoReplay"}, **BUDGET}},
 }
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what the package warns of, which here is what is to be seen, off the screen."""
+    log = logging.getLogger("fedlscl")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def exchanging() -> list[str]:
@@ -72,7 +88,6 @@ def experiment(name: str, folder: Path, *more: str) -> Experiment:
     data = {**SETTING["data"], "cache_dir": str(folder / "cache")}
     path.write_text(yaml.safe_dump({**SETTING, "data": data}))
     words = ["--config", str(path), "--config", str(METHODS / f"{name}.yaml")]
-    words += [f"--model.init_args.{field}={value}" for field, value in BUDGET.items()]
     words += [f"--server.init_args.{field}={value}" for field, value in OF_SERVER.get(name, {}).items()]
     words += more
     made = Configuration(words).build()

@@ -6,7 +6,6 @@ each robust average, where the attack was not refused. With a count, so many of 
 
 from __future__ import annotations
 
-import logging
 import random
 import shutil
 from collections import defaultdict
@@ -24,7 +23,7 @@ from fedlscl.messages import Upload
 from fedlscl.robust import Averaging, Sizes
 from fedlscl.run.experiment import Experiment
 from fedlscl.server import Server
-from reliability.small import Change, attacked, exchanging, experiment
+from reliability.small import Change, attacked, exchanging, experiment, quiet
 
 COUNT = 10**6  # all
 ATTACKER = 1
@@ -206,9 +205,9 @@ def with_average(described: Experiment, average: str) -> Experiment:
     return described
 
 
+@quiet()
 def run(folder: Path, seed: int, count: int) -> tuple[str, int]:
     """Do all, or `count` drawn by `seed`; the findings, and how many runs came to no end or left out another client."""
-    logging.getLogger("fedlscl").setLevel(logging.ERROR)  # who is left out is what is to be seen
     cases = [(name, attack) for name in exchanging() for attack in ATTACKS]
     if count < len(cases):
         cases = sorted(random.Random(seed).sample(cases, count))

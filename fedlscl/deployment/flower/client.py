@@ -5,7 +5,6 @@ Flower makes it anew whenever it likes, from the words of the command line.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import shlex
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +27,7 @@ from fedlscl.deployment.flower.words import as_error, experiment_of
 from fedlscl.deployment.node import End, Known, Node
 from fedlscl.deployment.shares import LocalShare
 from fedlscl.federation.worker import Worker
+from fedlscl.files import locked, make_folder
 from fedlscl.models.vit import weights_sha256
 from fedlscl.run.configuration import Configuration
 from fedlscl.schedule import Round
@@ -120,9 +120,8 @@ def _node(message: Message, context: Context) -> Iterator[Node]:
     meant = _integer(message.content.config_records["round"], "client")
     if meant != index:
         raise NotThisClient(f"the message is for client {meant}, and this is client {index}")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f".client-{index}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    make_folder(folder)
+    with locked(folder / f".client-{index}.lock", wait=True):
         yield Node(worker, index, folder / f"client-{index}")
 
 

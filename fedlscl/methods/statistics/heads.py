@@ -21,7 +21,7 @@ STEP = 2.0**-12
 """Features are rounded to multiples of this: products of two are then exact in float64, and so are sums of these."""
 
 FOLDS = 5
-"""Every fifth image of the data set is held out where a strength is chosen (RanPAC, McDonnell et al., 2023)."""
+"""A fifth of the images is held out where a strength is chosen (RanPAC, McDonnell et al., 2023)."""
 
 STRENGTHS = tuple(10.0**power for power in range(-8, 10))
 """Among which `auto` chooses, those of RanPAC."""
@@ -67,7 +67,7 @@ class ClosedFormHead(ABC):
         Args:
             features: (B, p) float64, multiples of `STEP`.
             labels: (B,) class numbers.
-            numbers: (B,) of the images in the data set, by which some rules part them.
+            numbers: (B,) what `numbers_of` gives for the images, by which some rules part them.
             classes: K.
         """
 
