@@ -4,8 +4,8 @@
 
 OLD and NEW are checkouts, each run by `uv run` in its own environment; their runs lie in FOLDER/old and FOLDER/new and
 are not repeated, so that an interrupted comparison goes on. Compared are accuracies, bytes, operations, who was left
-out, every number in metrics.csv but seconds, and every tensor of every state. Tensors that have other names in NEW, or
-are cut otherwise, must hold the same values. Exit code 1 if a method differs.
+out, every number in metrics.csv but seconds, and every tensor of every state that OLD has. Tensors that have other
+names in NEW, or are cut otherwise, must hold the same values. Exit code 1 if a method differs.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def differences(old: Path, new: Path) -> Iterator[str]:
         changed = sum(a != b for a, b in zip(before, after, strict=False)) + abs(len(before) - len(after))
         yield f"metrics.csv ({changed} of {len(before)} rows)"
     had, has = states(old), states(new)
-    yield from (f"state {name}" for name in sorted(had.keys() ^ has.keys()))
+    yield from (f"no state {name}" for name in sorted(had.keys() - has.keys()))
     for name in sorted(had.keys() & has.keys()):
         common = had[name].keys() & has[name].keys()
         same = all(content(had[name][key]) == content(has[name][key]) for key in common)
