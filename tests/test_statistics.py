@@ -246,12 +246,31 @@ def test_all_sums_or_none(make: Make) -> None:
     make(client=StatisticsClient(ClassMeans()), server=server)
     with pytest.raises(MessageError, match=r"has \['images'\] without \['class_sums'\]"):
         server.check(Upload(0, 1, 1, 5, {"images": torch.zeros(8, dtype=torch.float64)}))
+    images = torch.tensor([2.0, 1.5, 0.5], dtype=torch.float64)
+    for wrong in (images, images.round() * 3, torch.tensor([6.0, -1.0], dtype=torch.float64)):
+        with pytest.raises(MessageError, match=r"upload is over \[.*\] images of the classes, must be over 5"):
+            server.check(Upload(0, 1, 1, 5, {"images": wrong, "class_sums": images}))
+    server.check(Upload(0, 1, 1, 5, {"images": torch.tensor([2.0, 3.0]), "class_sums": images}))
+    server.check(Upload(0, 1, 1, 5, {}))
+
+
+def test_a_gram_matrix_has_no_negative_direction() -> None:
+    schema = Ridge(1.0).schema(WIDTH, CLASSES)
+    features, labels, numbers = images()
+    rule = schema["gram"].rule
+    assert rule is not None
+    honest = Ridge(1.0).sums(features, labels, numbers, CLASSES)["gram"]
+    assert rule(honest) is None
+    honest[0, 2] = -honest[0, 2]  # the second number on the diagonal
+    assert "eigenvalue" in str(rule(honest))
 
 
 @pytest.mark.parametrize("client", [FedAvgClient, LocalStatisticsClient])
 def test_only_clients_that_send_sums_are_served(make: Make, client: type[Client]) -> None:
     settings: dict[str, Any] = {"continual": NoReplay()} if client is FedAvgClient else {"head": Ridge()}
-    with pytest.raises(ValueError, match="server: StatisticsServer adds up what StatisticsClient sends"):
+    with pytest.raises(
+        ValueError, match=r"needs clients that send 'class_sums', but model does not; take the model StatisticsClient"
+    ):
         make(client=client(**settings), server=StatisticsServer())
 
 

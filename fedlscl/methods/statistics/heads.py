@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedlscl.checks import at_least, positive
-from fedlscl.messages import Schema, TensorSpec
+from fedlscl.messages import Rule, Schema, TensorSpec, not_negative, semidefinite
 
 STEP = 2.0**-12
 """Features are rounded to multiples of this: products of two are then exact in float64, and so are sums of these."""
@@ -27,6 +27,27 @@ STRENGTHS = tuple(10.0**power for power in range(-8, 10))
 """Among which `auto` chooses, those of RanPAC."""
 
 Sums = Mapping[str, Tensor]
+
+
+def triangle(matrix: Tensor) -> Tensor:
+    """(p (p + 1) / 2,) the lower triangle of a symmetric matrix (p, p)."""
+    rows, columns = torch.tril_indices(*matrix.shape, device=matrix.device)
+    return matrix[rows, columns]
+
+
+def square(lower: Tensor) -> Tensor:
+    """(p, p) the symmetric matrix with a lower triangle (p (p + 1) / 2,)."""
+    size = int((2 * len(lower)) ** 0.5)
+    rows, columns = torch.tril_indices(size, size, device=lower.device)
+    matrix = lower.new_empty(size, size)
+    matrix[rows, columns] = lower
+    matrix[columns, rows] = lower
+    return matrix
+
+
+def semidefinite_triangles(tensor: Tensor) -> str | None:
+    """Lower triangles (n, p (p + 1) / 2) of sums of x x^T, see `fedlscl.messages.semidefinite`."""
+    return next((problem for lower in tensor if (problem := semidefinite(square(lower)))), None)
 
 
 class Solution(NamedTuple):
@@ -55,6 +76,7 @@ class ClosedFormHead(ABC):
     """A rule that leads from sums over images to a linear head."""
 
     by_client: ClassVar[bool] = False  # whether a sum over all clients will not do
+    rules: ClassVar[Mapping[str, Rule]] = {"images": not_negative}  # what a client's sums must keep, by name
 
     @abstractmethod
     def shapes(self, features: int, classes: int) -> dict[str, tuple[int, ...]]:
@@ -86,7 +108,16 @@ class ClosedFormHead(ABC):
     def schema(self, features: int, classes: int) -> Schema:
         """What a message with these sums must look like; it may have none, where a client has nothing new."""
         shapes = self.shapes(features, classes)
-        return {name: TensorSpec(shape, torch.float64, optional=True) for name, shape in shapes.items()}
+        return {
+            n: TensorSpec(shape, torch.float64, optional=True, rule=self.rules.get(n)) for n, shape in shapes.items()
+        }
+
+    def problem(self, sums: Sums, images: int) -> str | None:
+        """Why these cannot be the sums over so many images, or None."""
+        counts = self.counts(sums)
+        if bool((counts < 0).any()) or bool((counts != counts.round()).any()) or int(counts.sum()) != images:
+            return f"is over {counts.tolist()} images of the classes, must be over {images}"
+        return None
 
 
 class ClassMeans(ClosedFormHead):
@@ -122,6 +153,8 @@ class Ridge(ClosedFormHead):
             of the images, has the least squared error on the others, for which clients send the sums of both parts.
         normalise: divide every class's weights by their norm, as Fed3R may.
     """
+
+    rules: ClassVar[Mapping[str, Rule]] = {"gram": semidefinite_triangles}
 
     def __init__(self, strength: float | Literal["auto"] = "auto", normalise: bool = False) -> None:
         if strength != "auto":
@@ -245,6 +278,8 @@ class ClassGaussians(ClosedFormHead):
         learning_rate: of Adam.
     """
 
+    rules: ClassVar[Mapping[str, Rule]] = {"images": not_negative, "moments": semidefinite_triangles}
+
     def __init__(
         self,
         covariance: Literal["class", "shared"] = "class",
@@ -324,22 +359,6 @@ def fitted(features: Tensor, labels: Tensor, classes: int, steps: int, learning_
 def one_hot(labels: Tensor, classes: int) -> Tensor:
     """(B, K) float64."""
     return F.one_hot(labels, classes).double()
-
-
-def triangle(matrix: Tensor) -> Tensor:
-    """(p (p + 1) / 2,) the lower triangle of a symmetric matrix (p, p)."""
-    rows, columns = torch.tril_indices(*matrix.shape, device=matrix.device)
-    return matrix[rows, columns]
-
-
-def square(lower: Tensor) -> Tensor:
-    """(p, p) the symmetric matrix with a lower triangle (p (p + 1) / 2,)."""
-    size = int((2 * len(lower)) ** 0.5)
-    rows, columns = torch.tril_indices(size, size, device=lower.device)
-    matrix = lower.new_empty(size, size)
-    matrix[rows, columns] = lower
-    matrix[columns, rows] = lower
-    return matrix
 
 
 def added(parts: Iterable[Sums]) -> dict[str, Tensor]:

@@ -19,20 +19,24 @@ from fedlscl.server import Answer, Answers, Context, Metrics, Server
 class StatisticsServer(Server):
     """Adds up what clients send, by client where the head needs that, and solves for the head when there is more."""
 
+    serves, needs = "StatisticsClient", ("class_sums",)
+
     def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
-        """Only for clients that send sums; which, says their head."""
+        """The clients' head says what follows from the sums."""
+        super().begin(uploads, downloads, model)
         client = model()
-        if not isinstance(client, StatisticsClient) or not uploads:
-            raise ValueError("server: StatisticsServer adds up what StatisticsClient sends; take FedAvg or Isolated")
+        assert isinstance(client, StatisticsClient)
         self.head, self.names = client.head, frozenset(uploads)
         self.sums: dict[int, dict[str, Tensor]] = {}
 
     def check(self, upload: Upload) -> None:
-        """All sums or none."""
-        if 0 < len(upload.tensors) < len(self.names):
-            raise MessageError(
-                f"upload: has {sorted(upload.tensors)} without {sorted(self.names - set(upload.tensors))}"
-            )
+        """All sums or none, and over as many images as there are."""
+        if not upload.tensors:
+            return
+        if missing := sorted(self.names - set(upload.tensors)):
+            raise MessageError(f"upload: has {sorted(upload.tensors)} without {missing}")
+        if problem := self.head.problem(upload.tensors, upload.samples):
+            raise MessageError(f"upload {problem}")
 
     def state(self) -> dict[str, Tensor]:
         """The sums over all rounds."""
