@@ -91,10 +91,15 @@ def fit(config: Path, run_dir: Path) -> list[str]:
 
 def numbers(run_dir: Path) -> Any:
     """All that a run measured, but what depends on time and place: of its summary, and of metrics.csv."""
-    summary = json.loads((run_dir / "summary.json").read_text())
     with (run_dir / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.reader(file) if not row[2].startswith("server/seconds/")]
-    return {name: value for name, value in summary.items() if name not in ("seconds", "peak_memory_mib")}, rows
+    return summary_of(run_dir), rows
+
+
+def summary_of(run_dir: Path) -> Any:
+    """The part of `numbers` that the summary has."""
+    summary = json.loads((run_dir / "summary.json").read_text())
+    return {name: value for name, value in summary.items() if name not in ("seconds", "peak_memory_mib")}
 
 
 def finished(folder: Path) -> tuple[Path, Path]:
