@@ -170,7 +170,8 @@ class Deployment:
         """
         config = self.folder / "run.toml"
         values = {"words": shlex.join(self.words), "data": "" if self.simulate else ".", "timeout": self.timeout}
-        public = sorted(self.folder.glob("client-*/node.pub"))
+        shares = sorted(self.folder.glob("client-*/share.json"))
+        public = [path for share in shares if (path := share.with_name("node.pub")).exists()]
         keys = {path.parent.name.removeprefix("client-"): fingerprint(path.read_text()) for path in public}
         values["clients"] = ",".join(f"{client}={key}" for client, key in keys.items())
         config.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items()))

@@ -305,7 +305,7 @@ def test_ctrl_c_while_everything_is_imported(setting: str) -> None:
         f"main(['fit', '--config', {setting!r}])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (done.returncode, len(done.stderr.splitlines())) == (INTERRUPTED, 1)
+    assert (done.returncode, len(done.stderr.splitlines())) == (INTERRUPTED, 1), done.stderr
     assert done.stderr.startswith("fedlscl: interrupted")
 
 

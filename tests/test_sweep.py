@@ -238,7 +238,10 @@ def run_of(folder: Path, script: str) -> PlannedRun:
 FINISH = "import sys, pathlib; (pathlib.Path(sys.argv[1]) / 'summary.json').write_text('{}')"
 
 
-def test_a_run_that_fails_stops_no_other_and_its_last_words_are_kept(tmp_path: Path) -> None:
+def test_a_run_that_fails_stops_no_other_and_its_last_words_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     good, bad, last = (tmp_path / name for name in ("good", "bad", "last"))
     runs = [run_of(bad, "print('first'); print(); raise SystemExit('no disk')"), run_of(good, FINISH)]
     runs.append(run_of(last, FINISH))

@@ -218,6 +218,7 @@ def run_all(runs: Sequence[PlannedRun], jobs: int, console: Console) -> list[Pla
     environment = {
         **os.environ,
         VARIABLE: "1",
+        "PYTHONUNBUFFERED": "1",  # or the reason that a run fails for would come before what it said on the way
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
     if jobs > 1:
