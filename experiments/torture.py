@@ -20,9 +20,9 @@ from pathlib import Path
 PARTS = ("kills", "disks", "damage", "messages", "values", "images", "fields")
 
 
-def section(name: str, text: str, seed: int, seconds: float) -> str:
+def section(name: str, text: str, seed: int, count: int | None, seconds: float) -> str:
     """A part's findings under its heading, with what is needed to do it again."""
-    command = f"python experiments/torture.py {name} --seed {seed}"
+    command = f"python experiments/torture.py {name} --seed {seed}" + (f" --count {count}" if count else "")
     return f"## {name}\n\n{text.strip()}\n\n`{command}`, {seconds:.0f} s, Python {platform.python_version()}.\n"
 
 
@@ -48,7 +48,7 @@ def main() -> None:
             part = importlib.import_module(f"reliability.{name}")
             text, found = part.run(Path(folder), options.seed, options.count or part.COUNT)
         faults += found
-        new = section(name, text, options.seed, time.monotonic() - since)
+        new = section(name, text, options.seed, options.count, time.monotonic() - since)
         print(new, flush=True)
         if options.out is not None:
             before = options.out.read_text() if options.out.exists() else ""

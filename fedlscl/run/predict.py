@@ -177,7 +177,7 @@ class _Run:
     def __init__(self, folder: Path) -> None:
         if content_of(folder / SUMMARY) is None:
             raise FileNotFoundError(
-                f"run_dir '{folder}' holds no finished run; give the folder that `fedlscl fit` named"
+                f"run_dir '{folder}' holds no finished run, without {SUMMARY}; give the folder that `fedlscl fit` named"
             )
         files = RunFolder(folder)
         sums = files.sums()
