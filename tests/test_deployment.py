@@ -128,7 +128,6 @@ def test_separate_processes_end_with_the_numbers_of_one_and_strangers_stay_outsi
     assert not (stranger / "runs").exists()
     assert "SuperNode ID" not in refused
     assert "Failed to activate SuperNode" in refused  # which differs from the others in its key alone
-    assert "the node was refused, and tries again in 5 s" in refused  # as one would be that was killed just before
     # each node's state is in its own folder, and the payload is part of what Flower has counted
     assert [len(list((tmp_path / "apart").glob(f"client-{n}/runs/*/client-{n}"))) for n in range(2)] == [1, 1]
     assert status["network-traffic"]["inbound-bytes"] > expected["bytes_up"]["total"]
