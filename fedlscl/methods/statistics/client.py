@@ -15,7 +15,7 @@ from fedlscl.batches import Batch, Output
 from fedlscl.checks import at_least
 from fedlscl.client import Client
 from fedlscl.continual import NoReplay
-from fedlscl.memory import below
+from fedlscl.memory import above, below
 from fedlscl.messages import Download, Schema
 from fedlscl.methods.joint import Pooled
 from fedlscl.methods.statistics.heads import STEP, ClosedFormHead, added, as_message, head_schema
@@ -149,7 +149,7 @@ class LocalStatisticsClient(StatisticsClient):
 
     def state(self) -> dict[str, Tensor]:
         """Also its sums over the images of all tasks."""
-        return {**super().state(), **{f"sums.{name}": tensor for name, tensor in self.own.items()}}
+        return {**super().state(), **above(self.own, "sums.")}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Also these sums."""
