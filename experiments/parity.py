@@ -51,11 +51,11 @@ def main() -> None:
         "deployment, TLS": on_flower(folder / "deployed", words, 0),
     }
     expected = rows["in one process"][0]
-    print("| engine | task | seen | none | payload up + down | Flower's traffic | wall time | equal |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| engine | task | seen | federation | none | payload up + down | Flower's traffic | wall time | equal |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     different = False
     for name, (summary, seconds, traffic) in rows.items():
-        accuracy = " | ".join(f"{summary['accuracy'][mask]['final_average']:.4f}" for mask in ("task", "seen", "none"))
+        accuracy = " | ".join(f"{values['final_average']:.4f}" for values in summary["accuracy"].values())
         payload = summary["bytes_up"]["total"] + summary["bytes_down"]["total"]
         same = all(summary[key] == expected[key] for key in EQUAL)
         different |= not same

@@ -223,7 +223,7 @@ def tables_command(words: list[str]) -> None:
 def plot_command(words: list[str]) -> None:
     """`fedlscl plot`: draw the paper's figures."""
     parser = _runs_parser("plot", "Draw the paper's figures, and forgetting and traffic, from finished runs.")
-    parser.add_argument("--mask", type=str, default="seen", help="task, seen or none")
+    parser.add_argument("--mask", type=str, default="seen", help="task, seen, federation or none")
     parser.add_argument("--out", type=str, default="figures", help="folder to write PNG and SVG into")
     options = parser.parse_args(words)
     from dataclasses import replace

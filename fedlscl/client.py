@@ -269,7 +269,8 @@ class Client(ClientModel):
     def begin_evaluation(self, task: int) -> None:
         """Get ready for `Trainer.test` on the test images of tasks 1 to `task`."""
         self.test_images = self.data.test_images(task)
-        self.accuracy = MaskedAccuracy(torch.stack([self.data.class_mask(n, n + 1) for n in range(task)]))
+        masks = torch.stack([self.data.class_mask(n, n + 1) for n in range(task)])
+        self.accuracy = MaskedAccuracy(masks, self.data.federation_mask(task))
         self.seen_mask = self.data.class_mask(0, task)
 
     def test_dataloader(self) -> ImageBatches:

@@ -1,4 +1,4 @@
-"""From logits to every published number: the three class masks, and the metrics over an accuracy array.
+"""From logits to every published number: the four class masks, and the metrics over an accuracy array.
 
 Accuracy is kept as ``acc[client, after task, on task]`` in %, NaN where nothing was measured. Shapes:
 C clients, N tasks of the federation, T <= N tasks finished so far. A metric of an unfinished federation is
@@ -16,32 +16,36 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-MASKS = ("task", "seen", "none")
-"""Classes a prediction may fall on: those of the task on trial, all the client has seen, all there are."""
+MASKS = ("task", "seen", "federation", "none")
+"""Classes a prediction may fall on: those of the image's task, all the client has seen, all that any client has seen,
+all there are."""
 
 FloatArray = npt.NDArray[np.float64]
 
 
 class MaskedAccuracy(Metric):
-    """The accuracy of one client on each task under each of the three masks.
+    """The accuracy of one client on each task under each of the masks.
 
     Shapes: B batch, K classes, N tasks.
 
     Args:
         task_masks: (N, K) true for the client's classes of each task; no class is of two tasks.
+        federation_mask: (K,) true for the classes of any client in these tasks.
     """
 
     full_state_update = False
     task_masks: Tensor  # (N, K)
     seen_mask: Tensor  # (K,) true for the classes of any of the tasks
+    federation_mask: Tensor  # (K,)
     task_of_class: Tensor  # (K,) number of the task that has a class, from 0
     hits: Tensor  # (masks, N) correct predictions
     tested: Tensor  # (N,) images
 
-    def __init__(self, task_masks: Tensor) -> None:
+    def __init__(self, task_masks: Tensor, federation_mask: Tensor) -> None:
         super().__init__()
         self.register_buffer("task_masks", task_masks, persistent=False)
         self.register_buffer("seen_mask", task_masks.any(dim=0), persistent=False)
+        self.register_buffer("federation_mask", federation_mask, persistent=False)
         self.register_buffer("task_of_class", task_masks.int().argmax(dim=0), persistent=False)
         self.add_state("hits", torch.zeros(len(MASKS), len(task_masks)), dist_reduce_fx="sum")
         self.add_state("tested", torch.zeros(len(task_masks)), dist_reduce_fx="sum")
@@ -54,7 +58,7 @@ class MaskedAccuracy(Metric):
             labels: (B,) class numbers, each among the classes of a task.
         """
         tasks = self.task_of_class[labels]
-        hits = masked_correct(logits, labels, self.task_masks[tasks], self.seen_mask)
+        hits = masked_correct(logits, labels, self.task_masks[tasks], self.seen_mask, self.federation_mask)
         # not index_add_, which on a GPU would wait for the indices to be checked
         of_task = tasks.unsqueeze(1) == torch.arange(len(self.tested), device=tasks.device)
         self.tested += of_task.sum(dim=0)
@@ -66,19 +70,23 @@ class MaskedAccuracy(Metric):
         return dict(zip(MASKS, percent.tolist(), strict=True))
 
 
-def masked_correct(logits: Tensor, labels: Tensor, task_masks: Tensor, seen_mask: Tensor) -> dict[str, Tensor]:
-    """Tell, under each of the three masks, which samples are classified correctly.
+def masked_correct(
+    logits: Tensor, labels: Tensor, task_masks: Tensor, seen_mask: Tensor, federation_mask: Tensor
+) -> dict[str, Tensor]:
+    """Tell, under each of the masks, which samples are classified correctly.
 
     Args:
         logits: (B, K) scores over all K classes.
         labels: (B,) class ids.
         task_masks: (B, K) true for the client's classes of the task that each sample belongs to.
         seen_mask: (K,) true for the client's classes of every task learned so far.
+        federation_mask: (K,) true for every client's classes of these tasks.
 
     Returns:
         For each of `MASKS` a bool tensor (B,): whether the best class within the mask is the label.
     """
-    masks = {"task": task_masks, "seen": seen_mask, "none": torch.ones_like(seen_mask)}
+    every = torch.ones_like(seen_mask)
+    masks = dict(zip(MASKS, (task_masks, seen_mask, federation_mask, every), strict=True))
     return {name: logits.masked_fill(~mask, -torch.inf).argmax(1) == labels for name, mask in masks.items()}
 
 

@@ -206,10 +206,12 @@ def test_accuracy_under_each_mask(body: FedLSCL) -> None:
     body.begin_evaluation(2)
     make_trainer().test(body, verbose=False)
     # each class has 4 test images; task: `one` wins task 1 and `three` task 2; seen: `three` wins; none: `foreign` wins
-    assert body.accuracy.compute() == {"task": [50.0, 50.0], "seen": [0.0, 50.0], "none": [0.0, 0.0]}
+    missed = [0.0, 0.0]  # in two tasks the federation has all classes
+    assert body.accuracy.compute() == {"task": [50.0, 50.0], "seen": [0.0, 50.0], "federation": missed, "none": missed}
     body.begin_evaluation(1)
     make_trainer().test(body, verbose=False)
-    assert body.accuracy.compute() == {"task": [50.0], "seen": [50.0], "none": [0.0]}
+    known = [0.0 if foreign in body.data.federation[0] else 50.0]
+    assert body.accuracy.compute() == {"task": [50.0], "seen": [50.0], "federation": known, "none": [0.0]}
 
 
 def test_accuracy_does_not_depend_on_the_batches_of_the_evaluation(federation: Federation) -> None:

@@ -105,7 +105,7 @@ def test_the_published_tables_are_made_from_the_published_summaries() -> None:
     ("words", "complaint"),
     [
         (["tables", "nowhere"], "nowhere"),
-        (["tables", "RUNS", "--masks", "[all]"], "mask is 'all', must be one of task, seen, none"),
+        (["tables", "RUNS", "--masks", "[all]"], "mask is 'all', must be one of task, seen, federation, none"),
         (["plot", "RUNS", "--mask", "all"], "all"),
         (["report", "EMPTY"], "no finished run in it"),
     ],

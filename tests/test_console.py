@@ -11,6 +11,7 @@ import pytest
 from made_runs import make_summary
 from rich.console import Console
 
+from fedlscl.evaluation import MASKS
 from fedlscl.run.console import FederationProgress, human_bytes, summary_table
 from fedlscl.run.summary import Summary, Traffic
 
@@ -31,7 +32,8 @@ def printed(console: Console) -> str:
 def run_summary(seen: np.ndarray, **changes: Any) -> Summary:
     """A run's summary with `seen` as accuracy under the mask "seen"."""
     clients = len(seen)
-    acc = {"task": np.full((1, 1, 1), 98.76), "seen": seen, "none": np.full((1, 1, 1), 12.34)}
+    others = {"task": 98.76, "federation": 23.46, "none": 12.34}
+    acc = {"seen": seen, **{mask: np.full((1, 1, 1), value) for mask, value in others.items()}}
     down = (5 * 2**20, 7 * 2**20, *[0] * clients)[:clients]
     return make_summary(
         acc=acc,
@@ -75,7 +77,7 @@ def test_the_closing_table_holds_every_number() -> None:
     assert " ".join(row(lines, "1")[1:]) == "20.0 30.0 40.0 30.0 30.0 3.0 KiB 7.0 MiB"
     assert " ".join(row(lines, "mean")[1:]) == "45.0 40.0 70.0 51.7 27.5 3.0 KiB 6.0 MiB"
     tail = "\n".join(lines[-5:])
-    assert "task 98.8  seen 51.7  none 12.3" in tail
+    assert "task 98.8  seen 51.7  federation 23.5  none 12.3" in tail
     assert "up 1.5 KiB  down 1.0 MiB" in tail
     assert "seconds: 83.2 (fit 70.5, aggregate 3.2, evaluate 9.0)" in tail
     assert "peak memory: 812 MiB" in tail
@@ -83,13 +85,13 @@ def test_the_closing_table_holds_every_number() -> None:
 
 
 def test_a_method_that_was_told_the_task_says_so() -> None:
-    lines = show(run_summary(SEEN, task_aware=("task", "seen", "none")))
+    lines = show(run_summary(SEEN, task_aware=MASKS))
     assert lines[1].endswith("among the classes seen so far*")
-    assert "final average (%) by mask: task 98.8*  seen 51.7*  none 12.3*" in lines
+    assert "final average (%) by mask: task 98.8*  seen 51.7*  federation 23.5*  none 12.3*" in lines
     assert any(line.startswith("* ") for line in lines)
     lines = show(run_summary(SEEN, task_aware=("task",)))
     assert lines[1].endswith("among the classes seen so far")
-    assert "final average (%) by mask: task 98.8*  seen 51.7  none 12.3" in lines
+    assert "final average (%) by mask: task 98.8*  seen 51.7  federation 23.5  none 12.3" in lines
     assert not any("*" in line for line in show(run_summary(SEEN)))
 
 

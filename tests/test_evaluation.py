@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -51,12 +52,17 @@ def mask(classes: set[int], num_classes: int) -> torch.Tensor:
 
 def test_masks_limit_what_can_be_predicted() -> None:
     logits = torch.tensor([[9.0, 5.0, 7.0, 1.0, 0.0], [0.0, 5.0, 1.0, 8.0, 9.0], [0.0, 1.0, 2.0, 9.0, 0.0]])
-    # Best of {1, 3}: 1, 3, 3. Best of {1, 2, 3}: 2, 3, 3. Best of all: 0, 4, 3.
-    correct = masked_correct(logits, torch.tensor([1, 3, 3]), mask({1, 3}, 5).expand(3, 5), mask({1, 2, 3}, 5))
+    # Best of {1, 3}: 1, 3, 3. Best of {1, 2, 3}: 2, 3, 3. Best of {1, 2, 3, 4}: 2, 4, 3. Best of all: 0, 4, 3.
+    masks = mask({1, 3}, 5).expand(3, 5), mask({1, 2, 3}, 5), mask({1, 2, 3, 4}, 5)
+    correct = masked_correct(logits, torch.tensor([1, 3, 3]), *masks)
     assert tuple(correct) == MASKS
     assert correct["task"].tolist() == [True, True, True]
     assert correct["seen"].tolist() == [False, True, True]
+    assert correct["federation"].tolist() == [False, False, True]
     assert correct["none"].tolist() == [False, False, True]
+    # with the last class unknown to everybody, it is the second image's answer under no mask but the widest
+    correct = masked_correct(logits, torch.tensor([1, 3, 3]), *masks[:2], mask({1, 2, 3}, 5))
+    assert correct["federation"].tolist() == [False, True, True]
 
 
 @PROPERTY
@@ -65,16 +71,19 @@ def test_a_wider_mask_never_helps(seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
     logits = torch.randn(16, 6, generator=rng)
     labels = torch.tensor([2, 5])[torch.randint(2, (16,), generator=rng)]
-    correct = masked_correct(logits, labels, mask({2, 5}, 6).expand(16, 6), mask({0, 2, 5}, 6))
-    assert bool((correct["none"] <= correct["seen"]).all() and (correct["seen"] <= correct["task"]).all())
-    every = masked_correct(logits, labels, mask(set(range(6)), 6).expand(16, 6), mask(set(range(6)), 6))
+    widening = mask({2, 5}, 6).expand(16, 6), mask({0, 2, 5}, 6), mask({0, 2, 3, 5}, 6)
+    correct = masked_correct(logits, labels, *widening)
+    for narrow, wide in pairwise(MASKS):
+        assert bool((correct[wide] <= correct[narrow]).all())
+    every = masked_correct(logits, labels, *[mask(set(range(6)), 6).expand(16, 6)] * 3)
     assert torch.equal(every["task"], every["none"])
 
 
 def test_every_sample_has_its_own_task() -> None:
     logits = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
     masks = torch.stack([mask({0}, 3), mask({1, 2}, 3)])
-    assert masked_correct(logits, torch.tensor([0, 1]), masks, mask({0, 1}, 3))["task"].tolist() == [True, False]
+    correct = masked_correct(logits, torch.tensor([0, 1]), masks, mask({0, 1}, 3), mask({0, 1}, 3))
+    assert correct["task"].tolist() == [True, False]
 
 
 def test_hand_computed_example() -> None:
@@ -188,10 +197,11 @@ def test_arrays_that_are_no_accuracy_are_refused(acc: np.ndarray, message: str) 
 def test_the_metric_is_the_share_of_hits_by_task_however_it_is_fed(seed: int, size: int) -> None:
     rng = torch.Generator().manual_seed(seed)
     masks = torch.zeros(2, 6, dtype=torch.bool)
-    masks[0, [0, 3]], masks[1, [1, 4]] = True, True  # classes 2 and 5 are of nobody
+    masks[0, [0, 3]], masks[1, [1, 4]] = True, True  # classes 2 and 5 are not the client's
     labels = torch.tensor([0, 3, 1, 4])[torch.randint(4, (17,), generator=rng)]
     logits = torch.randn(17, 6, generator=rng)
-    metric = MaskedAccuracy(masks)
+    federation = mask({0, 1, 3, 4, 5}, 6)  # class 5 is of another client
+    metric = MaskedAccuracy(masks, federation)
     for part in torch.split(torch.arange(17), size):
         metric.update(logits[part], labels[part])
     found = metric.compute()
@@ -199,22 +209,24 @@ def test_the_metric_is_the_share_of_hits_by_task_however_it_is_fed(seed: int, si
     of_task = {0: 0, 3: 0, 1: 1, 4: 1}
     for number in (0, 1):
         rows = [row for row in range(17) if of_task[int(labels[row])] == number]
-        for mask, classes in (
+        for name, classes in (
             ("task", masks[number].nonzero().flatten().tolist()),
             ("seen", [0, 1, 3, 4]),
+            ("federation", [0, 1, 3, 4, 5]),
             ("none", [*range(6)]),
         ):
             hits = [max(classes, key=lambda c, row=row: float(logits[row, c])) == int(labels[row]) for row in rows]
             wanted = 100 * sum(hits) / len(hits) if hits else math.nan
-            assert found[mask][number] == pytest.approx(wanted, nan_ok=True)
+            assert found[name][number] == pytest.approx(wanted, nan_ok=True)
 
 
 def test_the_metric_belongs_to_no_state_and_starts_afresh() -> None:
-    metric = MaskedAccuracy(torch.eye(2, dtype=torch.bool))
+    metric = MaskedAccuracy(torch.eye(2, dtype=torch.bool), torch.ones(2, dtype=torch.bool))
     assert metric.state_dict() == {}
     metric.update(torch.eye(2), torch.tensor([0, 0]))
     assert metric.compute() == {"task": [100.0, pytest.approx(math.nan, nan_ok=True)],
                                 "seen": [50.0, pytest.approx(math.nan, nan_ok=True)],
+                                "federation": [50.0, pytest.approx(math.nan, nan_ok=True)],
                                 "none": [50.0, pytest.approx(math.nan, nan_ok=True)]}  # fmt: skip
     metric.reset()
     assert not metric.hits.any()

@@ -25,6 +25,7 @@ from fedlscl.analysis.results import read_runs
 from fedlscl.client import Client
 from fedlscl.data.module import FederatedDataModule
 from fedlscl.data.source import Dataset
+from fedlscl.evaluation import MASKS
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
@@ -32,7 +33,6 @@ from fedlscl.run.experiment import Experiment, ImpossibleRun, StoppedRun, Tracki
 from fedlscl.run.summary import Skipped, Summary
 from fedlscl.schedule import Schedule
 
-MASKS = ("task", "seen", "none")
 Make = Callable[..., Experiment]
 
 
@@ -253,7 +253,7 @@ def test_an_interruption_after_the_last_round_loses_nothing(
     again = replace(experiment, run_dir=tmp_path / "run").run(console())
     assert lasting(asdict(again)) == lasting(asdict(summary))
     assert rows(tmp_path / "run") == rows(experiment.run_dir)
-    assert len(list((tmp_path / "run").glob("*.png"))) == 4
+    assert len(list((tmp_path / "run").glob("*.png"))) == 5
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +382,7 @@ def test_what_decorates_a_run_fails_after_its_numbers_are_safe(
     assert "not all of its pictures could be drawn: RuntimeError: no font" in caplog.text
     assert not list(folder.glob("*.png"))
     assert make().run(console()) == summary
-    assert len(list(folder.glob("*.png"))) == 4
+    assert len(list(folder.glob("*.png"))) == 5
 
 
 @pytest.mark.parametrize("name", [".tmpAbCdEf", ".config.yaml.12.tmp", "checkpoint/.tmpAbCdEf", "traceback.txt"])

@@ -48,7 +48,7 @@ def run(
     return make_run(
         method,
         seed,
-        acc={"task": other, "seen": matrix, "none": other},
+        acc={"task": other, "seen": matrix, "federation": other, "none": other},
         config={"model.block": block, "model.buffer_size": buffer_size, "cnn.name": cnn},
         setting="made",
         backbone="vit",
@@ -138,7 +138,7 @@ def test_the_mask_chooses_the_numbers_and_is_named() -> None:
     picture = drawn(BLOCKS, "task")["accuracy_by_block"]
     assert lines(picture.figure.axes[0])["11"][1] == [7, 7]
     assert 'mask "task"' in picture.caption
-    with pytest.raises(ValueError, match="mask must be one of task, seen, none, got 'all'"):
+    with pytest.raises(ValueError, match="mask must be one of task, seen, federation, none, got 'all'"):
         pictures(one(BLOCKS), "all")
 
 

@@ -26,10 +26,10 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 def entry(task: int, round: int, *clients: list[float | None], none: float = 0.0) -> dict[str, Any]:
-    """One round of a history, with `clients` under "seen", 100 % under "task" and `none` under "none"."""
+    """One round: `clients` under "seen", 100 % under "task", `none` under "none", twice that under "federation"."""
     fill = {
         mask: [[None if a is None else value for a in row] for row in clients]
-        for mask, value in (("task", 100.0), ("none", none))
+        for mask, value in (("task", 100.0), ("federation", 2 * none), ("none", none))
     }
     return {"task": task, "round": round, "accuracy": {"seen": list(clients), **fill}}
 
@@ -47,6 +47,7 @@ def test_curves_are_means_over_clients_of_means_over_learned_tasks(tmp_path: Pat
     curves = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in axes.lines}
     assert curves["the task's classes"] == [100, 100, 100]
     assert curves["classes seen so far"] == [50, 70, 50]
+    assert curves["classes any client has seen"] == [20, 40, 60]
     assert curves["all classes"] == [10, 20, 30]
     thin = [np.asarray(line.get_ydata()).tolist() for line in axes.lines]
     assert [40, 50, 75] in thin
@@ -58,7 +59,7 @@ def test_curves_are_means_over_clients_of_means_over_learned_tasks(tmp_path: Pat
 def test_a_new_task_is_marked_where_it_begins(tmp_path: Path, drawn: list[Figure]) -> None:
     accuracy_over_rounds(HISTORY, tmp_path / "rounds.png", clients=False)
     (axes,) = drawn[0].axes
-    assert len(axes.lines) == 4  # three masks, one boundary
+    assert len(axes.lines) == 5  # four masks, one boundary
     (boundary,) = [line for line in axes.lines if len(line.get_xdata()) == 2]
     assert list(boundary.get_xdata()) == [2.5, 2.5]
     assert [text.get_text() for text in axes.texts] == ["task 1", "task 2"]

@@ -15,6 +15,7 @@ from made_runs import make_run, make_summary, write_run
 
 from fedlscl.analysis.comparison import compare
 from fedlscl.analysis.results import Run, Runs, read_runs
+from fedlscl.evaluation import MASKS
 from fedlscl.run.fields import flat
 from fedlscl.run.summary import Skipped
 
@@ -104,12 +105,12 @@ def test_a_bad_file_among_others_that_were_named_stops_nobody(
 
 
 def test_a_run_says_what_is_asked_for_most(tmp_path: Path) -> None:
-    """After task 1 the clients have 50 and 51, after task 2 60, 61 and 61, 62; 10 and 20 less under the other masks."""
+    """After task 1 the clients have 50 and 51, after task 2 60, 61 and 61, 62; under the other masks 10 to 20 less."""
     (run,) = read_runs(write_run(tmp_path / "run", "fedavg", 7, config={"model.block": 5}))
     assert (run.method, run.setting, run.seed, run.path) == ("fedavg", "digits", 7, tmp_path / "run" / "summary.json")
     np.testing.assert_array_equal(run.accuracy["seen"], [[[40, np.nan], [50, 51]], [[41, np.nan], [51, 52]]])
-    assert run.final_average == {"task": 61, "seen": 51, "none": 41}
-    assert run.forgetting == {"task": -10, "seen": -10, "none": -10}
+    assert run.final_average == {"task": 61, "seen": 51, "federation": 46, "none": 41}
+    assert run.forgetting == dict.fromkeys(MASKS, -10)
     assert run.bytes == 2 * 3 * 2 * 1024  # directions, rounds and clients
     assert run.bytes_per_client_round == 2048
     assert run.seconds == 12
@@ -120,7 +121,8 @@ def test_runs_print_in_a_line_each(tmp_path: Path) -> None:
     for seed in range(22):
         write_run(tmp_path / f"{seed:02}", seed=seed)
     runs = read_runs(tmp_path)
-    first = f"<fed_lscl on digits, seed 0: final average in %: task 61.0, seen 51.0, none 41.0; {runs[0].path}>"
+    averages = "task 61.0, seen 51.0, federation 46.0, none 41.0"
+    first = f"<fed_lscl on digits, seed 0: final average in %: {averages}; {runs[0].path}>"
     assert repr(runs[0]) == first
     lines = repr(runs).splitlines()
     assert lines[:2] == ["22 finished runs", first]

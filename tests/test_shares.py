@@ -120,6 +120,7 @@ def test_a_share_written_by_hand_as_the_documentation_says(tmp_path: Path) -> No
         np.save(tmp_path / f"{part}-labels.npy", labels[held])
     share = opened(tmp_path)
     assert share.split_spec == SplitSpec(2, 2, 2, 4, 0)
+    assert share.split.federation == ((0, 1, 4, 5), (2, 3, 6, 7))
     assert [bool(client.tasks) for client in share.split.clients] == [False, True]
     for task in share.split.clients[1].tasks:
         for part, positions in indices(task, share.split):
@@ -131,7 +132,7 @@ def test_a_share_written_by_hand_as_the_documentation_says(tmp_path: Path) -> No
     ("change", "complaint"),
     [
         (lambda share, _: share.pop("classes"), r"share.json: it lacks \['classes'\]"),
-        (lambda share, _: share["split"].pop("seed"), r"share.json: not a split .*\['clients', 'spec'\]"),
+        (lambda share, _: share["split"].pop("seed"), r"share.json: not a split .*\['clients', 'federation', 'spec'\]"),
         (lambda _, tasks: tasks[1].update(classes=[0, 1]), "share.json: not a split .*client 0: classes of all tasks"),
         (lambda _, tasks: tasks[0]["train"].append(5000), "task 1 has position 5000 in train-images of"),
         (lambda _, tasks: tasks[0].update(test=tasks[1]["test"]), "client 0: test images: .* used more than once"),

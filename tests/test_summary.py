@@ -161,6 +161,17 @@ def test_a_mask_that_is_missing_is_named() -> None:
         Summary.from_json(json.dumps(wrong))
 
 
+def test_accuracy_under_a_mask_that_a_later_version_has_added_is_unknown_in_an_older_summary() -> None:
+    older = content()
+    del older["accuracy"]["federation"]
+    summary = Summary.from_json(json.dumps(older))
+    unknown, known = summary.under("federation"), summary.under("none")
+    assert unknown.array.shape == known.array.shape
+    assert np.isnan([*unknown.array.flat, *unknown.table1, unknown.final_average, unknown.average_incremental]).all()
+    assert known is summary.accuracy["none"]
+    assert unknown.forgetting is unknown.backward_transfer is None
+
+
 @pytest.mark.parametrize("text", ["[1]", '{"split": {}}', '{"method": "of payment"}', "3"])
 def test_what_is_no_summary_is_told_from_what_is_a_bad_one(text: str) -> None:
     with pytest.raises(NotASummary, match=r"is not the summary\.json of a finished run"):

@@ -73,10 +73,13 @@ def pictures(comparison: Comparison, mask: str = "seen") -> list[Picture]:
         accuracy by bytes, without those that need runs which are not there.
 
     Raises:
-        ValueError: if there is no such mask.
+        ValueError: if there is no such mask, or a run has no accuracy under it.
     """
     if mask not in MASKS:
         raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {mask!r}")
+    for run in (run for variant in comparison.variants for run in variant.runs):
+        if mask not in run.summary.accuracy:
+            raise ValueError(f"mask is {mask!r}, under which {run.path} has no accuracy; take another, or run it again")
     with mpl.rc_context(TYPE):
         drawn = (
             _by_field(comparison, mask, "model.block", "accuracy_by_block", "block of the ViT", log=False),

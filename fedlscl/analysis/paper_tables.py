@@ -21,6 +21,7 @@ from fedlscl.analysis.rows import (
     accuracies,
     among_methods,
     final,
+    masks_of,
     method_of,
     number,
     number_of_tasks,
@@ -30,7 +31,6 @@ from fedlscl.analysis.rows import (
     unnamed,
     usual,
 )
-from fedlscl.evaluation import MASKS
 
 COMPARED = tuple(paper.TABLE1["CIFAR-100"])
 """Rows of Table 1, shown as missing where there is no run."""
@@ -52,10 +52,10 @@ def table1(comparison: Comparison, mask: str = "task") -> Table:
     tasks, papers_tasks = number_of_tasks(comparison), max(map(len, reported.values()), default=0)
 
     def on_task(n: int) -> Callable[[Run], float | None]:
-        return lambda run: next(iter(run.summary.accuracy[mask].table1[n:]), None)
+        return lambda run: next(iter(run.summary.under(mask).table1[n:]), None)
 
     def average(run: Run) -> float:
-        return statistics.mean(run.summary.accuracy[mask].table1)
+        return statistics.mean(run.summary.under(mask).table1)
 
     values = [*map(on_task, range(tasks)), average]
     columns = [accuracies(variants, value, mask, competing=among_methods(mask)) for value in values]
@@ -89,7 +89,8 @@ def table2(comparison: Comparison) -> Table:
     """
     variants = ordered([variant for variant in comparison.usual if variant.method in COMPONENTS], tuple(COMPONENTS))
     reported, note = _beside(comparison, paper.TABLE2, variants)
-    columns = [accuracies(variants, final(mask), mask, competing=usual) for mask in MASKS]
+    masks = masks_of(variants)
+    columns = [accuracies(variants, final(mask), mask, competing=usual) for mask in masks]
     rows = []
     for place, (name, variant) in enumerate(variants):
         parts = ["✓" if there else "×" for there in COMPONENTS[method_of(name, variant)]]
@@ -104,7 +105,7 @@ def table2(comparison: Comparison) -> Table:
             "Final average in %, ± deviation over seeds, under each mask; the paper does not say which is its own.",
             *(MARKS, unnamed(comparison, variants), note),
         ),
-        ("method", "L-S", "SM-CF", "O2D", "seeds", *MASKS, *(["paper"] if reported else [])),
+        ("method", "L-S", "SM-CF", "O2D", "seeds", *masks, *(["paper"] if reported else [])),
         tuple(rows),
     )
 

@@ -34,7 +34,7 @@ WITHOUT_EFFECT = (
 )
 """Fields in which the runs of one configuration may differ: the seed, where things lie, and what changes no number."""
 
-ADDED = {"data.source.background": "white"}
+ADDED = {"data.source.background": "white", "data.split.task_order": "own"}
 """Fields that a later version has added and that cannot be null, with what makes no other run."""
 
 SHOWN = 20
@@ -76,17 +76,17 @@ class Run:
     @cached_property
     def accuracy(self) -> dict[str, FloatArray]:
         """By mask the accuracy (clients, after task, on task) in %, NaN where nothing was measured."""
-        return {mask: self.summary.accuracy[mask].array for mask in MASKS}
+        return {mask: self.summary.under(mask).array for mask in MASKS}
 
     @property
     def final_average(self) -> dict[str, float]:
         """By mask the accuracy after the last task over all tasks, in %."""
-        return {mask: self.summary.accuracy[mask].final_average for mask in MASKS}
+        return {mask: self.summary.under(mask).final_average for mask in MASKS}
 
     @property
     def forgetting(self) -> dict[str, float | None]:
         """By mask the forgetting in percentage points, None with one task."""
-        return {mask: self.summary.accuracy[mask].forgetting for mask in MASKS}
+        return {mask: self.summary.under(mask).forgetting for mask in MASKS}
 
     @property
     def bytes(self) -> int:
@@ -134,7 +134,8 @@ class Run:
         return measured_mean(measured_mean(self.accuracy[mask], 2), 0)
 
     def __repr__(self) -> str:
-        averages = ", ".join(f"{mask} {average:.1f}" for mask, average in self.final_average.items())
+        known = {mask: average for mask, average in self.final_average.items() if not math.isnan(average)}
+        averages = ", ".join(f"{mask} {average:.1f}" for mask, average in known.items())
         return f"<{self.method} on {self.setting}, seed {self.seed}: final average in %: {averages}; {self.path}>"
 
 
@@ -245,7 +246,7 @@ def _printable(value: Any) -> Any:
 def _check(summary: Summary) -> None:
     """Raise ValueError if the numbers of a summary do not fit one another."""
     shapes = set()
-    for mask in MASKS:
+    for mask in summary.accuracy.keys() & set(MASKS):
         accuracy = summary.accuracy[mask]
         found = summarise(accuracy.array)
         shapes.add(accuracy.array.shape)
@@ -280,7 +281,7 @@ def _row(run: Run) -> dict[str, Any]:
         "seed": run.seed,
         "backbone": summary.backbone,
         "evaluated_on": summary.evaluated_on,
-        **{f"{name}_{mask}": getattr(summary.accuracy[mask], name) for name in metrics for mask in MASKS},
+        **{f"{name}_{mask}": getattr(summary.under(mask), name) for name in metrics for mask in MASKS},
         "bytes_up": summary.bytes_up.total,
         "bytes_down": summary.bytes_down.total,
         "bytes_per_client_round": run.bytes_per_client_round,

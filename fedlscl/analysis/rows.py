@@ -13,6 +13,7 @@ from dataclasses import replace
 from fedlscl.analysis.comparison import Comparison, Variant, named
 from fedlscl.analysis.formats import MISSING, Cell, Mark
 from fedlscl.analysis.results import Run
+from fedlscl.evaluation import MASKS
 
 COMPONENTS = {
     "fed_lscl": (True, True, True),
@@ -41,13 +42,14 @@ BOUNDS = ("joint", "local", "local_vit")
 MARKS = "The best of each column is bold, the second best in italics."
 COMPETING = (
     f"{MARKS} Bounds, what is derived from another method, and rows that name a field in brackets, but for the "
-    "precision, do not compete; under the masks seen and none neither do methods with a star."
+    "precision, do not compete; under all masks but task neither do methods with a star."
 )
 STAR = "A star: the task of each test image, which had to be known, chose the parameters that classified it."
 MASK_NAMES = {
     "task": "only the classes of the image's task compete",
     "seen": "all classes that the client has learned so far compete",
-    "none": "all classes of the federation compete",
+    "federation": "all classes that any client has learned so far compete",
+    "none": "all classes of the data set compete",
 }
 
 Named = tuple[str, Variant | None]
@@ -69,6 +71,12 @@ def ordered(variants: Sequence[Variant], required: Sequence[str]) -> list[Named]
 def method_of(name: str, variant: Variant | None) -> str:
     """The method of a row."""
     return variant.method if variant else name
+
+
+def masks_of(variants: Sequence[Named]) -> list[str]:
+    """The masks under which any of these variants was measured."""
+    runs = [run for _, variant in variants if variant for run in variant.runs]
+    return [mask for mask in MASKS if any(not math.isnan(run.final_average[mask]) for run in runs)]
 
 
 def number_of_tasks(comparison: Comparison) -> int:

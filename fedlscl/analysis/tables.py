@@ -24,6 +24,7 @@ from fedlscl.analysis.rows import (
     accuracies,
     among_methods,
     final,
+    masks_of,
     number,
     number_of_tasks,
     ordered,
@@ -90,7 +91,7 @@ def overview(comparison: Comparison) -> Table:
         "Every method under all masks",
         comparison.title,
         sentences(_METRICS, COMPETING, STAR, unnamed(comparison, variants)),
-        _METRICS_HEADER,
+        _metrics_header(variants),
         _metrics(variants, among_methods),
     )
 
@@ -111,7 +112,7 @@ def varied(comparison: Comparison, shown: Sequence[Variant]) -> Table:
         "What was varied besides, under all masks",
         comparison.title,
         sentences(_METRICS, STAR, unnamed(comparison, variants)),
-        _METRICS_HEADER,
+        _metrics_header(variants),
         _metrics(variants, lambda mask: lambda variant: False),
     )
 
@@ -213,27 +214,28 @@ _METRICS = (
     'model over all tasks, "average" the average incremental accuracy, "forgetting" in points. In %, ± deviation over '
     "seeds."
 )
-_METRICS_HEADER = (
-    *("method", "seeds", "new, task", *(f"final, {mask}" for mask in MASKS)),
-    *("average, seen", "forgetting, seen"),
-)
+
+
+def _metrics_header(variants: Sequence[Named]) -> tuple[str, ...]:
+    finals = (f"final, {mask}" for mask in masks_of(variants))
+    return ("method", "seeds", "new, task", *finals, "average, seen", "forgetting, seen")
 
 
 def _metrics(
     variants: Sequence[Named], competing: Callable[[str], Callable[[Variant], bool]]
 ) -> tuple[tuple[Cell, ...], ...]:
     def metric(mask: str, key: str) -> Callable[[Run], float | None]:
-        return lambda run: getattr(run.summary.accuracy[mask], key)
+        return lambda run: getattr(run.summary.under(mask), key)
 
     def new(run: Run) -> float:
-        return statistics.mean(run.summary.accuracy["task"].table1)
+        return statistics.mean(run.summary.under("task").table1)
 
     def column(value: Callable[[Run], float | None], mask: str, *, least: bool = False) -> list[Cell]:
         return accuracies(variants, value, mask, competing=competing(mask), least=least)
 
     columns = [
         column(new, "task"),
-        *(column(final(mask), mask) for mask in MASKS),
+        *(column(final(mask), mask) for mask in masks_of(variants)),
         column(metric("seen", "average_incremental"), "seen"),
         column(metric("seen", "forgetting"), "seen", least=True),
     ]

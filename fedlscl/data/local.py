@@ -1,9 +1,11 @@
-"""What one client sees of a federation's data: its own tasks, and nobody else's.
+"""What one client sees of a federation's data: its own tasks, and of the others no more than the classes of all.
 
 Shapes: B batch, K classes of the whole federation, n and m images.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -31,13 +33,21 @@ class LocalData:
         self._data = data
         self.tasks: tuple[TaskSplit, ...] = data.split.clients[client].tasks
         self.num_classes = data.num_classes
+        self.federation = data.split.federation
         self.evaluate_on: Part = data.split.evaluate_on
 
     def class_mask(self, first: int, last: int) -> Tensor:
         """(K,) true for the classes of tasks `first` + 1 to `last`."""
+        return self._mask([task.classes for task in self.tasks[first:last]])
+
+    def federation_mask(self, last: int) -> Tensor:
+        """(K,) true for the classes that any client has in tasks 1 to `last`."""
+        return self._mask(self.federation[:last])
+
+    def _mask(self, classes: Iterable[Sequence[int]]) -> Tensor:
         mask = torch.zeros(self.num_classes, dtype=torch.bool)
-        for task in self.tasks[first:last]:
-            mask[list(task.classes)] = True
+        for of_task in classes:
+            mask[list(of_task)] = True
         return mask
 
     def train_images(self, first: int, last: int) -> Tensor:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fedlscl import seeds
 from fedlscl.checks import at_least
+from fedlscl.data.dealing import make_split
 from fedlscl.data.device import CPU, DeviceImages
 from fedlscl.data.source import Dataset, Part, Source
-from fedlscl.data.splits import Split, SplitSpec, make_split
+from fedlscl.data.splits import Split, SplitSpec
 
 
 class TestedPair(NamedTuple):

@@ -1,30 +1,25 @@
-"""Which images each client sees in each task: class ids and image indices from labels, a spec and a seed.
+"""Which images each client sees in each task: what is asked for, and what came of it, checked; see `dealing`.
 
-The protocol is that of Fed-LSCL, section "Experiments": every client owns some private classes and shares the
-public ones with all clients, cuts its own order of classes into tasks, and the images of a public class are
-dealt out by a Dirichlet distribution.
+Two protocols. That of Fed-LSCL, section "Experiments" (`task_order: own`): every client owns some private classes and
+shares the public ones with all clients, and cuts its own order of classes into tasks. That of most of the field
+(`task_order: common`): all clients learn the classes of the same task at the same time, and share its images.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import operator
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import zip_longest
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from fedlscl.seeds import numpy_generator
-
-HOLDOUT_FRACTION = 0.3
-
-# First word of every random stream: a stream belongs to one purpose (and class or client), so that changing
-# one setting reshuffles nothing that does not depend on it.
-_CLASSES, _TRAIN_ORDER, _TEST_ORDER, _SHARES, _TASKS = range(5)
+ADDED = {"task_order": "own", "classes_per_client": None}
+"""Fields of `SplitSpec` that a later version has added: at these values they are no part of a split's JSON and hash."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +38,11 @@ class SplitSpec:
         test_per_class: the same for the official test images; without effect under ``holdout30``.
         local_test: ``official`` tests on the official test images of a client's classes. ``holdout30`` leaves
             them untouched and tests on a random 30 % of each class of the client's own training images.
+        task_order: ``own`` cuts each client's classes into tasks in an order of its own; ``common`` is one sequence
+            of tasks for all clients, which needs that no class is private.
+        classes_per_client: under ``common``, how many classes of each task a client has; a class's images are shared
+            equally by those that have it, and `dirichlet_alpha` and `min_public_images` are without effect. None = all
+            classes, their images dealt by the Dirichlet distribution.
     """
 
     clients: int = 5
@@ -55,6 +55,8 @@ class SplitSpec:
     train_per_class: int | None = None
     test_per_class: int | None = None
     local_test: Literal["official", "holdout30"] = "official"
+    task_order: Literal["own", "common"] = "own"
+    classes_per_client: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers that no split can satisfy.
@@ -63,10 +65,10 @@ class SplitSpec:
             ValueError: names the field, its value and what would be right.
         """
         least = {"clients": 1, "tasks": 1, "classes_per_task": 1, "private_classes": 0, "public_classes": 0}
-        least |= {"min_public_images": 0, "train_per_class": 1, "test_per_class": 1}
-        for name, minimum in least.items():
+        optional = {"train_per_class": 1, "test_per_class": 1, "classes_per_client": 1}
+        for name, minimum in (least | {"min_public_images": 0} | optional).items():
             value = getattr(self, name)
-            if value is None and name in ("train_per_class", "test_per_class"):
+            if value is None and name in optional:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
                 raise ValueError(f"split.{name} is {value!r}; it must be a whole number from {minimum} on")
@@ -77,7 +79,10 @@ class SplitSpec:
         object.__setattr__(self, "dirichlet_alpha", float(alpha))  # 1 and 1.0 are the same split
         if self.local_test not in ("official", "holdout30"):
             raise ValueError(f"split.local_test is {self.local_test!r}; it must be 'official' or 'holdout30'")
+        if self.task_order not in ("own", "common"):
+            raise ValueError(f"split.task_order is {self.task_order!r}; it must be 'own' or 'common'")
         self._check_class_count()
+        self._check_task_order()
 
     def _check_class_count(self) -> None:
         held, used = self.private_classes + self.public_classes, self.tasks * self.classes_per_task
@@ -97,6 +102,40 @@ class SplitSpec:
             f"{held}, but tasks * classes_per_task = {self.tasks} * {self.classes_per_task} = {used}; "
             f"any one of these would fit: {', '.join(fits)}"
         )
+
+    def _check_task_order(self) -> None:
+        held = self.classes_per_client
+        if self.task_order == "own":
+            if held is not None:
+                raise ValueError(
+                    f"split.classes_per_client is {held}; it needs split.task_order common, or must be null"
+                )
+            return
+        if self.private_classes:
+            raise ValueError(
+                f"split.private_classes is {self.private_classes}; under split.task_order common all clients have the "
+                f"classes of a task: it must be 0, and split.public_classes {self.tasks * self.classes_per_task}"
+            )
+        if held is None:
+            return
+        if held > self.classes_per_task:
+            raise ValueError(
+                f"split.classes_per_client is {held}; a task has {self.classes_per_task} classes (classes_per_task)"
+            )
+        if self.clients * held < self.classes_per_task:
+            raise ValueError(
+                f"split: clients * classes_per_client = {self.clients} * {held} is less than the "
+                f"{self.classes_per_task} classes of a task (classes_per_task), and each must have a client"
+            )
+
+    @property
+    def client_task_classes(self) -> int:
+        """Classes that a client has in each task."""
+        return self.classes_per_task if self.classes_per_client is None else self.classes_per_client
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values; fields of `ADDED` are left out where they are off."""
+        return {name: value for name, value in asdict(self).items() if name not in ADDED or value != ADDED[name]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,11 +161,16 @@ class ClientSplit:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """A complete, checked split. Two splits are the same exactly if their ``sha256`` is the same."""
+    """A complete, checked split. Two splits are the same exactly if their ``sha256`` is the same.
+
+    `federation` holds of each task the sorted ids of the classes that any client has in it. It follows from the
+    clients, and must be given only where not all of them are known.
+    """
 
     spec: SplitSpec
     seed: int
     clients: tuple[ClientSplit, ...]
+    federation: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         """Check every rule of the protocol.
@@ -134,6 +178,10 @@ class Split:
         Raises:
             ValueError: names the client and task that break a rule, and the rule.
         """
+        if len(self.present) == len(self.clients):
+            tasks = zip_longest(*(client.tasks for client in self.clients), fillvalue=None)
+            of_task = ({label for task in each if task for label in task.classes} for each in tasks)
+            object.__setattr__(self, "federation", tuple(tuple(sorted(labels)) for labels in of_task))
         _check(self)
 
     @property
@@ -147,6 +195,7 @@ class Split:
             self.spec,
             self.seed,
             tuple(client if n in clients else ClientSplit((), (), ()) for n, client in enumerate(self.clients)),
+            self.federation,
         )
 
     @property
@@ -157,7 +206,7 @@ class Split:
     def to_json(self) -> str:
         """Return the split as compact JSON with sorted keys: equal splits give equal text."""
         content = {
-            "spec": asdict(self.spec),
+            "spec": self.spec.to_json(),
             "seed": self.seed,
             "clients": [
                 {
@@ -170,6 +219,8 @@ class Split:
                 for client in self.clients
             ],
         }
+        if len(self.present) < len(self.clients):  # or it follows from them
+            content["federation"] = self.federation
         return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -181,7 +232,7 @@ class Split:
         """
         try:
             raw = json.loads(text)
-            if set(raw) != {field.name for field in fields(cls)}:
+            if set(raw) | {"federation"} != {field.name for field in fields(cls)}:
                 raise ValueError(f"found the keys {sorted(raw)}")
             clients = tuple(
                 ClientSplit(
@@ -194,7 +245,8 @@ class Split:
                 )
                 for client in raw["clients"]
             )
-            return cls(SplitSpec(**raw["spec"]), _seed(raw["seed"]), clients)
+            federation = tuple(map(_ids, raw.get("federation", [])))
+            return cls(SplitSpec(**raw["spec"]), whole_seed(raw["seed"]), clients, federation)
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"not a split as Split.to_json writes it: {error}") from error
 
@@ -204,109 +256,8 @@ class Split:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
-def make_split(train_labels: ArrayLike, test_labels: ArrayLike, spec: SplitSpec, seed: int) -> Split:
-    """Deal classes and images out to clients and tasks.
-
-    A public class goes to all clients: its images in random order, cut into consecutive parts whose sizes are
-    Dirichlet shares rounded by largest remainder, so every image of the (capped) pool is used exactly once.
-
-    Args:
-        train_labels: class ids of the training images, shape (N,), any integer type.
-        test_labels: class ids of the test images, shape (M,), any integer type.
-        spec: how to deal.
-        seed: whole number from 0 on; equal arguments give equal splits.
-
-    Returns:
-        The split; its hash does not depend on the type of the labels.
-
-    Raises:
-        ValueError: too few classes or images; the message names client, task, class, counts and a remedy.
-    """
-    train, test = _labels("train_labels", train_labels), _labels("test_labels", test_labels)
-    seed = _seed(seed)
-    known = np.unique(train)
-    needed = spec.clients * spec.private_classes + spec.public_classes
-    if needed > len(known):
-        raise ValueError(
-            f"split: clients * private_classes + public_classes = {spec.clients} * {spec.private_classes} + "
-            f"{spec.public_classes} = {needed} classes, but the training labels have {len(known)}; "
-            f"lower one of the three"
-        )
-    # Public classes first, then client by client: one client more leaves everybody else's classes alone.
-    drawn = numpy_generator(seed, _CLASSES).permutation(known)[:needed].tolist()
-    public, owned = drawn[: spec.public_classes], drawn[spec.public_classes :]
-    untested = sorted(set(drawn) - set(test.tolist()))
-    if untested and spec.local_test == "official":
-        raise ValueError(f"split: classes {untested} have training images but no test image")
-
-    parts: list[dict[int, NDArray[np.int64]]] = [{} for _ in range(spec.clients)]
-    for label in public:
-        pool = _pool(train, label, spec.train_per_class, numpy_generator(seed, _TRAIN_ORDER, label))
-        counts = _deal(len(pool), label, spec, numpy_generator(seed, _SHARES, label))
-        for own, part in zip(parts, np.split(pool, np.cumsum(counts)[:-1]), strict=True):
-            own[label] = part
-
-    clients = []
-    for client, own in enumerate(parts):
-        private = owned[client * spec.private_classes : (client + 1) * spec.private_classes]
-        for label in private:
-            own[label] = _pool(train, label, spec.train_per_class, numpy_generator(seed, _TRAIN_ORDER, label))
-        fit, evaluate = {}, {}
-        for label, part in own.items():
-            # Parts are in random order, so the front of one is a random sample of it. Halves round up.
-            held_out = math.floor(HOLDOUT_FRACTION * len(part) + 0.5) if spec.local_test == "holdout30" else 0
-            fit[label] = part[held_out:]
-            if spec.local_test == "holdout30":
-                evaluate[label] = part[:held_out]
-            else:
-                evaluate[label] = _pool(test, label, spec.test_per_class, numpy_generator(seed, _TEST_ORDER, label))
-        order = numpy_generator(seed, _TASKS, client).permutation(sorted(own)).tolist()
-        tasks = []
-        for start in range(0, len(order), spec.classes_per_task):
-            classes = tuple(sorted(order[start : start + spec.classes_per_task]))
-            tasks.append(
-                TaskSplit(
-                    classes=classes,
-                    train=np.sort(np.concatenate([fit[label] for label in classes])),
-                    test=np.sort(np.concatenate([evaluate[label] for label in classes])),
-                )
-            )
-        clients.append(ClientSplit(tuple(sorted(private)), tuple(sorted(public)), tuple(tasks)))
-    return Split(spec, seed, tuple(clients))
-
-
-def _pool(labels: NDArray[np.int64], label: int, cap: int | None, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Indices of a class in random order, at most `cap`; a larger cap only appends to a smaller one's."""
-    return rng.permutation(np.flatnonzero(labels == label)).astype(np.int64)[:cap]
-
-
-def _deal(images: int, label: int, spec: SplitSpec, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Images of one public class per client, shape (clients,), summing to `images`."""
-    free = images - spec.clients * spec.min_public_images
-    if free < 0:
-        raise ValueError(
-            f"split.min_public_images is {spec.min_public_images}: {spec.clients} clients would need "
-            f"{spec.clients * spec.min_public_images} images of public class {label}, which has {images} "
-            f"(train_per_class={spec.train_per_class}); at most {images // spec.clients} fits"
-        )
-    quota = free * rng.dirichlet(np.full(spec.clients, spec.dirichlet_alpha))
-    counts = np.floor(quota).astype(np.int64)
-    left = free - int(counts.sum())
-    counts[np.argsort(counts - quota, kind="stable")[:left]] += 1
-    return counts + spec.min_public_images
-
-
-def _labels(name: str, labels: ArrayLike) -> NDArray[np.int64]:
-    array = np.asarray(labels)
-    if array.ndim != 1 or array.dtype.kind not in "iu" or not array.size or array.min() < 0:
-        raise ValueError(
-            f"{name} has shape {array.shape} and type {array.dtype}; it must be a non-empty "
-            f"list of class ids, whole numbers from 0 on"
-        )
-    return array.astype(np.int64)
-
-
-def _seed(seed: Any) -> int:
+def whole_seed(seed: Any) -> int:
+    """The seed as a whole number; raises ValueError if it is none."""
     try:
         value = operator.index(seed)
     except TypeError:
@@ -330,6 +281,7 @@ def _check(split: Split) -> None:
     """Raise ValueError unless `split` follows the rules of the protocol."""
     spec = split.spec
     _same(len(split.clients), spec.clients, "number of clients")
+    _same(len(split.federation), spec.tasks, "number of tasks in federation")
     exclusive: set[int] = set()
     images: list[NDArray[np.int64]] = []  # training images in use, which no two tasks may share
     for i, client in enumerate(split.clients):
@@ -338,8 +290,10 @@ def _check(split: Split) -> None:
         who = f"client {i}"
         private, public = set(client.private), set(client.public)
         _same(len(private), spec.private_classes, f"{who}: number of private classes")
-        _same(len(public), spec.public_classes, f"{who}: number of public classes")
-        _same(sorted(public), sorted(split.present[0].public), f"{who}: public classes")
+        expected = spec.tasks * spec.client_task_classes - spec.private_classes
+        _same(len(public), expected, f"{who}: number of public classes")
+        if spec.classes_per_client is None:
+            _same(sorted(public), sorted(split.present[0].public), f"{who}: public classes")
         _same(sorted(private & (exclusive | public)), [], f"{who}: private classes that somebody else has")
         exclusive |= private
         _same(len(client.tasks), spec.tasks, f"{who}: number of tasks")
@@ -347,7 +301,8 @@ def _check(split: Split) -> None:
         _same(sorted(classes), sorted(private | public), f"{who}: classes of all tasks")
         for n, task in enumerate(client.tasks):
             where = f"{who}, task {n}"
-            _same(len(task.classes), spec.classes_per_task, f"{where}: number of classes")
+            _same(len(task.classes), spec.client_task_classes, f"{where}: number of classes")
+            _same(sorted(set(task.classes) - set(split.federation[n])), [], f"{where}: classes not in federation")
             for part, index in (("train", task.train), ("test", task.test)):
                 if index.size and (index[0] < 0 or (np.diff(index) <= 0).any()):
                     raise ValueError(f"{where}: {part} indices are not sorted, distinct and at least 0")
@@ -364,6 +319,10 @@ def _check(split: Split) -> None:
         if split.evaluate_on == "test":
             _distinct([task.test for task in client.tasks], f"{who}: test images")
     _distinct(images, "training images")
+    if spec.task_order == "common":
+        for n, labels in enumerate(split.federation):
+            _same(len(labels), spec.classes_per_task, f"task {n}: number of classes in federation")
+        _same(len({label for labels in split.federation for label in labels}), spec.public_classes, "classes in federation")
 
 
 def _same(found: object, expected: object, what: str) -> None:

@@ -151,7 +151,8 @@ def deal(data: FederatedDataModule, per_class: int, folder: Path) -> Iterator[Pa
         )
         known = data.split.only([index]).clients
         share = ClientSplit(known[index].private, known[index].public, tasks)
-        split = Split(data.split.spec, data.split.seed, (*known[:index], share, *known[index + 1 :]))
+        others = (*known[:index], share, *known[index + 1 :])
+        split = Split(data.split.spec, data.split.seed, others, data.split.federation)
         sets = {part: (getattr(data.dataset, part).images, getattr(data.dataset, part).labels) for part in PARTS}
         yield _write(
             data,

@@ -20,7 +20,7 @@ from torch import Tensor
 from fedlscl.files import Damaged, content_of, is_temporary, make_folder, naming, sha256, sync, write_atomically
 
 MANIFEST = "state.json"
-FORMAT = 3  # raise it when what clients and servers keep gets other names or another meaning
+FORMAT = 4  # raise it when what clients and servers keep gets other names or another meaning
 
 _TENSORS = re.compile(r"[\w-]+\.\d+\.safetensors")
 

@@ -23,6 +23,7 @@ from fedlscl.files import write_atomically
 STYLES: dict[str, dict[str, Any]] = {
     "task": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "the task's classes"},
     "seen": {"color": "#D55E00", "linestyle": "-", "marker": "s", "label": "classes seen so far"},
+    "federation": {"color": "#CC79A7", "linestyle": "-.", "marker": "D", "label": "classes any client has seen"},
     "none": {"color": "#009E73", "linestyle": "--", "marker": "^", "label": "all classes"},
 }
 DPI = 150

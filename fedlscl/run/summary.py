@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,10 @@ class NotASummary(ValueError):
     """A file that was never meant to be a summary."""
 
 
+ADDED_MASK = "federation"
+"""A mask that older summaries lack."""
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """The metrics of one mask, see :func:`fedlscl.evaluation.summarise`; accuracies in %, NaN if nothing was measured.
@@ -81,6 +86,11 @@ class Accuracy:
         found = summarise(acc)
         matrix = tuple(tuple(map(tuple, rows)) for rows in found["matrix"])
         return cls(**{**found, "table1": tuple(found["table1"]), "matrix": matrix})
+
+    def unknown(self) -> Accuracy:
+        """The metrics of another mask, under which nothing was measured in the same run."""
+        matrix = tuple(tuple((None,) * len(row) for row in rows) for rows in self.matrix)
+        return Accuracy((math.nan,) * len(self.table1), math.nan, math.nan, None, None, matrix)
 
     @property
     def array(self) -> FloatArray:
@@ -169,7 +179,7 @@ class Summary:
         data_sha256: fingerprint of the images; None where only a part of them was there. It begins with "all:" if every
             pixel counts; earlier versions looked at 64 images.
         weights_sha256: fingerprint of the ViT's weights; None where they are of no file.
-        accuracy: the metrics under each of `MASKS`.
+        accuracy: the metrics under each of `MASKS`, but for `ADDED_MASK` in older summaries; see `under`.
         bytes_up: what clients sent.
         bytes_down: what they were sent.
         bytes_setup_per_client: what a client needs beforehand besides its own data.
@@ -257,12 +267,17 @@ class Summary:
         if content.get("task_aware") is False:  # before it named masks
             content["task_aware"] = []
         accuracy = content["accuracy"]
-        if isinstance(accuracy, dict) and (missing := [mask for mask in MASKS if mask not in accuracy]):
+        needed = [mask for mask in MASKS if mask != ADDED_MASK]
+        if isinstance(accuracy, dict) and (missing := [mask for mask in needed if mask not in accuracy]):
             raise ValueError(f"{source} lacks accuracy under mask {', '.join(missing)}; it was made by another version")
         summary: Summary = _made(cls, content, "", source)
         if "total" not in summary.seconds:
             raise ValueError(_lacks(source, ["seconds.total"]))
         return summary
+
+    def under(self, mask: str) -> Accuracy:
+        """The metrics of a mask, NaN where the run was made before there was such a mask."""
+        return self.accuracy.get(mask) or self.accuracy["none"].unknown()
 
     def to_json(self) -> str:
         """The text of `summary.json`."""
