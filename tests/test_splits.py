@@ -247,6 +247,44 @@ def test_a_common_order_deals_the_classes_anew_in_each_task() -> None:
     assert split.federation != other.federation
 
 
+@pytest.mark.parametrize("order", ["own", "common"])
+def test_tasks_may_have_different_numbers_of_classes(order: str) -> None:
+    equal = SplitSpec(**{**COMMON, "task_order": order})
+    sizes = (20, 5, 5, 5, 5)
+    first, then = (
+        make_split(PAPER_TRAIN, PAPER_TEST, spec, 0) for spec in (replace(equal, classes_per_task=sizes), equal)
+    )
+    for ours, theirs in zip(first.clients, then.clients, strict=True):
+        assert [len(task.classes) for task in ours.tasks] == list(sizes)
+        late = {label for task in ours.tasks[1:3] for label in task.classes}  # classes 20 to 29 of the same order
+        assert late <= {label for task in theirs.tasks[2:4] for label in task.classes}
+    assert Split.from_json(first.to_json()).spec == replace(equal, classes_per_task=sizes)
+    same = make_split(PAPER_TRAIN, PAPER_TEST, replace(equal, classes_per_task=(8,) * 5), 0)
+    assert same.federation == then.federation
+
+
+def test_patterns_of_names_say_whose_a_class_is() -> None:
+    names = [f"{domain}_{label}" for domain in ("paint", "photo", "sketch") for label in "abc"]
+    train, test = np.repeat(np.arange(9), 20), np.repeat(np.arange(9), 5)
+    spec = SplitSpec(3, 1, 3, 3, 0, private_names=("sketch_*", "paint_*", "photo_?"))
+    for seed in range(3):
+        split = make_split(train, test, spec, seed, names)
+        assert [client.private for client in split.clients] == [(6, 7, 8), (0, 1, 2), (3, 4, 5)]
+    two = make_split(train, test, SplitSpec(2, 1, 6, 3, 3, private_names=("paint_*", "photo_*")), 0, names)
+    assert {client.public for client in two.clients} == {(6, 7, 8)}  # public classes are drawn among the others
+    assert Split.from_json(two.to_json()).sha256 == two.sha256
+    for patterns, message in (
+        (
+            ("p*", "photo_*", "sketch_*"),
+            r"'p\*' of client 0 fits 6 classes: paint_a, .*; it must fit 3 .* of 9, such as paint_a",
+        ),
+        (("paint_*", "photo_*", "Sketch_*"), r"'Sketch_\*' of client 2 fits 0 classes; it must fit 3"),
+        (("paint_*", "photo_*", "[ps]*o_*"), "class photo_a fits the patterns of two clients"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_split(train, test, replace(spec, private_names=patterns), 0, names)
+
+
 def test_the_order_of_tasks_changes_neither_classes_nor_shares() -> None:
     own, common = (_shares(SplitSpec(**{**COMMON, "task_order": order})) for order in ("own", "common"))
     assert own == common
@@ -304,6 +342,17 @@ def test_holdout_leaves_test_images_alone() -> None:
         ({"clients": 0}, "split.clients is 0"),
         ({"tasks": 2.5}, "split.tasks is 2.5"),
         ({"classes_per_task": True}, "split.classes_per_task is True"),
+        (
+            {"classes_per_task": [8, 8]},
+            r"split.classes_per_task is \[8, 8\]; it must have a number for each of 5 tasks",
+        ),
+        ({"classes_per_task": [8, 8, 8, 8, 0]}, "split.classes_per_task is .* whole numbers from 1 on"),
+        (
+            {"classes_per_task": (8, 8, 8, 8, 9)},
+            r"40, but classes_per_task 8 \+ 8 \+ 8 \+ 8 \+ 9 = 41.*: classes_per_task=8,",
+        ),
+        ({"private_names": ["a*", "b*"]}, "split.private_names has 2 patterns; it must have one for each of 5 clients"),
+        ({**COMMON, "classes_per_task": (4, 9, 9, 9, 9), "classes_per_client": 5}, "is 5; a task has 4 classes"),
         ({"private_classes": -1}, "split.private_classes is -1"),
         ({"min_public_images": None}, "split.min_public_images is None"),
         ({"train_per_class": 0}, "split.train_per_class is 0"),

@@ -222,6 +222,13 @@ POINTS = (
     ),
     Point("tasks", _field("data.split.tasks"), ("5",), True, "Forgetting grows with the number of tasks."),
     Point("classes per task", _field("data.split.classes_per_task"), ("8",), True, CHANCE),
+    Point(
+        "order of tasks",
+        _field("data.split.task_order"),
+        ("own",),
+        True,
+        "With one order for all clients they learn the same classes at the same time, as in most of the field.",
+    ),
     Point("private classes per client", _field("data.split.private_classes"), ("15", "40"), True, SHARED),
     Point("public classes", _field("data.split.public_classes"), ("25", "0"), True, SHARED),
     Point("rounds per task", _field("federation.rounds"), ("5",), True, TRAINING),

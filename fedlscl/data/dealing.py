@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,7 +19,9 @@ HOLDOUT_FRACTION = 0.3
 _CLASSES, _TRAIN_ORDER, _TEST_ORDER, _SHARES, _TASKS, _HOLDERS = range(6)
 
 
-def make_split(train_labels: ArrayLike, test_labels: ArrayLike, spec: SplitSpec, seed: int) -> Split:
+def make_split(
+    train_labels: ArrayLike, test_labels: ArrayLike, spec: SplitSpec, seed: int, names: Sequence[str] = ()
+) -> Split:
     """Deal classes and images out to clients and tasks.
 
     A public class goes to all clients: its images in random order, cut into consecutive parts whose sizes are
@@ -29,6 +33,7 @@ def make_split(train_labels: ArrayLike, test_labels: ArrayLike, spec: SplitSpec,
         test_labels: class ids of the test images, shape (M,), any integer type.
         spec: how to deal.
         seed: whole number from 0 on; equal arguments give equal splits.
+        names: of the classes by class id; needed where `private_names` is given.
 
     Returns:
         The split; its hash does not depend on the type of the labels.
@@ -46,9 +51,11 @@ def make_split(train_labels: ArrayLike, test_labels: ArrayLike, spec: SplitSpec,
             f"{spec.public_classes} = {needed} classes, but the training labels have {len(known)}; "
             f"lower one of the three"
         )
+    named = _named(known.tolist(), spec, names)
     # Public classes first, then client by client: one client more leaves everybody else's classes alone.
-    drawn = numpy_generator(seed, _CLASSES).permutation(known)[:needed].tolist()
-    public, owned = drawn[: spec.public_classes], drawn[spec.public_classes :]
+    drawn = numpy_generator(seed, _CLASSES).permutation([label for label in known if label not in named]).tolist()
+    public, owned = drawn[: spec.public_classes], named or drawn[spec.public_classes : needed]
+    drawn = public + owned
     untested = sorted(set(drawn) - set(test.tolist()))
     if untested and spec.local_test == "official":
         raise ValueError(f"split: classes {untested} have training images but no test image")
@@ -83,8 +90,8 @@ def make_split(train_labels: ArrayLike, test_labels: ArrayLike, spec: SplitSpec,
         if spec.task_order == "own":
             order = numpy_generator(seed, _TASKS, client).permutation(sorted(own)).tolist()
         tasks = []
-        for start in range(0, len(order), spec.classes_per_task):
-            classes = tuple(sorted(own.keys() & set(order[start : start + spec.classes_per_task])))
+        for end, size in zip(np.cumsum(spec.task_sizes), spec.task_sizes, strict=True):
+            classes = tuple(sorted(own.keys() & set(order[end - size : end])))
             tasks.append(
                 TaskSplit(
                     classes=classes,
@@ -96,13 +103,30 @@ def make_split(train_labels: ArrayLike, test_labels: ArrayLike, spec: SplitSpec,
     return Split(spec, seed, tuple(clients))
 
 
+def _named(known: list[int], spec: SplitSpec, names: Sequence[str]) -> list[int]:
+    """The private classes of all clients, one client's after another's, where patterns of names say which these are."""
+    owned: list[int] = []
+    for client, pattern in enumerate(spec.private_names or ()):
+        found = [label for label in known if fnmatchcase(names[label], pattern)]
+        if len(found) != spec.private_classes:
+            some = f": {', '.join(names[label] for label in found[:8])}" if found else ""
+            raise ValueError(
+                f"split.private_names: '{pattern}' of client {client} fits {len(found)} classes{some}; it must fit "
+                f"{spec.private_classes} (private_classes) of {len(known)}, such as {names[known[0]]}"
+            )
+        if both := set(found) & set(owned):
+            raise ValueError(f"split.private_names: class {names[min(both)]} fits the patterns of two clients")
+        owned += found
+    return owned
+
+
 def _holders(order: list[int], spec: SplitSpec, seed: int) -> dict[int, list[int]]:
     """By public class the clients that have it; with `classes_per_client` so many of each task's, dealt like cards."""
     if spec.classes_per_client is None:
         return {label: list(range(spec.clients)) for label in order}
     holders: dict[int, list[int]] = {label: [] for label in order}
-    for task in range(spec.tasks):
-        classes = order[task * spec.classes_per_task :][: spec.classes_per_task]
+    for task, (end, size) in enumerate(zip(np.cumsum(spec.task_sizes), spec.task_sizes, strict=True)):
+        classes = order[end - size : end]
         clients = numpy_generator(seed, _HOLDERS, task).permutation(spec.clients).tolist()
         for place, client in enumerate(np.repeat(clients, spec.classes_per_client).tolist()):
             holders[classes[place % len(classes)]].append(client)

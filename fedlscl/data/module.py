@@ -80,7 +80,8 @@ class FederatedDataModule(LightningDataModule):
         if self.seed is None:
             raise ValueError("data.seed is not set; give the seed of the split, a whole number from 0 on")
         self.dataset, self._loaded = self._loaded or self._load(), None
-        self.split = make_split(self.dataset.train.labels, self.dataset.test.labels, self.split_spec, self.seed)
+        labels = self.dataset.train.labels, self.dataset.test.labels
+        self.split = make_split(*labels, self.split_spec, self.seed, self.dataset.classes)
 
     @property
     def split_sha256(self) -> str:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-ADDED = {"task_order": "own", "classes_per_client": None}
+ADDED = {"task_order": "own", "classes_per_client": None, "private_names": None}
 """Fields of `SplitSpec` that a later version has added: at these values they are no part of a split's JSON and hash."""
 
 
@@ -29,7 +29,8 @@ class SplitSpec:
     Args:
         clients: number of clients.
         tasks: tasks per client.
-        classes_per_task: classes in each task; ``tasks * classes_per_task`` is private plus public classes.
+        classes_per_task: classes in each task, or a list with a number for each; all together are private plus public
+            classes.
         private_classes: classes that belong to one client only, per client.
         public_classes: classes that all clients share.
         dirichlet_alpha: concentration of a public class's images over clients, in (0, 1e9]; small is skewed.
@@ -43,11 +44,13 @@ class SplitSpec:
         classes_per_client: under ``common``, how many classes of each task a client has; a class's images are shared
             equally by those that have it, and `dirichlet_alpha` and `min_public_images` are without effect. None = all
             classes, their images dealt by the Dirichlet distribution.
+        private_names: for each client a pattern that the names of its private classes fit, and no others, as in a
+            shell (``sketch_*``); None = they are drawn by seed.
     """
 
     clients: int = 5
     tasks: int = 5
-    classes_per_task: int = 8
+    classes_per_task: int | tuple[int, ...] = 8
     private_classes: int = 15
     public_classes: int = 25
     dirichlet_alpha: float = 1.0
@@ -57,6 +60,7 @@ class SplitSpec:
     local_test: Literal["official", "holdout30"] = "official"
     task_order: Literal["own", "common"] = "own"
     classes_per_client: int | None = None
+    private_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers that no split can satisfy.
@@ -64,7 +68,7 @@ class SplitSpec:
         Raises:
             ValueError: names the field, its value and what would be right.
         """
-        least = {"clients": 1, "tasks": 1, "classes_per_task": 1, "private_classes": 0, "public_classes": 0}
+        least = {"clients": 1, "tasks": 1, "private_classes": 0, "public_classes": 0}
         optional = {"train_per_class": 1, "test_per_class": 1, "classes_per_client": 1}
         for name, minimum in (least | {"min_public_images": 0} | optional).items():
             value = getattr(self, name)
@@ -72,6 +76,7 @@ class SplitSpec:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
                 raise ValueError(f"split.{name} is {value!r}; it must be a whole number from {minimum} on")
+        self._check_task_sizes()
         alpha = self.dirichlet_alpha
         # Above 1e9 every share is equal to nine digits, and much larger numbers overflow when summed.
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= 1e9:
@@ -83,23 +88,42 @@ class SplitSpec:
             raise ValueError(f"split.task_order is {self.task_order!r}; it must be 'own' or 'common'")
         self._check_class_count()
         self._check_task_order()
+        if self.private_names is not None:
+            object.__setattr__(self, "private_names", tuple(self.private_names))
+            if len(self.private_names) != self.clients:
+                raise ValueError(
+                    f"split.private_names has {len(self.private_names)} patterns; it must have one for each of "
+                    f"{self.clients} clients"
+                )
+
+    def _check_task_sizes(self) -> None:
+        given = self.classes_per_task
+        if isinstance(given, list | tuple):
+            object.__setattr__(self, "classes_per_task", tuple(given))
+            if len(given) != self.tasks:
+                raise ValueError(
+                    f"split.classes_per_task is {list(given)}; it must have a number for each of {self.tasks} tasks"
+                )
+        for size in given if isinstance(given, list | tuple) else (given,):
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"split.classes_per_task is {given!r}; it must be whole numbers from 1 on")
 
     def _check_class_count(self) -> None:
-        held, used = self.private_classes + self.public_classes, self.tasks * self.classes_per_task
+        held, used = self.private_classes + self.public_classes, sum(self.task_sizes)
         if held == used:
             return
-        fits = []
+        fits, size = [], self.classes_per_task
         if held and held % self.tasks == 0:
             fits.append(f"classes_per_task={held // self.tasks}")
-        if held and held % self.classes_per_task == 0:
-            fits.append(f"tasks={held // self.classes_per_task}")
+        if isinstance(size, int) and held and held % size == 0:
+            fits.append(f"tasks={held // size}")
         if used >= self.private_classes:
             fits.append(f"public_classes={used - self.private_classes}")
         if used >= self.public_classes:
             fits.append(f"private_classes={used - self.public_classes}")
         raise ValueError(
             f"split: private_classes + public_classes = {self.private_classes} + {self.public_classes} = "
-            f"{held}, but tasks * classes_per_task = {self.tasks} * {self.classes_per_task} = {used}; "
+            f"{held}, but {self._all_tasks} = {used}; "
             f"any one of these would fit: {', '.join(fits)}"
         )
 
@@ -114,24 +138,37 @@ class SplitSpec:
         if self.private_classes:
             raise ValueError(
                 f"split.private_classes is {self.private_classes}; under split.task_order common all clients have the "
-                f"classes of a task: it must be 0, and split.public_classes {self.tasks * self.classes_per_task}"
+                f"classes of a task: it must be 0, and split.public_classes {sum(self.task_sizes)}"
             )
         if held is None:
             return
-        if held > self.classes_per_task:
-            raise ValueError(
-                f"split.classes_per_client is {held}; a task has {self.classes_per_task} classes (classes_per_task)"
-            )
-        if self.clients * held < self.classes_per_task:
+        least, most = min(self.task_sizes), max(self.task_sizes)
+        if held > least:
+            raise ValueError(f"split.classes_per_client is {held}; a task has {least} classes (classes_per_task)")
+        if self.clients * held < most:
             raise ValueError(
                 f"split: clients * classes_per_client = {self.clients} * {held} is less than the "
-                f"{self.classes_per_task} classes of a task (classes_per_task), and each must have a client"
+                f"{most} classes of a task (classes_per_task), and each must have a client"
             )
 
     @property
-    def client_task_classes(self) -> int:
+    def _all_tasks(self) -> str:
+        size = self.classes_per_task
+        if isinstance(size, int):
+            return f"tasks * classes_per_task = {self.tasks} * {size}"
+        return f"classes_per_task {' + '.join(map(str, size))}"
+
+    @property
+    def task_sizes(self) -> tuple[int, ...]:
+        """Classes of each task."""
+        size = self.classes_per_task
+        return (size,) * self.tasks if isinstance(size, int) else size
+
+    @property
+    def client_task_sizes(self) -> tuple[int, ...]:
         """Classes that a client has in each task."""
-        return self.classes_per_task if self.classes_per_client is None else self.classes_per_client
+        held = self.classes_per_client
+        return self.task_sizes if held is None else (held,) * self.tasks
 
     def to_json(self) -> dict[str, Any]:
         """As plain values; fields of `ADDED` are left out where they are off."""
@@ -290,7 +327,7 @@ def _check(split: Split) -> None:
         who = f"client {i}"
         private, public = set(client.private), set(client.public)
         _same(len(private), spec.private_classes, f"{who}: number of private classes")
-        expected = spec.tasks * spec.client_task_classes - spec.private_classes
+        expected = sum(spec.client_task_sizes) - spec.private_classes
         _same(len(public), expected, f"{who}: number of public classes")
         if spec.classes_per_client is None:
             _same(sorted(public), sorted(split.present[0].public), f"{who}: public classes")
@@ -301,7 +338,7 @@ def _check(split: Split) -> None:
         _same(sorted(classes), sorted(private | public), f"{who}: classes of all tasks")
         for n, task in enumerate(client.tasks):
             where = f"{who}, task {n}"
-            _same(len(task.classes), spec.client_task_classes, f"{where}: number of classes")
+            _same(len(task.classes), spec.client_task_sizes[n], f"{where}: number of classes")
             _same(sorted(set(task.classes) - set(split.federation[n])), [], f"{where}: classes not in federation")
             for part, index in (("train", task.train), ("test", task.test)):
                 if index.size and (index[0] < 0 or (np.diff(index) <= 0).any()):
@@ -321,8 +358,9 @@ def _check(split: Split) -> None:
     _distinct(images, "training images")
     if spec.task_order == "common":
         for n, labels in enumerate(split.federation):
-            _same(len(labels), spec.classes_per_task, f"task {n}: number of classes in federation")
-        _same(len({label for labels in split.federation for label in labels}), spec.public_classes, "classes in federation")
+            _same(len(labels), spec.task_sizes[n], f"task {n}: number of classes in federation")
+        every = {label for labels in split.federation for label in labels}
+        _same(len(every), spec.public_classes, "number of classes in federation")
 
 
 def _same(found: object, expected: object, what: str) -> None:
