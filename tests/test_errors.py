@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +308,27 @@ def test_ctrl_c_while_everything_is_imported(setting: str) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, len(done.stderr.splitlines())) == (INTERRUPTED, 1), done.stderr
     assert done.stderr.startswith("fedlscl: interrupted")
+
+
+def test_ctrl_c_of_which_an_import_has_made_another_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As compiled modules do, whose errors do not say what they came of."""
+
+    def lost(words: list[str]) -> None:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ValueError("cannot import name 'spam'")
+
+    monkeypatch.setitem(COMMANDS, "fit", lost)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as end:
+            main(["fit"])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert end.value.code == INTERRUPTED
+    assert capsys.readouterr().err.startswith("fedlscl: interrupted")
 
 
 @pytest.mark.processes

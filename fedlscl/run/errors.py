@@ -15,11 +15,13 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 REFUSED = 1
@@ -221,6 +223,16 @@ class _Shown(logging.Handler):
 @contextmanager
 def in_a_line() -> Iterator[None]:
     """Let whatever goes wrong inside end the process with a line and a code, never with a traceback."""
+    noted: list[int] = []  # an import in whose middle Ctrl-C comes may end in any error
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    ours = threading.current_thread() is threading.main_thread()
+    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, note)
     try:
         yield
         sys.stdout.flush()  # what the reader of a pipe does not want is noticed here, and not at Python's very end
@@ -231,16 +243,19 @@ def in_a_line() -> Iterator[None]:
     except KeyboardInterrupt:
         _interrupted()
     except SystemExit as end:
-        if _of_interrupt(end):  # Lightning's answer to Ctrl-C
+        if noted or _of_interrupt(end):  # Lightning's answer to Ctrl-C
             _interrupted()
         raise
     except Exception as error:
-        if _of_interrupt(error):  # what came of it in the middle of an import
+        if noted or _of_interrupt(error):
             _interrupted()
         if (text := told(error)) is not None:
             sys.exit(f"fedlscl: {one_line(text) or type(error).__name__}")
         sys.stderr.write(f"fedlscl: {_unforeseen(error)}\n")
         sys.exit(UNEXPECTED)
+    finally:
+        if ours and signal.getsignal(signal.SIGINT) is note:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _of_interrupt(error: BaseException | None) -> bool:
