@@ -27,7 +27,7 @@ from fedlscl.batches import Output
 from fedlscl.checks import at_least
 from fedlscl.data.splits import Split
 from fedlscl.messages import Download
-from fedlscl.methods.fed_l2p import PromptClient, similarities
+from fedlscl.methods.fed_l2p import PoolClient, PromptClient, similarities
 from fedlscl.models.adapters import Prefixes
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
@@ -36,7 +36,25 @@ from fedlscl.schedule import Round
 GENERAL_BLOCKS, EXPERT_BLOCKS = (0, 1), (2, 3, 4)  # as published
 
 
-class FedDualPromptClient(PromptClient):
+class TaskPoolClient(PoolClient):
+    """A client that trains another part of its pool in each task."""
+
+    def check(self, split: Split) -> None:
+        """Refuse more tasks than there are slots."""
+        if (tasks := split.spec.tasks) > self.pool_size:
+            raise ValueError(f"model.pool_size is {self.pool_size}, must be at least the number of tasks, {tasks}")
+
+    def reached(self) -> int:
+        """The last task that the model has been trained in, by this client or those whose model it received."""
+        return max(self.memory.begun, int(self.memory.received.get("task", torch.tensor(0))))
+
+    def download(self, message: Download) -> None:
+        """Also remember which task the model is of."""
+        super().download(message)
+        self.memory.received["task"] = torch.tensor(message.task)
+
+
+class FedDualPromptClient(PromptClient, TaskPoolClient):
     """Prefixes in the blocks of the frozen ViT, common ones and one slot for each task, and a linear head.
 
     Args:
@@ -84,26 +102,15 @@ class FedDualPromptClient(PromptClient):
         self.keys = nn.Parameter(torch.empty(self.pool_size, vit.width).uniform_(-1, 1))
         self.head = nn.Linear(vit.width, num_classes)
 
-    def check(self, split: Split) -> None:
-        """Refuse more tasks than there are slots."""
-        if (tasks := split.spec.tasks) > self.pool_size:
-            raise ValueError(f"model.pool_size is {self.pool_size}, must be at least the number of tasks, {tasks}")
-
     # ---- from task to task
 
     def begin_round(self, round: Round) -> None:
         """Also let a new task begin with the prefixes of the task before."""
-        received = int(self.memory.received.get("task", torch.tensor(0)))
-        known = max(self.memory.begun, received)
+        known = self.reached()
         super().begin_round(round)
         if known:
             with torch.no_grad():
                 self.experts[:, :, known : round.task] = self.experts[:, :, known - 1 : known]
-
-    def download(self, message: Download) -> None:
-        """Also remember which task the model is of."""
-        super().download(message)
-        self.memory.received["task"] = torch.tensor(message.task)
 
     # ---- the model
 

@@ -31,8 +31,33 @@ from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 
 
-class PromptClient(Client):
-    """A client whose images choose among the slots of a pool by its keys; all that it trains is shared.
+class PoolClient(Client):
+    """A client with a pool that the images' queries address; all that it trains is shared.
+
+    Args:
+        pool_size: M, slots of the pool.
+        **kwargs: settings of every client, see `Client`.
+    """
+
+    first = 0  # the first block that is adapted
+
+    def __init__(self, pool_size: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        at_least(1, "model", pool_size=pool_size)
+        self.pool_size = pool_size
+
+    def precompute(self, images: Tensor) -> dict[str, Tensor]:
+        """The query (B, d), a feature of the unprompted ViT, and the tokens (B, T, d) that enter the first block."""
+        tokens = self.vit.lower(self.vit.prepare(images), self.first)
+        return {"query": self.vit.upper(tokens, self.first), "tokens": tokens}
+
+    def shared(self) -> dict[str, Tensor]:
+        """The pool and the head."""
+        return self.state_dict(keep_vars=True)
+
+
+class PromptClient(PoolClient):
+    """A client whose images choose among the slots of a pool by its keys.
 
     Args:
         pool_size: M, slots of the pool.
@@ -41,26 +66,15 @@ class PromptClient(Client):
     """
 
     keys: nn.Parameter  # (M, d)
-    first = 0  # the first block that is adapted
 
     def __init__(self, pool_size: int, pull: float, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        at_least(1, "model", pool_size=pool_size)
+        super().__init__(pool_size, **kwargs)
         at_least(0, "model", pull=pull)
-        self.pool_size, self.pull = pool_size, pull
+        self.pull = pull
 
     @abstractmethod
     def choose(self, similarity: Tensor) -> Tensor:
         """The k slots (B, k) of each image, from the similarity (B, M) of its query and the keys."""
-
-    def precompute(self, images: Tensor) -> dict[str, Tensor]:
-        """The query (B, d), a feature of the unprompted ViT, and the tokens (B, T, d) that enter the first block."""
-        tokens = self.vit.lower(self.vit.prepare(images), self.first)
-        return {"query": self.vit.upper(tokens, self.first), "tokens": tokens}
-
-    def shared(self) -> dict[str, Tensor]:
-        """The pool with its keys, and the head."""
-        return self.state_dict(keep_vars=True)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Those of the phase, and the pull."""

@@ -1,4 +1,4 @@
-"""Merging by least squares, as LoRM does it, with Gram matrices or their diagonals."""
+"""Merging by least squares, as LoRM and RegMean do it, with Gram matrices or their diagonals."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def merge(clients: Iterable[Mapping[str, tuple[Tensor, Tensor]]]) -> dict[str, Tensor]:
+def merge(clients: Iterable[Mapping[str, tuple[Tensor, Tensor]]], rounding: float | None = None) -> dict[str, Tensor]:
     """By name X = (sum X_i G_i) (sum G_i)^+, which minimises sum ||(X - X_i) G_i^(1/2)||^2; in float64.
 
     B comes about with `projected` Gram matrices, A and the head with their own, and the deployed weights if the sums
@@ -17,6 +17,8 @@ def merge(clients: Iterable[Mapping[str, tuple[Tensor, Tensor]]]) -> dict[str, T
     Args:
         clients: of each client by name X_i (..., m, n) and G_i, symmetric (..., n, n) or its diagonal (..., n). The
             same names for all. Gone through once.
+        rounding: eigenvalues of sum G_i below this times the largest are taken for zero; by default what is rounding
+            in float64.
 
     Returns:
         (..., m, n) each, in the dtype of X_i. What no client's G_i has in its range is zero.
@@ -34,7 +36,7 @@ def merge(clients: Iterable[Mapping[str, tuple[Tensor, Tensor]]]) -> dict[str, T
         if is_diagonal(grams[name], product):
             x = divided(product, grams[name].unsqueeze(-2))
         else:
-            x = product @ torch.linalg.pinv(grams[name], hermitian=True)
+            x = product @ torch.linalg.pinv(grams[name], rtol=rounding, hermitian=True)
         merged[name] = x.to(dtypes[name])
     return merged
 

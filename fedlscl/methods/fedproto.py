@@ -1,7 +1,11 @@
-"""FedProto (Tan et al., AAAI 2022): clients exchange the mean representation of each class, and no weights.
+"""FedProto (Tan et al., 2022): clients exchange the mean representation of each class, and no weights.
 
-Objective: CE(z, y; C(i, n)) + strength * ||r - P_y||^2, with r the representation of an image and P_y the prototype of
-its class that the server answered last; the second term is 0 for an image whose class has none, as in the first round.
+See docs/methods/fedproto.md. Objective, with r (e) the representation of an image, P_y the prototype of its class that
+the server answered last and C(i, n) the classes of client i's current task (`train_mask: task`):
+
+    CE(z, y; C(i, n)) + strength / e * ||r - P_y||^2;
+
+the second term is 0 for an image whose class has no prototype, as in the first round.
 
 Aggregation: P_c <- sum over i of n_ic P_ic / sum over i of n_ic, with P_ic the mean of r over the n_ic current training
 images of class c of client i, after its training. A class that nobody sent in a round has no prototype after it.
@@ -19,17 +23,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlscl import Answer, Answers, Batch, Context, FrozenViT, Metrics, Output, Server, SmallModelSpec, Upload
+from fedlscl.batches import Batch, Output
 from fedlscl.checks import at_least
-from fedlscl.messages import MessageError
+from fedlscl.messages import MessageError, Upload
 from fedlscl.methods.fedavg import FedAvgClient
+from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.vit import FrozenViT
+from fedlscl.server import Answer, Answers, Context, Metrics, Server
 
 
 class FedProtoClient(FedAvgClient):
     """A CNN and a head of the client's own, as in FedAvg, and the prototypes of all clients.
 
     Args:
-        strength: lambda, the weight of the distance to the prototypes.
+        strength: lambda, weight of the mean squared distance to the prototypes.
         **kwargs: settings of every client, see `Client`.
     """
 
@@ -66,7 +73,7 @@ class FedProtoClient(FedAvgClient):
     def collaborative_losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy and the distance to the prototypes, a mean over the batch."""
         labels = batch.images.labels
-        distances = (output.representation - self.prototypes[labels]).square().sum(dim=1)
+        distances = (output.representation - self.prototypes[labels]).square().mean(dim=1)
         distance = torch.where(self.images[labels] > 0, distances, 0.0).mean()
         return {**super().collaborative_losses(output, batch), "prototype": self.strength * distance}
 
