@@ -302,6 +302,66 @@ def test_finished_tasks_count_by_their_inputs(body: Any, vit: FrozenViT) -> None
     torch.testing.assert_close(output_of(body, images).representation, dense(vit, change)(images), rtol=1e-4, atol=1e-4)
 
 
+def features_of(body: Any, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        representation: Tensor = output_of(body, images).representation
+    return representation
+
+
+def test_without_gradients_products_are_merged_once_and_never_stale(
+    body: Any, vit: FrozenViT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, before = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8), copy_of(vit.state_dict())
+    merges: list[int] = []
+    merged = FrozenViT.merged
+
+    def counting(self: FrozenViT, pairs: Any) -> Any:
+        merges.append(len(pairs))
+        return merged(self, pairs)
+
+    monkeypatch.setattr(FrozenViT, "merged", counting)
+    pretend(body, 3)
+    state, wanted = body.state(), {}
+    for body.merges in (0, 1):
+        body.eval()
+        wanted[body.merges] = output_of(body, images).representation.detach()  # with gradients: products apart
+        assert merges == []
+        for _ in range(2):
+            torch.testing.assert_close(features_of(body, images), wanted[body.merges], rtol=1e-4, atol=1e-4)
+        assert merges == [len(LAYERS) * vit.depth]
+        merges.clear()
+    assert float((wanted[0] - wanted[1]).abs().max()) > 0.01
+
+    body.load(state)  # another client, or another state: with merges 0
+    torch.testing.assert_close(features_of(body, images), wanted[0], rtol=1e-4, atol=1e-4)
+    body.train()
+    trained = features_of(body, images)  # with the current task's factors alone
+    assert float((trained - wanted[0]).abs().max()) > 0.01
+    assert len(merges) == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in vit.state_dict().items())
+
+
+def test_a_measurement_and_a_test_leave_no_copies_behind(make: Make) -> None:
+    body = restore_client(make(client=client(), server=LoRMServer()), 0)
+    fit(body, 1, 1)  # its end is a measurement
+    assert body._merged == ()
+    body.begin_evaluation(1)
+    make_trainer().test(body, verbose=False)
+    assert body._merged == ()
+    assert float(body.accuracy.tested.sum()) > 0
+
+
+def test_operations_are_those_of_a_head_on_a_vit(make: Make) -> None:
+    """What is merged costs a test image nothing, however many tasks there were."""
+    federation = make(client=client(rank=8), server=LoRMServer())
+    run(federation)
+    (counts,) = federation.cost().values()
+    classes = federation.template.data.num_classes
+    qkv, attention, out, mlp = 5 * 32 * 96, 2 * (2 * 5 * 5 * 16), 5 * 32 * 32, 2 * (5 * 32 * 128)
+    assert counts["flops"] == 2 * (2 * (qkv + attention + out + mlp) + 32 * classes)
+    assert counts["flops_frozen"] == 2 * (4 * 32 * 192)
+
+
 # ---- a round
 
 

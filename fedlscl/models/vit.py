@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fedlscl import seeds
 from fedlscl.checks import at_least
 from fedlscl.checks import path as path_of
-from fedlscl.models.adapters import Injection
+from fedlscl.models.adapters import Injection, LowRank
 from fedlscl.models.create import check_args, check_image_size, create, outline, reason, resize
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -129,6 +129,25 @@ class FrozenViT(nn.Module):
             self._low = (wanted, vit)  # a tuple keeps it out of the module tree
         return self._low[1]
 
+    def merged(self, pairs: Sequence[LowRank]) -> Any:
+        """The ViT with LoRA pairs, each for all samples, in copies of the weights that they adapt: for `upper` to use.
+
+        All other weights are this model's own, and nothing of it is changed. The sums are taken in the weights' dtype
+        and then, under autocast, rounded to autocast's: it is made for the device and the precision of now.
+        """
+        model, weights = self._model(), dict[tuple[int, str], Tensor]()
+        with torch.no_grad(), torch.autocast(self.mean.device.type, enabled=False):
+            for pair in pairs:
+                place = pair.block, pair.layer
+                before = weights.get(place, self.vit.blocks[pair.block].get_submodule(pair.layer).weight)
+                a, b = (factor.to(before.dtype) for factor in pair.lora)
+                weights[place] = torch.addmm(before, b, a, alpha=pair.scale)
+        merged = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+        for (block, layer), weight in weights.items():
+            module = merged.blocks[block].get_submodule(layer)
+            module.weight = nn.Parameter(weight.to(module.weight.dtype), requires_grad=False)
+        return merged
+
     def train(self, mode: bool = True) -> FrozenViT:
         """Stay in evaluation mode, whatever is asked."""
         return super().train(False)
@@ -160,13 +179,19 @@ class FrozenViT(nn.Module):
             prompts = prompts + vit.pos_embed[:, :1]
         return torch.cat([tokens[:, :first], vit.norm_pre(prompts).to(tokens.dtype), tokens[:, first:]], dim=1)
 
-    def encode(self, tokens: Tensor, block: int, injections: Sequence[Injection] = ()) -> Tensor:
+    def encode(self, tokens: Tensor, block: int, injections: Sequence[Injection] = (), merged: Any = None) -> Tensor:
         """All tokens (B, T, d) as they leave the last block, normalised, from those that enter `block`.
+
+        Args:
+            tokens: (B, T, d).
+            block: the first block that they pass.
+            injections: what acts inside the blocks.
+            merged: what `merged` has made, to be used in the place of this model.
 
         Raises:
             ValueError: an injection is for a block that these tokens do not pass.
         """
-        vit = self._model()
+        vit = self._model() if merged is None else merged
         with ExitStack() as stack:
             for injection in injections:
                 if not block <= injection.block < self.depth:
@@ -178,9 +203,10 @@ class FrozenViT(nn.Module):
             encoded: Tensor = vit.norm(vit.blocks[block:](tokens))
         return encoded
 
-    def upper(self, tokens: Tensor, block: int, injections: Sequence[Injection] = ()) -> Tensor:
-        """Features (B, d) from the tokens that enter `block`."""
-        features: Tensor = self._model().forward_head(self.encode(tokens, block, injections), pre_logits=True)
+    def upper(self, tokens: Tensor, block: int, injections: Sequence[Injection] = (), merged: Any = None) -> Tensor:
+        """Features (B, d) from the tokens that enter `block`; see `encode`."""
+        vit = self._model() if merged is None else merged
+        features: Tensor = vit.forward_head(self.encode(tokens, block, injections, merged), pre_logits=True)
         return features
 
     def forward(self, images: Tensor) -> Tensor:

@@ -87,15 +87,15 @@ class LoRMClient(Client):
 
     def forward(self, images: Tensor, frozen: Mapping[str, Tensor]) -> Output:
         """In training with the current task's factors alone, else with what is deployed."""
-        if self.training:
-            pairs = [LoRA(a, b) for a, b in zip(self.a, self.b, strict=True)]
-        else:
-            pairs = self._deployed(current=self.merges > 0)
-        features = self.vit.upper(frozen["tokens"], 0, injections(pairs))
+        features = self.lora_features(frozen["tokens"], 0, self._current if self.training else self._deployed)
         return Output(self.head(features), features)
 
-    def _deployed(self, current: bool) -> list[LoRA]:
+    def _current(self) -> list[LowRank]:
+        return injections([LoRA(a, b) for a, b in zip(self.a, self.b, strict=True)])
+
+    def _deployed(self, measuring: bool = False) -> list[LowRank]:
         """For each layer finished tasks as one LoRA, or the plain mean of them and the current one."""
+        current = measuring or self.merges > 0
         archive, pairs = self.memory.archive, []
         for layer, own_a, own_b in zip(LAYERS, self.a, self.b, strict=True):
             a, b = archive.stacked(f"a.{layer}", own_a), archive.stacked(f"b.{layer}", own_b)
@@ -105,7 +105,7 @@ class LoRMClient(Client):
             else:
                 grams = archive.stacked(f"gram.{layer}", own_a[:, 0])
                 pairs.append(joined(a, b, divided(grams, grams.sum(0))))
-        return pairs
+        return injections(pairs)
 
     # ---- one round
 
@@ -122,11 +122,10 @@ class LoRMClient(Client):
 
     def _moments(self, images: Images) -> dict[str, Tensor]:
         """The Gram matrices of a batch, (1, ...) each by name."""
-        adapted = injections(self._deployed(current=True))
         listening = {layer: [Listening(block, layer) for block in range(self.vit.depth)] for layer in LAYERS}
         everyone = [one for ones in listening.values() for one in ones]
         tokens = self.precomputed("train", images.indices, self.device)["tokens"]
-        features = self.vit.upper(tokens, 0, [*adapted, *everyone]).float()
+        features = self.lora_features(tokens, 0, lambda: self._deployed(measuring=True), everyone).float()
         with torch.autocast(features.device.type, enabled=False):
             head = features.mT @ features
         grams = {f"gram.{layer}": torch.stack([one.squares for one in ones]) for layer, ones in listening.items()}
