@@ -195,6 +195,81 @@ def test_the_joined_tasks_are_their_merged_products(seed: int, tasks: int) -> No
     assert_close((found.b @ found.a)[0], merged(products, g))
 
 
+def released(uploads: list[Upload], which: str, a: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the released code makes of these uploads (aimagelab/fed-mammoth, `_models/lorm.py`, `end_round_server`).
+
+    Its formulas written anew, as it computes them with its published settings: dense matrices in float64, each client's
+    product formed first, `pinverse` for the factors and `inverse` for the head, rounded to float32; biases in float32.
+    """
+    sent = [upload.tensors for upload in uploads]
+    merged = {}
+    for layer in LAYERS:
+        blocks = []
+        for n in range(len(a[layer])):
+            grams = [one[f"gram.{layer}"][n].diag().double() for one in sent]
+            own = [one[f"{which}.{layer}"][n].double() for one in sent]
+            total = torch.stack(grams).sum(0)
+            if which == "b":
+                common = a[layer][n].double()
+                products = torch.stack([(b @ common) @ gram for b, gram in zip(own, grams, strict=True)]).sum(0)
+                blocks.append(products @ common.T @ torch.pinverse(common @ total @ common.T))
+            else:
+                products = torch.stack([x @ gram for x, gram in zip(own, grams, strict=True)]).sum(0)
+                blocks.append(products @ torch.pinverse(total))
+        merged[f"merged.{which}.{layer}"] = torch.stack(blocks).float()
+    eye = torch.eye(len(sent[0]["gram.head"]))
+    heads = [(0.5 * one["gram.head"] + (1 - 0.5) * eye * one["gram.head"]).double() for one in sent]
+    weights = torch.stack([one["head.weight"].double() @ gram for one, gram in zip(sent, heads, strict=True)]).sum(0)
+    merged["merged.head.weight"] = (weights @ torch.inverse(torch.stack(heads).sum(0))).float()
+    shares = [upload.samples / sum(other.samples for other in uploads) for upload in uploads]
+    biases = [one["head.bias"] * share for one, share in zip(sent, shares, strict=True)]
+    merged["merged.head.bias"] = torch.stack(biases).sum(0)
+    return merged
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_merge_is_that_of_the_released_code_to_the_last_bit(body: Any, rounds: int) -> None:
+    """Of float32, in which both hand out what they compute in float64; biases, there in float32, to about its last."""
+    rng, server = torch.Generator().manual_seed(0), LoRMServer()
+    schema = body.upload_schema()
+    server.begin(schema, body.download_schema(), lambda: body)
+    for number in range(1, rounds + 1):
+        which = "b" if number == 1 else "a"
+        uploads = []
+        for index, samples in enumerate((3, 50, 7)):
+            tensors = {}
+            for name, spec in schema.items():
+                if not name.startswith("b." if which == "a" else "a."):
+                    drawn = torch.randn(*((80,) if name.startswith("gram.") else ()), *spec.shape, generator=rng)
+                    tensors[name] = drawn.square().sum(0) * (index + 1) if name.startswith("gram.") else drawn
+            inputs = torch.randn(80, body.head.in_features, generator=rng)
+            tensors["gram.head"] = inputs.T @ inputs
+            uploads.append(Upload(index, 1, number, samples, tensors))
+        a = {layer: tensor.clone() for layer, tensor in server.a.items()}
+        answers, _ = server.aggregate(dict(enumerate(uploads)), Context(3, Round(1, number, False, 0), make_trainer))
+    found, wanted = answers[0].tensors, released(uploads, which, a)
+    assert set(found) == set(wanted)
+    for name, tensor in wanted.items():
+        if name == "merged.head.bias":
+            torch.testing.assert_close(found[name], tensor, rtol=2**-22, atol=2**-24)
+        else:
+            assert torch.equal(found[name], tensor), (name, (found[name] - tensor).abs().max())
+
+
+def test_what_is_deployed_is_what_the_released_code_deploys() -> None:
+    """W_0 + (sum B A G) (sum G)^+ over tasks (`end_task_server`), there as one dense matrix in float32."""
+    a, b = torch.randn(4, RANK, INPUTS, generator=rng_of(1)), torch.randn(4, OUTPUTS, RANK, generator=rng_of(2))
+    grams = torch.randn(4, INPUTS, generator=rng_of(3)).square()
+    products = sum(b[n] @ a[n] @ grams[n].diag() for n in range(4))
+    wanted = products @ torch.pinverse(grams.sum(0).diag())
+    pair = joined(a[:, None], b[:, None], divided(grams[:, None], grams.sum(0)))
+    torch.testing.assert_close(pair.b[0] @ pair.a[0], wanted, rtol=1e-5, atol=1e-6)
+
+
+def rng_of(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def test_alpha_leaves_the_diagonal_alone() -> None:
     found = shrunk(torch.tensor([[4.0, 2.0], [2.0, 8.0]]), 0.25)
     assert found.tolist() == [[4.0, 0.5], [0.5, 8.0]]
