@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers import (
     CNN,
     VIT,
@@ -454,6 +455,35 @@ def test_only_the_factor_whose_turn_it_is_moves(make: Make) -> None:
         body.merges += 1
 
 
+def test_the_factors_may_have_rates_of_their_own(make: Make) -> None:
+    for own, wanted in (
+        ({}, [0.5, 0.5, 0.5]),
+        ({"a_learning_rate": 0.0}, [0.0, 0.5, 0.5]),
+        ({"a_learning_rate": 0.02, "b_learning_rate": 0.0}, [0.02, 0.0, 0.5]),
+    ):
+        body = restore_client(make(client=client(learning_rate=0.5, **own), server=LoRMServer()), 0)
+        groups = body.configure_optimizers().param_groups
+        assert [group["lr"] for group in groups] == wanted
+        parts = [[*body.a], [*body.b], [body.head.weight, body.head.bias]]
+        assert [[id(p) for p in group["params"]] for group in groups] == [[id(p) for p in part] for part in parts]
+    pretend(body, 0)  # with a B of zero A would have no gradient
+    for number, still in ((1, True), (2, False)):  # B does not move, A does
+        before = copy_of(body.shared())
+        fit(body, 1, number)
+        factors = {n: tensor for n, tensor in body.shared().items() if n[:2] in ("a.", "b.")}
+        assert all(torch.equal(tensor, before[n]) for n, tensor in factors.items()) == still
+        assert not torch.equal(body.head.weight, before["head.weight"])
+        body.merges += 1
+
+
+def test_the_published_settings_are_what_the_released_commands_give() -> None:
+    path = Path(__file__).parent.parent / "experiments" / "methods" / "lorm_published.yaml"
+    settings = yaml.safe_load(path.read_text())
+    made = LoRMClient(**{**settings["model"]["init_args"], "continual": NoReplay()})
+    assert (made.rank, made.learning_rate, [*made.rates.values()]) == (1, 0.003, [None, None])
+    assert (made.epochs, made.batch_size, settings["server"]["init_args"]) == (5, 16, {"alpha": 0.5})
+
+
 def measured(body: Any, vit: FrozenViT, indices: Tensor) -> dict[str, Tensor]:
     """The Gram matrices of some images, by hooks on a ViT that has the deployed weights."""
     other, grams = dense(vit, lambda *place: between_rounds(body, *place)), {}
@@ -657,6 +687,8 @@ def test_messages_have_the_bytes_of_the_formula() -> None:
     ("changes", "text"),
     [
         ({"rank": 0}, r"model\.rank is 0, must be at least 1"),
+        ({"a_learning_rate": -1.0}, r"model\.a_learning_rate is -1\.0, must be at least 0"),
+        ({"b_learning_rate": math.inf}, r"model\.b_learning_rate is inf, must be finite"),
         ({"continual": Replay()}, r"model\.continual is Replay, must be NoReplay"),
     ],
 )

@@ -35,16 +35,25 @@ class LoRMClient(Client):
 
     Args:
         rank: r.
+        a_learning_rate: of A; `learning_rate`, which is the head's, by default.
+        b_learning_rate: of B; likewise.
         **kwargs: settings of every client, see `Client`.
     """
 
     required = (("continual", NoReplay),)  # every task is trained with factors of its own
     origin: Tensor  # from which the A of all tasks are drawn
 
-    def __init__(self, rank: int = 16, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        rank: int = 16,
+        a_learning_rate: float | None = None,
+        b_learning_rate: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         at_least(1, "model", rank=rank)
-        self.rank = rank
+        self.rank, self.rates = rank, {"a_learning_rate": a_learning_rate, "b_learning_rate": b_learning_rate}
+        at_least(0, "model", **{name: rate for name, rate in self.rates.items() if rate is not None})
 
     def build(self, vit: FrozenViT, cnn: SmallModelSpec, cnn_name: str, num_classes: int) -> None:
         """The factors of the first task, and the head.
@@ -114,6 +123,13 @@ class LoRMClient(Client):
         super().begin_round(round)
         self.a.requires_grad_(turn(self.merges) == "a")
         self.b.requires_grad_(turn(self.merges) == "b")
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam, fresh in each round, with learning rates for A, B and the head."""
+        rates = [self.learning_rate if rate is None else rate for rate in (*self.rates.values(), None)]
+        parts = [self.a, self.b, self.head]
+        groups = [{"params": [*part.parameters()], "lr": rate} for part, rate in zip(parts, rates, strict=True)]
+        return torch.optim.Adam(groups, lr=self.learning_rate, fused=True)
 
     def on_train_end(self) -> None:
         """Measure the Gram matrices; no sample needs to be remembered."""
