@@ -30,7 +30,7 @@ CNN_ARGS = frozenset(
 )
 """The arguments of timm's CNNs that `cnn.model_args` may give; which of them one has is its own. A ViT: `VIT_ARGS`."""
 
-VITS = ("vision_transformer", "deit")
+VITS = ("vision_transformer", "vision_transformer_hybrid", "deit")
 """Modules of timm whose models are ViTs with a position embedding for one size of images."""
 
 WIDEST = 65536
@@ -48,7 +48,8 @@ class SmallModelSpec:
         pretrained: start from timm's weights.
         weights: start from this safetensors file instead: a path, or the name of a file shipped in
             fedlscl/models/weights; where `name` is a list, a file for each that is to have one, under its name.
-        model_args: arguments of timm's CNNs (see `CNN_ARGS`); where `name` is a list, those of each CNN under its name.
+        model_args: arguments of timm's CNNs (see `CNN_ARGS`) or of its VisionTransformer (see `VIT_ARGS`); where `name`
+            is a list, those of each under its name.
 
     Raises:
         ValueError: if a number is impossible, or `weights` does not fit the names.
