@@ -258,6 +258,7 @@ class Client(ClientModel):
                 else:
                     logits, representation, _ = self.output(images)
                     parts.append({"logits": logits, "representation": representation})
+        self._merged = ()
         return {name: torch.cat([part[name] for part in parts]).float().cpu() for name in parts[0]}
 
     def upload(self) -> Upload:
@@ -282,6 +283,10 @@ class Client(ClientModel):
         """Put everything where the client is."""
         self.follow()
         self.eval()
+
+    def on_test_end(self) -> None:
+        """Free the memory of what was made for the test alone."""
+        self._merged = ()
 
     def test_step(self, batch: Images, batch_idx: int) -> None:
         """Count the hits."""

@@ -6,8 +6,8 @@ Shapes: B batch, K classes of the whole federation.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -20,6 +20,7 @@ from fedlscl.data.module import FederatedDataModule
 from fedlscl.data.splits import Split
 from fedlscl.memory import Memory, above, below
 from fedlscl.messages import Download, Schema, schema_of
+from fedlscl.models.adapters import Injection, LowRank
 from fedlscl.models.cache import Lookup
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
@@ -37,6 +38,7 @@ class ClientModel(LightningModule, ABC):
     index: int  # which client this is
     data: LocalData  # what this client sees
     memory: Memory
+    _merged: tuple[Any, ...] = ()  # what `lora_features` made of the ViT; the tuple keeps it out of the module tree
 
     # ---- the networks
 
@@ -54,6 +56,29 @@ class ClientModel(LightningModule, ABC):
     def precompute(self, images: Tensor) -> dict[str, Tensor]:
         """What of `forward` depends on nothing trained, (B, ...) each by name: computed once per image."""
         return {}
+
+    def lora_features(
+        self,
+        tokens: Tensor,
+        block: int,
+        pairs: Callable[[], Sequence[LowRank]],
+        injections: Sequence[Injection] = (),
+    ) -> Tensor:
+        """Features (B, d) from the tokens (B, T, d) that enter `block`, of the ViT with LoRA and other injections.
+
+        In evaluation mode and without gradients the pairs, each of which must be for all samples, are merged into
+        copies of the weights: at the first call, for all up to the next `train`, `eval` or `load`.
+        """
+        if self.training or torch.is_grad_enabled():
+            return self.vit.upper(tokens, block, [*pairs(), *injections])
+        if not self._merged:
+            self._merged = (self.vit.merged(pairs()),)
+        return self.vit.upper(tokens, block, injections, *self._merged)
+
+    def train(self, mode: bool = True) -> Self:
+        """Change the mode, and forget what was merged before."""
+        self._merged = ()
+        return super().train(mode)
 
     # ---- messages
 
@@ -115,6 +140,7 @@ class ClientModel(LightningModule, ABC):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over networks and memory from what `state` returned."""
+        self._merged = ()
         self.load_state_dict(below(state, "model."))
         self.memory = Memory.from_tensors(below(state, "memory."))
 

@@ -238,6 +238,85 @@ def test_what_no_token_passes_is_refused(frozen: FrozenViT) -> None:
             frozen.upper(tokens, 2, [LowRank(index, LoRA(torch.zeros(1, WIDTH), torch.zeros(3 * WIDTH, 1)))])
 
 
+def fixed_pairs(seed: int = 0) -> list[LowRank]:
+    """LoRA in every layer of the last two blocks, and two in one layer."""
+    sizes = {"attn.qkv": (12, 36), "attn.proj": (12, 12), "mlp.fc1": (12, 48), "mlp.fc2": (48, 12)}
+    places = [*((block, layer) for block in (DEPTH - 2, DEPTH - 1) for layer in LAYERS), (DEPTH - 1, "mlp.fc1")]
+    return [
+        LowRank(
+            block,
+            LoRA(normal(2, sizes[layer][0], seed=seed + n).float(), normal(sizes[layer][1], 2, seed=-n - 1).float()),
+            layer,
+            0.1 * (n + 1),
+        )
+        for n, (block, layer) in enumerate(places)
+    ]
+
+
+@torch.no_grad()
+def test_merged_pairs_are_the_injected_ones(frozen: FrozenViT) -> None:
+    tokens, given = (
+        frozen.lower(torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(5)), 1),
+        fixed_pairs(),
+    )
+    before = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}
+    plain, injected = frozen.upper(tokens, 1), frozen.upper(tokens, 1, given)
+    merged = frozen.merged(given)
+    assert float((injected - plain).abs().max()) > 0.1
+    for _ in range(2):
+        torch.testing.assert_close(frozen.upper(tokens, 1, merged=merged), injected, rtol=1e-4, atol=1e-4)
+    # other injections act beside them
+    prefix = Prefixes(1, normal(3, 2, 4, 3, WIDTH // 3, seed=8).float())
+    both = frozen.upper(tokens, 1, [*given, prefix])
+    torch.testing.assert_close(frozen.upper(tokens, 1, [prefix], merged), both, rtol=1e-4, atol=1e-4)
+    assert not any(len(module._forward_hooks) for module in merged.modules())
+
+    assert torch.equal(frozen.upper(tokens, 1), plain)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in frozen.state_dict().items())
+    own = {parameter.data_ptr(): name for name, parameter in frozen.vit.named_parameters()}
+    copied = {name for name, parameter in merged.named_parameters() if parameter.data_ptr() not in own}
+    assert copied == {f"blocks.{pair.block}.{pair.layer}.weight" for pair in given}  # memory of these layers alone
+    assert not any(parameter.requires_grad for parameter in merged.parameters())
+
+
+@torch.no_grad()
+def test_in_mixed_precision_pairs_are_merged_before_the_weights_are_rounded(frozen: FrozenViT) -> None:
+    tokens, given = (
+        frozen.lower(torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(5)), 1),
+        fixed_pairs(),
+    )
+    exact = frozen.merged(given)
+    with torch.autocast("cpu", torch.bfloat16):
+        merged = frozen.merged(given)
+        features = frozen.upper(tokens, 1, merged=merged)
+        injected = frozen.upper(tokens, 1, given)
+    for pair in given:
+        name = f"blocks.{pair.block}.{pair.layer}.weight"
+        assert torch.equal(merged.get_parameter(name), exact.get_parameter(name).bfloat16())
+    for name, parameter in frozen._model().named_parameters():
+        assert parameter.dtype == torch.float32, name
+    torch.testing.assert_close(features, injected, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(features, frozen.upper(tokens, 1, merged=exact), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_pass_leaves_the_frozen_vit_as_it_was(frozen: FrozenViT, error: type[BaseException]) -> None:
+    tokens, given = frozen.lower(torch.zeros(2, 3, 16, 16), 1), fixed_pairs()
+    plain, structure = frozen.upper(tokens, 1), [*frozen.modules()]
+
+    def interrupt(*_: object) -> None:
+        raise error
+
+    with torch.no_grad():
+        merged = frozen.merged(given)
+        merged.blocks[2].attn.register_forward_hook(interrupt)
+        with pytest.raises(error):
+            frozen.upper(tokens, 1, [Prefixes(1, normal(2, 2, 4, 3, WIDTH // 3).float())], merged)
+    assert torch.equal(frozen.upper(tokens, 1), plain)
+    assert all(one is other for one, other in zip(structure, frozen.modules(), strict=True))
+    assert not any(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in frozen.modules())
+
+
 # ---------------------------------------------------------------- prefixes of keys and values
 
 

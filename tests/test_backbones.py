@@ -19,7 +19,8 @@ from torchvision.transforms import v2
 from fedlscl.models.adapters import LoRA, LowRank
 from fedlscl.models.cnn import SmallModel, SmallModelSpec
 from fedlscl.models.create import resize
-from fedlscl.models.vit import SHIPPED, FrozenViT
+from fedlscl.models.stored import SHIPPED
+from fedlscl.models.vit import FrozenViT
 
 TINY = {"patch_size": 8, "embed_dim": 12, "depth": 3, "num_heads": 3}
 NAME = "vit_tiny_patch16_224"
@@ -267,6 +268,95 @@ def test_a_missing_file_is_named_with_what_there_is(tmp_path: Path) -> None:
     for absent in ("nowhere.safetensors", str(tmp_path)):
         with pytest.raises(FileNotFoundError, match=rf"^backbone\.weights: no file '.*{SHIPPED_FILE}"):
             FrozenViT(NAME, weights=absent, image_size=32, model_args=TINY)
+
+
+# ------------------------------------------------------------ first weights of the small model
+
+
+def small(path: str, image_size: int = 32, **settings: Any) -> SmallModel:
+    given = {"features": 12, "image_size": image_size, "weights": path, "model_args": TINY, **settings}
+    return SmallModel(SmallModelSpec(name=NAME, **given), NAME)
+
+
+@pytest.mark.parametrize("image_size", [32, 16, 48])
+def test_a_vit_as_small_model_begins_with_what_the_frozen_one_has(
+    tmp_path: Path, stored: dict[str, Tensor], image_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, path = record_requests(monkeypatch), write(tmp_path, stored)
+    model = small(path, image_size, pretrained=True)
+    assert asked == [(NAME, False)]
+    frozen = FrozenViT(NAME, weights=path, image_size=image_size, model_args=TINY)
+    begun = model.backbone.state_dict()
+    assert set(begun) == set(frozen.vit.state_dict())
+    assert all(torch.equal(tensor, begun[name]) for name, tensor in frozen.vit.state_dict().items())
+    assert isinstance(model.project, nn.Identity)
+    images = pictures(3, 20, 20)
+    features = F.normalize(frozen(images), dim=1)
+    torch.testing.assert_close(model(images), features, rtol=1e-4, atol=1e-5)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_cnn_begins_with_the_weights_of_a_file(tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        other = timm.create_model("resnet18", num_classes=7, **NARROW)
+    path = write(tmp_path, {name: tensor.contiguous() for name, tensor in other.state_dict().items()})
+    spec = SmallModelSpec(features=8, image_size=16, weights=path, model_args=NARROW)
+    begun = SmallModel(spec, "resnet18").backbone.state_dict()
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in begun.items())
+    assert spec.weights_sha256 == hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    with pytest.raises(
+        ValueError, match=r"^cnn\.weights: '.*' does not fit cnn\.name, image_size and model_args: 'bn1\."
+    ):
+        SmallModel(
+            SmallModelSpec(image_size=16, weights=path, model_args={**NARROW, "norm_layer": "groupnorm1"}), "resnet18"
+        )
+
+
+def test_a_file_that_does_not_fit_the_small_model_is_named(tmp_path: Path, stored: dict[str, Tensor]) -> None:
+    for state in bad_states(stored).values():
+        with pytest.raises(ValueError, match=r"^cnn\.weights: '.*vit\.safetensors' does not fit cnn\.name"):
+            small(write(tmp_path, state))
+    with pytest.raises(ValueError, match=r"^cnn\.weights: '.*': tensor 'cls_token' holds NaN"):
+        small(write(tmp_path, {**stored, "cls_token": torch.full((1, 1, 12), torch.nan)}))
+    (tmp_path / "other.pt").write_bytes(b"hello " * 20)
+    with pytest.raises(ValueError, match=r"^cnn\.weights: '.*other\.pt' is not a safetensors file"):
+        small(str(tmp_path / "other.pt"))
+    for absent in ("nowhere.safetensors", str(tmp_path), ""):
+        with pytest.raises(FileNotFoundError, match=rf"^cnn\.weights: no file '.*{SHIPPED_FILE}"):
+            SmallModelSpec(weights=absent)
+
+
+def test_each_of_several_cnns_has_a_file_of_its_own_or_none(tmp_path: Path, stored: dict[str, Tensor]) -> None:
+    path, names = write(tmp_path, stored), ["resnet18", NAME]
+    args = {"resnet18": NARROW, NAME: TINY}
+    for wrong in (path, "", {"resnet19": path}):
+        with pytest.raises(ValueError, match=r"^cnn\.weights is .*; with a list of names.*\{resnet18: FILE\}"):
+            SmallModelSpec(name=names, weights=wrong)
+    with pytest.raises(ValueError, match=r"^cnn\.weights is .*, must be one file"):
+        SmallModelSpec(name=NAME, weights={NAME: path})
+    with pytest.raises(FileNotFoundError, match=r"^cnn\.weights: no file 'nowhere'"):
+        SmallModelSpec(name=names, weights={NAME: "nowhere"})
+    spec = SmallModelSpec(name=names, features=12, image_size=32, weights={NAME: path}, model_args=args)
+    begun = SmallModel(spec, NAME).backbone.state_dict()
+    assert torch.equal(begun["cls_token"], stored["cls_token"].float())
+    SmallModel(spec, "resnet18")
+    before = spec.weights_sha256
+    write(tmp_path, {**stored, "cls_token": stored["cls_token"] + 1})
+    changed = SmallModelSpec(name=names, weights={NAME: path}).weights_sha256
+    assert len({before, changed, None}) == 3
+    assert SmallModelSpec(name=names, weights={}).weights_sha256 is None
+
+
+def test_a_vit_takes_the_arguments_of_a_vit_and_a_cnn_those_of_a_cnn() -> None:
+    spec = SmallModelSpec(NAME, image_size=16, model_args={**TINY, "qkv_bias": False})
+    assert SmallModel(spec, NAME).backbone.blocks[0].attn.qkv.bias is None
+    with pytest.raises(ValueError, match=r"^cnn\.model_args has 'channels', none of those.*num_heads"):
+        SmallModel(SmallModelSpec(NAME, image_size=16, model_args=NARROW), NAME)
+    with pytest.raises(ValueError, match=r"^cnn\.model_args has 'num_heads', none of those.*channels"):
+        SmallModel(SmallModelSpec(image_size=16, model_args={"num_heads": 3}), "resnet18")
+    with pytest.raises(ValueError, match=rf"^cnn\.image_size: '{NAME}' cannot take images of 4 px"):
+        SmallModel(SmallModelSpec(NAME, image_size=4, model_args=TINY), NAME)
 
 
 # ------------------------------------------------------------- wrong settings

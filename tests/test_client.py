@@ -28,12 +28,15 @@ from torch import Tensor
 from fedlscl import seeds
 from fedlscl.batches import Batch, Images, Output, make_plan
 from fedlscl.client import Client
-from fedlscl.continual import Replay
+from fedlscl.continual import NoReplay, Replay
 from fedlscl.data.module import FederatedDataModule
 from fedlscl.federation.algorithm import Federation
 from fedlscl.messages import Download
+from fedlscl.methods.fed_lora import FedLoRAClient
 from fedlscl.methods.fed_lscl import FedLSCL
 from fedlscl.methods.frozen_vit import FrozenViTClient
+from fedlscl.methods.lorm.client import LoRMClient
+from fedlscl.methods.pilora.client import PILoRAClient
 from fedlscl.methods.small_model import SmallModelClient
 from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
@@ -44,6 +47,44 @@ def digest(vit: FrozenViT) -> str:
     for name, tensor in vit.state_dict().items():
         state.update(name.encode() + tensor.cpu().numpy().tobytes())
     return state.hexdigest()
+
+
+# ---- LoRA, injected and merged
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (FedLoRAClient, {"layers": ["attn.qkv", "mlp.fc2"]}),
+        (PILoRAClient, {"block": 1, "continual": NoReplay()}),
+        (LoRMClient, {"rank": 3, "continual": NoReplay()}),
+    ],
+)
+def test_evaluation_and_prediction_merge_what_gradients_see_injected(
+    tmp_path: Path, data: FederatedDataModule, vit: FrozenViT, kind: type[Client], settings: dict[str, Any]
+) -> None:
+    federation, before = make_federation(tmp_path, data, vit, client=make_client(kind, **settings)), digest(vit)
+    body: Any = restore_client(federation, 0)
+    body.merges = 1  # LoRM: the current task is a part of what is deployed
+    with torch.no_grad():
+        for parameter in body.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    body.eval()
+    images, _ = train_images(body, task_images(body, 1, 2))
+    injected = output_of(body, images)
+    assert float((injected.representation.detach() - vit(images)).abs().max()) > 0.1
+    for mode in (torch.no_grad, torch.inference_mode):
+        body.eval()
+        with mode():
+            merged = output_of(body, images)
+        assert len(body._merged) == 1
+        torch.testing.assert_close(merged.logits, injected.logits.detach(), rtol=1e-4, atol=1e-4)
+    assert body._merged[0] not in [*body.modules()]
+    assert not any("_merged" in name for name in body.state())
+    body.train()
+    assert body._merged == ()
+    output_of(body, images).logits.square().sum().backward()  # what inference has made is in no graph
+    assert digest(vit) == before
 
 
 # ---- what a round trains

@@ -26,8 +26,9 @@ from fedlscl.client import Client
 from fedlscl.data.module import FederatedDataModule
 from fedlscl.data.source import Dataset
 from fedlscl.evaluation import MASKS
+from fedlscl.files import sha256
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL
-from fedlscl.models.cnn import SmallModelSpec
+from fedlscl.models.cnn import SmallModel, SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 from fedlscl.run.experiment import Experiment, ImpossibleRun, StoppedRun, Tracking, accuracy_arrays, differences
 from fedlscl.run.summary import Skipped, Summary
@@ -453,8 +454,9 @@ def weights(path: Path, vit: FrozenViT, add: float) -> FrozenViT:
         ({"source": Patterns(train=11)}, "the images' classes, or how they are split, are not those"),
         ({"source": Brighter()}, "the images are not those"),
         ({"add": 0.1}, "the foundation model's weights are not those"),
+        ({"add_small": 0.1}, "the small model's first weights are not those"),
     ],
-    ids=["labels", "pixels", "weights"],
+    ids=["labels", "pixels", "weights", "small model's weights"],
 )
 def test_a_run_does_not_go_on_with_other_data_or_weights_of_the_same_name(
     changes: dict[str, Any],
@@ -466,10 +468,14 @@ def test_a_run_does_not_go_on_with_other_data_or_weights_of_the_same_name(
     vit: FrozenViT,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def described(source: Patterns, add: float = 0.0) -> Experiment:
+    first = SmallModel(SmallModelSpec(**CNN), "resnet18").backbone.state_dict()
+
+    def described(source: Patterns, add: float = 0.0, add_small: float = 0.0) -> Experiment:
         described = FederatedDataModule(source, data.split_spec, seed=0, cache_dir=str(cache))
         described.setup()
-        return make(data=described, vit=weights(tmp_path / "vit.safetensors", vit, add))
+        save_file({**first, "bn1.bias": first["bn1.bias"] + add_small}, tmp_path / "cnn.safetensors")
+        cnn = SmallModelSpec(**CNN, weights=str(tmp_path / "cnn.safetensors"))
+        return make(data=described, vit=weights(tmp_path / "vit.safetensors", vit, add), cnn=cnn)
 
     with monkeypatch.context() as patch:
         patch.setattr(FedLSCL, "on_train_end", lambda self: (_ for _ in ()).throw(SystemExit))
@@ -477,7 +483,9 @@ def test_a_run_does_not_go_on_with_other_data_or_weights_of_the_same_name(
             described(Patterns()).run(console())
     with pytest.raises(ValueError, match=f"{complaint} that the run in run_dir"):
         described(**{"source": Patterns(), **changes}).run(console())
-    assert described(Patterns()).run(console()).skipped == ()
+    summary = described(Patterns()).run(console())
+    assert summary.skipped == ()
+    assert summary.cnn_weights_sha256 == sha256((tmp_path / "cnn.safetensors").read_bytes())
 
 
 def test_one_process_to_a_folder(make: Make) -> None:

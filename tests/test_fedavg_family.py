@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
-from helpers import copy_of, fit, make_client, outcome, parameters, restore_client, run, same
+from helpers import copy_of, fit, make_client, outcome, output_of, parameters, restore_client, run, same
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedlscl.client import Client
@@ -15,6 +18,7 @@ from fedlscl.continual import NoReplay
 from fedlscl.federation.algorithm import Federation
 from fedlscl.messages import Message, Upload
 from fedlscl.methods.fedavg import FedAvgClient
+from fedlscl.methods.fedavg_vit import FedAvgViTClient
 from fedlscl.methods.fedprox import FedProxClient, proximal
 from fedlscl.methods.joint import JointClient
 from fedlscl.models.cnn import SmallModelSpec
@@ -61,6 +65,54 @@ def test_after_a_round_all_clients_are_the_weighted_mean(make: Make, wire: list[
     states = [copy_of(restore_client(federation, index).shared()) for index in range(3)]
     assert same(states[0], states[1])
     assert same(states[0], states[2])
+
+
+# ---- a ViT
+
+
+def test_fedavg_of_a_vit_begins_with_the_weights_of_a_file(make: Make, tmp_path: Path) -> None:
+    """What everyone starts with, and the server averages, is the pretrained ViT, at another image size resampled."""
+    args = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    with torch.random.fork_rng():
+        pretrained = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=9, **args)
+    save_file(
+        {name: t.half().contiguous() for name, t in pretrained.state_dict().items()}, tmp_path / "vit.safetensors"
+    )
+    cnn = {"features": 16, "image_size": 16, "weights": str(tmp_path / "vit.safetensors"), "model_args": args}
+    federation = make(client=client(FedAvgClient), server=FedAvg(), cnn={"name": "vit_tiny_patch16_224", **cnn})
+    start, wanted = federation.template.common_start, pretrained.state_dict()
+    assert set(start) == {f"cnn.backbone.{n}" for n in wanted if n[:5] != "head."} | {"head.weight", "head.bias"}
+    for name in wanted.keys() - {"pos_embed", "head.weight", "head.bias"}:
+        assert torch.equal(start[f"cnn.backbone.{name}"], wanted[name].half().float())
+    position = wanted["pos_embed"].half().float()
+    resampled = timm.layers.resample_abs_pos_embed(position, new_size=[2, 2], num_prefix_tokens=1)
+    assert torch.equal(start["cnn.backbone.pos_embed"], resampled)
+    assert [result.skipped for result in run(federation)] == [{}, {}]
+    body = restore_client(federation, 0)
+    moved = {n for n, tensor in body.shared().items() if not torch.equal(tensor, start[n])}
+    assert moved == set(start)
+
+
+def test_the_whole_vit_begins_as_the_frozen_one_which_stays(make: Make, vit: FrozenViT) -> None:
+    before, images = copy_of(vit.state_dict()), torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
+    federation = make(client=client(FedAvgViTClient), server=FedAvg())
+    body = restore_client(federation, 0)
+    body.eval()
+    output = output_of(body, images)
+    torch.testing.assert_close(output.representation, vit(images), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.logits, body.head(output.representation))
+    names = {f"trained.vit.{name}" for name in vit.vit.state_dict()}
+    assert set(body.shared()) == names | {"head.weight", "head.bias"}
+    (counts,) = federation.cost().values()
+    assert counts["trained_parameters"] == sum(tensor.numel() for tensor in body.shared().values())
+    assert counts["flops_frozen"] == 0
+    assert [result.skipped for result in run(federation)] == [{}, {}]
+    after = restore_client(federation, 0).shared()
+    assert all(not torch.equal(after[f"trained.{n}"], t) for n, t in before.items() if n not in ("mean", "std"))
+    assert same(vit.state_dict(), before)
+
+
+# ---- a pull to the start
 
 
 def test_without_its_term_fedprox_is_fedavg_to_the_last_bit(make: Make) -> None:

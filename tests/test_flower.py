@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import SETTING, Known, Recorder, known, lasting, lasting_rows, outcome, same
+from helpers import CNN, SETTING, Known, Recorder, known, lasting, lasting_rows, outcome, same
 from safetensors.torch import load, save, save_file
 from test_cli import METHOD
 from test_contract import METHODS, budget
@@ -43,12 +43,13 @@ from fedlscl.deployment.shares import deal
 from fedlscl.federation.algorithm import Federation
 from fedlscl.federation.callback import RoundResult
 from fedlscl.messages import Download, Upload
+from fedlscl.models.cnn import SmallModel, SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 from fedlscl.run.configuration import Configuration
 
 pytestmark = pytest.mark.usefixtures("command_line")
 
-DIGESTS = ("split", "list of classes", "configuration", "file of weights")
+DIGESTS = ("split", "list of classes", "configuration", "file of weights", "file of the CNN's weights")
 """What a node says besides numbers, each a hash."""
 
 Fault = Callable[[Message, Message | None], Message | None]
@@ -582,6 +583,21 @@ def test_other_weights_are_refused_and_the_same_ones_may_lie_elsewhere(
         (result,) = run(place.on_flower(timeout=1.0), stop=1)
     assert set(result.skipped) == {1}
     assert "client 1 has another file of weights (" in caplog.text
+
+
+def test_a_small_model_that_begins_elsewhere_is_refused(
+    tmp_path: Path, method: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    state = SmallModel(SmallModelSpec(**CNN), "resnet18").backbone.state_dict()
+    for name, changed in (("own", 0.0), ("same", 0.0), ("other", 0.1)):
+        save_file({**state, "bn1.bias": state["bn1.bias"] + changed}, tmp_path / f"{name}.safetensors")
+    place = Place(tmp_path, prepare(tmp_path, [*method, "--cnn.weights", str(tmp_path / "own.safetensors")]))
+    for node, name in ((100, "same"), (101, "other")):
+        place.wire.nodes[node]["words"] = shlex.join(["--cnn.weights", str(tmp_path / f"{name}.safetensors")])
+    with caplog.at_level(logging.WARNING, logger="fedlscl"):
+        (result,) = run(place.on_flower(timeout=1.0), stop=1)
+    assert set(result.skipped) == {1}
+    assert "client 1 has another file of the CNN's weights (" in caplog.text
 
 
 def test_a_node_cannot_be_a_client_whose_data_it_does_not_have(place: Place) -> None:

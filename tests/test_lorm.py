@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers import (
     CNN,
     VIT,
@@ -195,6 +196,81 @@ def test_the_joined_tasks_are_their_merged_products(seed: int, tasks: int) -> No
     assert_close((found.b @ found.a)[0], merged(products, g))
 
 
+def released(uploads: list[Upload], which: str, a: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the released code makes of these uploads (aimagelab/fed-mammoth, `_models/lorm.py`, `end_round_server`).
+
+    Its formulas written anew, as it computes them with its published settings: dense matrices in float64, each client's
+    product formed first, `pinverse` for the factors and `inverse` for the head, rounded to float32; biases in float32.
+    """
+    sent = [upload.tensors for upload in uploads]
+    merged = {}
+    for layer in LAYERS:
+        blocks = []
+        for n in range(len(a[layer])):
+            grams = [one[f"gram.{layer}"][n].diag().double() for one in sent]
+            own = [one[f"{which}.{layer}"][n].double() for one in sent]
+            total = torch.stack(grams).sum(0)
+            if which == "b":
+                common = a[layer][n].double()
+                products = torch.stack([(b @ common) @ gram for b, gram in zip(own, grams, strict=True)]).sum(0)
+                blocks.append(products @ common.T @ torch.pinverse(common @ total @ common.T))
+            else:
+                products = torch.stack([x @ gram for x, gram in zip(own, grams, strict=True)]).sum(0)
+                blocks.append(products @ torch.pinverse(total))
+        merged[f"merged.{which}.{layer}"] = torch.stack(blocks).float()
+    eye = torch.eye(len(sent[0]["gram.head"]))
+    heads = [(0.5 * one["gram.head"] + (1 - 0.5) * eye * one["gram.head"]).double() for one in sent]
+    weights = torch.stack([one["head.weight"].double() @ gram for one, gram in zip(sent, heads, strict=True)]).sum(0)
+    merged["merged.head.weight"] = (weights @ torch.inverse(torch.stack(heads).sum(0))).float()
+    shares = [upload.samples / sum(other.samples for other in uploads) for upload in uploads]
+    biases = [one["head.bias"] * share for one, share in zip(sent, shares, strict=True)]
+    merged["merged.head.bias"] = torch.stack(biases).sum(0)
+    return merged
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_merge_is_that_of_the_released_code_to_the_last_bit(body: Any, rounds: int) -> None:
+    """Of float32, in which both hand out what they compute in float64; biases, there in float32, to about its last."""
+    rng, server = torch.Generator().manual_seed(0), LoRMServer()
+    schema = body.upload_schema()
+    server.begin(schema, body.download_schema(), lambda: body)
+    for number in range(1, rounds + 1):
+        which = "b" if number == 1 else "a"
+        uploads = []
+        for index, samples in enumerate((3, 50, 7)):
+            tensors = {}
+            for name, spec in schema.items():
+                if not name.startswith("b." if which == "a" else "a."):
+                    drawn = torch.randn(*((80,) if name.startswith("gram.") else ()), *spec.shape, generator=rng)
+                    tensors[name] = drawn.square().sum(0) * (index + 1) if name.startswith("gram.") else drawn
+            inputs = torch.randn(80, body.head.in_features, generator=rng)
+            tensors["gram.head"] = inputs.T @ inputs
+            uploads.append(Upload(index, 1, number, samples, tensors))
+        a = {layer: tensor.clone() for layer, tensor in server.a.items()}
+        answers, _ = server.aggregate(dict(enumerate(uploads)), Context(3, Round(1, number, False, 0), make_trainer))
+    found, wanted = answers[0].tensors, released(uploads, which, a)
+    assert set(found) == set(wanted)
+    for name, tensor in wanted.items():
+        if name == "merged.head.bias":
+            torch.testing.assert_close(found[name], tensor, rtol=2**-22, atol=2**-24)
+        else:
+            assert torch.equal(found[name], tensor), (name, (found[name] - tensor).abs().max())
+
+
+def test_what_is_deployed_is_what_the_released_code_deploys() -> None:
+    """W_0 + (sum B A G) (sum G)^+ over tasks (`end_task_server`), there as one dense matrix in float32."""
+    a, b = torch.randn(4, RANK, INPUTS, generator=rng_of(1)), torch.randn(4, OUTPUTS, RANK, generator=rng_of(2))
+    grams = torch.randn(4, INPUTS, generator=rng_of(3)).square()
+    products = sum(b[n] @ a[n] @ grams[n].diag() for n in range(4))
+    wanted = products @ torch.pinverse(grams.sum(0).diag())
+    pair = joined(a[:, None], b[:, None], divided(grams[:, None], grams.sum(0)))
+    torch.testing.assert_close(pair.b[0] @ pair.a[0], wanted, rtol=1e-5, atol=1e-6)
+
+
+def rng_of(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def test_alpha_leaves_the_diagonal_alone() -> None:
     found = shrunk(torch.tensor([[4.0, 2.0], [2.0, 8.0]]), 0.25)
     assert found.tolist() == [[4.0, 0.5], [0.5, 8.0]]
@@ -302,6 +378,66 @@ def test_finished_tasks_count_by_their_inputs(body: Any, vit: FrozenViT) -> None
     torch.testing.assert_close(output_of(body, images).representation, dense(vit, change)(images), rtol=1e-4, atol=1e-4)
 
 
+def features_of(body: Any, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        representation: Tensor = output_of(body, images).representation
+    return representation
+
+
+def test_without_gradients_products_are_merged_once_and_never_stale(
+    body: Any, vit: FrozenViT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, before = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8), copy_of(vit.state_dict())
+    merges: list[int] = []
+    merged = FrozenViT.merged
+
+    def counting(self: FrozenViT, pairs: Any) -> Any:
+        merges.append(len(pairs))
+        return merged(self, pairs)
+
+    monkeypatch.setattr(FrozenViT, "merged", counting)
+    pretend(body, 3)
+    state, wanted = body.state(), {}
+    for body.merges in (0, 1):
+        body.eval()
+        wanted[body.merges] = output_of(body, images).representation.detach()  # with gradients: products apart
+        assert merges == []
+        for _ in range(2):
+            torch.testing.assert_close(features_of(body, images), wanted[body.merges], rtol=1e-4, atol=1e-4)
+        assert merges == [len(LAYERS) * vit.depth]
+        merges.clear()
+    assert float((wanted[0] - wanted[1]).abs().max()) > 0.01
+
+    body.load(state)  # another client, or another state: with merges 0
+    torch.testing.assert_close(features_of(body, images), wanted[0], rtol=1e-4, atol=1e-4)
+    body.train()
+    trained = features_of(body, images)  # with the current task's factors alone
+    assert float((trained - wanted[0]).abs().max()) > 0.01
+    assert len(merges) == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in vit.state_dict().items())
+
+
+def test_a_measurement_and_a_test_leave_no_copies_behind(make: Make) -> None:
+    body = restore_client(make(client=client(), server=LoRMServer()), 0)
+    fit(body, 1, 1)  # its end is a measurement
+    assert body._merged == ()
+    body.begin_evaluation(1)
+    make_trainer().test(body, verbose=False)
+    assert body._merged == ()
+    assert float(body.accuracy.tested.sum()) > 0
+
+
+def test_operations_are_those_of_a_head_on_a_vit(make: Make) -> None:
+    """What is merged costs a test image nothing, however many tasks there were."""
+    federation = make(client=client(rank=8), server=LoRMServer())
+    run(federation)
+    (counts,) = federation.cost().values()
+    classes = federation.template.data.num_classes
+    qkv, attention, out, mlp = 5 * 32 * 96, 2 * (2 * 5 * 5 * 16), 5 * 32 * 32, 2 * (5 * 32 * 128)
+    assert counts["flops"] == 2 * (2 * (qkv + attention + out + mlp) + 32 * classes)
+    assert counts["flops_frozen"] == 2 * (4 * 32 * 192)
+
+
 # ---- a round
 
 
@@ -317,6 +453,35 @@ def test_only_the_factor_whose_turn_it_is_moves(make: Make) -> None:
         sent = body.upload().tensors
         assert {name[0] for name in sent if name[:2] in ("a.", "b.")} == {moving}
         body.merges += 1
+
+
+def test_the_factors_may_have_rates_of_their_own(make: Make) -> None:
+    for own, wanted in (
+        ({}, [0.5, 0.5, 0.5]),
+        ({"a_learning_rate": 0.0}, [0.0, 0.5, 0.5]),
+        ({"a_learning_rate": 0.02, "b_learning_rate": 0.0}, [0.02, 0.0, 0.5]),
+    ):
+        body = restore_client(make(client=client(learning_rate=0.5, **own), server=LoRMServer()), 0)
+        groups = body.configure_optimizers().param_groups
+        assert [group["lr"] for group in groups] == wanted
+        parts = [[*body.a], [*body.b], [body.head.weight, body.head.bias]]
+        assert [[id(p) for p in group["params"]] for group in groups] == [[id(p) for p in part] for part in parts]
+    pretend(body, 0)  # with a B of zero A would have no gradient
+    for number, still in ((1, True), (2, False)):  # B does not move, A does
+        before = copy_of(body.shared())
+        fit(body, 1, number)
+        factors = {n: tensor for n, tensor in body.shared().items() if n[:2] in ("a.", "b.")}
+        assert all(torch.equal(tensor, before[n]) for n, tensor in factors.items()) == still
+        assert not torch.equal(body.head.weight, before["head.weight"])
+        body.merges += 1
+
+
+def test_the_published_settings_are_what_the_released_commands_give() -> None:
+    path = Path(__file__).parent.parent / "experiments" / "methods" / "lorm_published.yaml"
+    settings = yaml.safe_load(path.read_text())
+    made = LoRMClient(**{**settings["model"]["init_args"], "continual": NoReplay()})
+    assert (made.rank, made.learning_rate, [*made.rates.values()]) == (1, 0.003, [None, None])
+    assert (made.epochs, made.batch_size, settings["server"]["init_args"]) == (5, 16, {"alpha": 0.5})
 
 
 def measured(body: Any, vit: FrozenViT, indices: Tensor) -> dict[str, Tensor]:
@@ -522,6 +687,8 @@ def test_messages_have_the_bytes_of_the_formula() -> None:
     ("changes", "text"),
     [
         ({"rank": 0}, r"model\.rank is 0, must be at least 1"),
+        ({"a_learning_rate": -1.0}, r"model\.a_learning_rate is -1\.0, must be at least 0"),
+        ({"b_learning_rate": math.inf}, r"model\.b_learning_rate is inf, must be finite"),
         ({"continual": Replay()}, r"model\.continual is Replay, must be NoReplay"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers import SETTING, Patterns
+from helpers import CNN, SETTING, Patterns
 from PIL import Image
 from safetensors.torch import save_file
 from test_cli import METHOD
@@ -18,6 +18,7 @@ from test_cli import METHOD
 from fedlscl.cli import main
 from fedlscl.data.splits import Split
 from fedlscl.files import Damaged
+from fedlscl.models.cnn import SmallModel, SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 from fedlscl.run.predict import files_in, predict
 
@@ -78,6 +79,20 @@ def test_other_weights_in_the_place_of_the_runs_are_refused(run_dir: Path, tmp_p
     write_weights(tmp_path, 0.1)
     with pytest.raises(ValueError, match="weights are not those of the run"):
         predict(run_dir, [str(tmp_path / "image.png")])
+
+
+def test_what_the_small_model_began_with_is_not_needed(run_dir: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    wanted = predict(run_dir, [str(tmp_path / "image.png")])
+    first = SmallModel(SmallModelSpec(**CNN), "resnet18").backbone.state_dict()
+    save_file(first, tmp_path / "cnn.safetensors")
+    words = ["--config", str(tmp_path / "setting.yaml"), f"--cnn.weights={tmp_path / 'cnn.safetensors'}"]
+    main(["fit", *words, "--run_dir", str(tmp_path / "begun")])
+    found = predict(tmp_path / "begun", [str(tmp_path / "image.png")])
+    (tmp_path / "cnn.safetensors").unlink()
+    assert predict(tmp_path / "begun", [str(tmp_path / "image.png")]) == found != wanted
+    stored = json.loads((tmp_path / "begun" / "split.json").read_text())
+    assert len(stored["cnn_weights_sha256"]) == 64
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "split.json", "checkpoint/state.json", "client-0"])

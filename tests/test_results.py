@@ -333,7 +333,10 @@ def test_the_same_run_twice_is_one_and_with_other_numbers_an_error() -> None:
         compare([make_run(), make_run(value=51.0)])
 
 
-@pytest.mark.parametrize(("fingerprint", "what"), [("data_sha256", "images"), ("weights_sha256", "weights")])
+@pytest.mark.parametrize(
+    ("fingerprint", "what"),
+    [("data_sha256", "images"), ("weights_sha256", "weights"), ("cnn_weights_sha256", "weights of the CNN")],
+)
 def test_what_was_run_on_other_data_or_weights_of_the_same_name_is_no_other_seed(fingerprint: str, what: str) -> None:
     runs = [make_run(seed=1, **{fingerprint: "a" * 64}), make_run(seed=2, **{fingerprint: "a" * 64}), make_run(seed=3)]
     assert len(compare([*runs, make_run(seed=4, **{fingerprint: None})])[0].variants) == 1
@@ -348,6 +351,16 @@ def test_a_field_that_was_added_later_makes_no_other_run_where_it_changes_nothin
         return len(compare([make_run(seed=1, base=before), make_run(seed=2, base=now)])[0].variants)
 
     assert (variants("white"), variants("black")) == (1, 2)
+
+
+def test_first_weights_of_the_cnn_make_another_run_and_their_folder_does_not() -> None:
+    def variants(*weights: Any) -> int:
+        runs = [make_run(seed=n, config={"cnn.weights": one}) for n, one in enumerate(weights)]
+        return len(compare(runs)[0].variants)
+
+    assert variants("a/vit.safetensors", "/b/vit.safetensors") == 1
+    assert variants(None, "a/vit.safetensors") == 2
+    assert variants({"resnet18": "a/x"}, {"resnet18": "b/x"}) == 1
 
 
 def test_fingerprints_of_another_kind_tell_nothing() -> None:

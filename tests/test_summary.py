@@ -17,14 +17,14 @@ from fedlscl.run.summary import Accuracy, NotASummary, Skipped, Summary, Traffic
 RECORDED = sorted((Path(__file__).parent.parent / "experiments" / "results").rglob("*.json"))
 LAYOUT = [
     *("method", "setting", "seed", "backbone", "cnn", "task_aware", "evaluated_on"),
-    *("split_sha256", "data_sha256", "weights_sha256", "accuracy", "bytes_up", "bytes_down"),
+    *("split_sha256", "data_sha256", "weights_sha256", "cnn_weights_sha256", "accuracy", "bytes_up", "bytes_down"),
     *("bytes_setup_per_client", "compute", "tested_pairs", "untrained_pairs"),
     *("skipped", "unanswered", "nodes", "seconds", "peak_memory_mib", "threads", "machine", "versions"),
     *("config", "overrides"),
 ]
 LACKING = {
     **{"task_aware": [], "data_sha256": None, "weights_sha256": None, "compute": {}, "config": {}, "overrides": {}},
-    **{"tested_pairs": None, "untrained_pairs": None, "unanswered": [], "nodes": {}},
+    **{"tested_pairs": None, "untrained_pairs": None, "unanswered": [], "nodes": {}, "cnn_weights_sha256": None},
 }
 """What older summaries lack, and what they are read as."""
 

@@ -11,6 +11,9 @@ from typing import Any
 from fedlscl.analysis.results import Run
 from fedlscl.run.summary import contradictory
 
+FINGERPRINTS = (("data_sha256", "images"), ("weights_sha256", "weights"), ("cnn_weights_sha256", "weights of the CNN"))
+"""Of what runs that are repeated must have the same, with what it is called."""
+
 PROTOCOL = ("data.", "backbone.", "cnn.", "federation.", "trainer.", "model.epochs", "model.batch_size")
 """Fields, by their beginning, that are not a method's own: what is usual there, is so for all methods together."""
 
@@ -155,7 +158,7 @@ def _repeated(runs: Sequence[Run]) -> list[tuple[Run, ...]]:
     for run in runs:
         seeds = groups.setdefault((run.method, _key(run.fields)), {})
         for before in seeds.values():
-            for fingerprint, what in (("data_sha256", "images"), ("weights_sha256", "weights")):
+            for fingerprint, what in FINGERPRINTS:
                 if contradictory(*(getattr(of.summary, fingerprint) for of in (run, before))):
                     raise ValueError(
                         f"{before.path} and {run.path} have the same configuration but are of other {what} of the same "

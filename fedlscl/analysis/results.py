@@ -112,9 +112,9 @@ class Run:
     def fields(self) -> dict[str, Any]:
         """Every field of its configuration that has an effect, by dotted name.
 
-        Of the path of data it is the last part, and so it is of a class of this package, which older versions called
-        by its module as well. A field that is null is left out: one that a later version has added, and that is off,
-        makes no other run.
+        Of the paths of data and of a CNN's weights it is the last part, and so it is of a class of this package, which
+        older versions called by its module as well. A field that is null is left out: one that a later version has
+        added, and that is off, makes no other run.
         """
         flattened = flat(self.config)
         fields = {
@@ -122,9 +122,9 @@ class Run:
             for name, value in flattened.items()
             if name not in WITHOUT_EFFECT and value not in (None, ADDED.get(name))
         }
-        if isinstance(root := fields.get("data.source.root"), str):
-            fields["data.source.root"] = Path(root).name
         for name, value in fields.items():
+            if name == "data.source.root" or name.startswith("cnn.weights"):
+                fields[name] = Path(str(value)).name
             if name.endswith("class_path") and str(value).startswith("fedlscl."):
                 fields[name] = value.rpartition(".")[2]
         return fields

@@ -82,13 +82,15 @@ class FedLoRAClient(Client):
 
     def forward(self, images: Tensor, frozen: Mapping[str, Tensor]) -> Output:
         """The head on the adapted features."""
-        adapted = [
+        features = self.lora_features(frozen["tokens"], 0, self._pairs)
+        return Output(self.head(features), features)
+
+    def _pairs(self) -> list[LowRank]:
+        return [
             LowRank(block, LoRA(a[block], b[block]), layer, self.alpha / self.rank)
             for layer, a, b in zip(self.layers, self.a, self.b, strict=True)
             for block in range(self.vit.depth)
         ]
-        features = self.vit.upper(frozen["tokens"], 0, adapted)
-        return Output(self.head(features), features)
 
     def shared(self) -> dict[str, Tensor]:
         """Both factors and the head."""

@@ -81,7 +81,11 @@ class LowRank:
 
         def add(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
             (h,) = inputs  # (B, T, in)
-            return output + self.scale * ((h @ self.lora.a.mT) @ self.lora.b.mT)
+            low = h @ self.lora.a.mT
+            if self.lora.a.ndim == 2:  # a product and a sum at once
+                rows = torch.addmm(output.flatten(0, -2), low.flatten(0, -2), self.lora.b.mT, alpha=self.scale)
+                return rows.view_as(output)
+            return output + self.scale * (low @ self.lora.b.mT)
 
         with _hooks(block.get_submodule(self.layer).register_forward_hook(add)):
             yield

@@ -1,4 +1,4 @@
-"""The small model of every client: a CNN of timm.
+"""The small model of every client: a CNN of timm, or a ViT.
 
 Shapes: B batch, S input size in pixels, e feature width.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlscl.models.create import check_args, check_image_size, create, reason, resize
+from fedlscl.models.stored import find_weights, load_weights, weights_sha256
+from fedlscl.models.vit import VIT_ARGS
 
 CNN_ARGS = frozenset(
     {
@@ -25,7 +28,10 @@ CNN_ARGS = frozenset(
         *("drop_rate", "drop_path_rate", "drop_block_rate", "global_pool"),
     }
 )
-"""The arguments of timm's CNNs that `cnn.model_args` may give; which of them a CNN has is its own."""
+"""The arguments of timm's CNNs that `cnn.model_args` may give; which of them one has is its own. A ViT: `VIT_ARGS`."""
+
+VITS = ("vision_transformer", "vision_transformer_hybrid", "deit")
+"""Modules of timm whose models are ViTs with a position embedding for one size of images."""
 
 WIDEST = 65536
 """Feature width above which it is taken for a mistake."""
@@ -36,20 +42,25 @@ class SmallModelSpec:
     """The small CNN of every client.
 
     Args:
-        name: a CNN of timm, or one name per client.
+        name: a CNN or ViT of timm, or one name per client.
         features: common feature width e; a CNN of another width gets a linear map to it.
         image_size: side of the square input in pixels, independent of the ViT's.
         pretrained: start from timm's weights.
-        model_args: arguments of timm's CNNs (see `CNN_ARGS`); where `name` is a list, those of each CNN under its name.
+        weights: start from this safetensors file instead: a path, or the name of a file shipped in
+            fedlscl/models/weights; where `name` is a list, a file for each that is to have one, under its name.
+        model_args: arguments of timm's CNNs (see `CNN_ARGS`) or of its VisionTransformer (see `VIT_ARGS`); where `name`
+            is a list, those of each under its name.
 
     Raises:
-        ValueError: if a number is impossible.
+        ValueError: if a number is impossible, or `weights` does not fit the names.
+        FileNotFoundError: if there is no such file of weights.
     """
 
     name: str | list[str] = "resnet18"
     features: int = 512
     image_size: int = 224
     pretrained: bool = False
+    weights: str | dict[str, str] | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -57,6 +68,27 @@ class SmallModelSpec:
         if not 1 <= self.features <= WIDEST:
             raise ValueError(f"cnn.features is {self.features}, must be 1 to {WIDEST}")
         check_image_size("cnn", self.image_size)
+        files = self.weights.values() if isinstance(self.weights, dict) else [self.weights]
+        if isinstance(self.name, str) and isinstance(self.weights, dict):
+            raise ValueError(f"cnn.weights is {self.weights}, must be one file, since cnn.name is one name")
+        several = not isinstance(self.name, str)
+        if several and (isinstance(self.weights, str) or not {*self.name}.issuperset(self.weights or ())):
+            raise ValueError(
+                f"cnn.weights is {self.weights}; with a list of names it must hold the file of each under its name, "
+                f"such as {{{self.name[0]}: FILE}}"
+            )
+        for file in files:
+            if file is not None:
+                find_weights("cnn", file)
+
+    @cached_property
+    def weights_sha256(self) -> str | None:
+        """What tells the content of the files of weights apart; None where there is none."""
+        return weights_sha256("cnn", self.weights)
+
+    def weights_of(self, name: str) -> str | None:
+        """The file with the weights of the CNN of this name."""
+        return self.weights.get(name) if isinstance(self.weights, dict) else self.weights
 
     def name_of(self, client: int) -> str:
         """The CNN of a client."""
@@ -82,11 +114,11 @@ class SmallModelSpec:
 
 
 class SmallModel(nn.Module):
-    """theta: a CNN that maps an image to a feature vector.
+    """theta: a CNN or ViT that maps an image to a feature vector.
 
     Args:
         spec: width of the features, size of the images, and how the CNN is made.
-        name: a CNN of timm.
+        name: a CNN or ViT of timm.
         unit_length: scale every feature vector to L2 norm 1 (Fed-LSCL, Eq. 2).
     """
 
@@ -94,13 +126,19 @@ class SmallModel(nn.Module):
     std: Tensor
 
     def __init__(self, spec: SmallModelSpec, name: str, unit_length: bool = True) -> None:
-        from timm.data.config import resolve_model_data_config  # takes seconds, which only building a model is worth
+        # They take seconds, which only building a model is worth
+        from timm.data.config import resolve_model_data_config
+        from timm.models import is_model_in_modules
 
         super().__init__()
         self.unit_length = unit_length
         self.image_size = spec.image_size
-        check_args("cnn", spec.args_of(name), CNN_ARGS)
-        self.backbone = create("cnn", name, spec.pretrained, spec.args_of(name))
+        is_vit, args, weights = is_model_in_modules(name, VITS), spec.args_of(name), spec.weights_of(name)
+        check_args("cnn", args, VIT_ARGS if is_vit else CNN_ARGS)
+        args = {"img_size": spec.image_size, **args} if is_vit else args
+        self.backbone = create("cnn", name, spec.pretrained and weights is None, args)
+        if weights is not None:
+            load_weights("cnn", self.backbone, weights)
         width, self.tiny = _trial(self.backbone, name, spec.image_size)
         self.project = nn.Identity() if width == spec.features else nn.Linear(width, spec.features)
         statistics = resolve_model_data_config(self.backbone)

@@ -6,24 +6,19 @@ Shapes: B batch, T tokens, S input size in pixels, d ViT width.
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedlscl import seeds
 from fedlscl.checks import at_least
 from fedlscl.checks import path as path_of
-from fedlscl.models.adapters import Injection
+from fedlscl.models.adapters import Injection, LowRank
 from fedlscl.models.create import check_args, check_image_size, create, outline, reason, resize
-
-SHIPPED = Path(__file__).parent / "weights"
+from fedlscl.models.stored import load_weights, weights_sha256
 
 VIT_ARGS = frozenset(
     {
@@ -31,11 +26,11 @@ VIT_ARGS = frozenset(
         *("qk_norm", "scale_attn_norm", "scale_mlp_norm", "pre_norm", "final_norm", "fc_norm", "embed_norm_layer"),
         *("class_token", "reg_tokens", "pos_embed", "no_embed_class", "global_pool", "pool_include_prefix"),
         *("act_layer", "norm_layer"),
-        # without effect, since it never trains
+        # without effect where it never trains
         *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
     }
 )
-"""The arguments of timm's VisionTransformer that `backbone.model_args` may give."""
+"""The arguments of timm's VisionTransformer that `model_args` may give."""
 
 WIDEST_STD = 5.0
 """Deviation above which it is taken for one of pixels in 0..255; where nothing is to be scaled it is 1."""
@@ -97,8 +92,8 @@ class FrozenViT(nn.Module):
         with seeds.seeded(0, "backbone"):  # untrained weights too are the same in every run, and when predicting
             vit: Any = create("backbone", name, pretrained and weights is None, model_args)
         if weights is not None:
-            _load_vit(vit, _find(weights))
-        self.weights_sha256 = weights_sha256(weights)
+            load_weights("backbone", vit, weights)
+        self.weights_sha256 = weights_sha256("backbone", weights)
         self.name, self.image_size = name, image_size
         self.source = path_of(weights).name if weights else "pretrained by timm" if pretrained else "untrained"
         self.vit: Any = vit
@@ -128,6 +123,25 @@ class FrozenViT(nn.Module):
                         module.to(wanted[1])
             self._low = (wanted, vit)  # a tuple keeps it out of the module tree
         return self._low[1]
+
+    def merged(self, pairs: Sequence[LowRank]) -> Any:
+        """The ViT with LoRA pairs, each for all samples, in copies of the weights that they adapt: for `upper` to use.
+
+        All other weights are this model's own, and nothing of it is changed. The sums are taken in the weights' dtype
+        and then, under autocast, rounded to autocast's: it is made for the device and the precision of now.
+        """
+        model, weights = self._model(), dict[tuple[int, str], Tensor]()
+        with torch.no_grad(), torch.autocast(self.mean.device.type, enabled=False):
+            for pair in pairs:
+                place = pair.block, pair.layer
+                before = weights.get(place, self.vit.blocks[pair.block].get_submodule(pair.layer).weight)
+                a, b = (factor.to(before.dtype) for factor in pair.lora)
+                weights[place] = torch.addmm(before, b, a, alpha=pair.scale)
+        merged = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+        for (block, layer), weight in weights.items():
+            module = merged.blocks[block].get_submodule(layer)
+            module.weight = nn.Parameter(weight.to(module.weight.dtype), requires_grad=False)
+        return merged
 
     def train(self, mode: bool = True) -> FrozenViT:
         """Stay in evaluation mode, whatever is asked."""
@@ -160,13 +174,19 @@ class FrozenViT(nn.Module):
             prompts = prompts + vit.pos_embed[:, :1]
         return torch.cat([tokens[:, :first], vit.norm_pre(prompts).to(tokens.dtype), tokens[:, first:]], dim=1)
 
-    def encode(self, tokens: Tensor, block: int, injections: Sequence[Injection] = ()) -> Tensor:
+    def encode(self, tokens: Tensor, block: int, injections: Sequence[Injection] = (), merged: Any = None) -> Tensor:
         """All tokens (B, T, d) as they leave the last block, normalised, from those that enter `block`.
+
+        Args:
+            tokens: (B, T, d).
+            block: the first block that they pass.
+            injections: what acts inside the blocks.
+            merged: what `merged` has made, to be used in the place of this model.
 
         Raises:
             ValueError: an injection is for a block that these tokens do not pass.
         """
-        vit = self._model()
+        vit = self._model() if merged is None else merged
         with ExitStack() as stack:
             for injection in injections:
                 if not block <= injection.block < self.depth:
@@ -178,9 +198,10 @@ class FrozenViT(nn.Module):
             encoded: Tensor = vit.norm(vit.blocks[block:](tokens))
         return encoded
 
-    def upper(self, tokens: Tensor, block: int, injections: Sequence[Injection] = ()) -> Tensor:
-        """Features (B, d) from the tokens that enter `block`."""
-        features: Tensor = self._model().forward_head(self.encode(tokens, block, injections), pre_logits=True)
+    def upper(self, tokens: Tensor, block: int, injections: Sequence[Injection] = (), merged: Any = None) -> Tensor:
+        """Features (B, d) from the tokens that enter `block`; see `encode`."""
+        vit = self._model() if merged is None else merged
+        features: Tensor = vit.forward_head(self.encode(tokens, block, injections, merged), pre_logits=True)
         return features
 
     def forward(self, images: Tensor) -> Tensor:
@@ -188,26 +209,28 @@ class FrozenViT(nn.Module):
         return self.upper(self.lower(self.prepare(images), 0), 0)
 
 
-def weights_sha256(weights: str | None) -> str | None:
-    """What tells files of weights apart that `FrozenViT` takes; None where it is given none.
+class TrainedViT(nn.Module):
+    """A ViT that begins with the weights of a frozen one, and is trained as a whole.
 
-    Raises:
-        FileNotFoundError: if there is no such file.
+    Args:
+        frozen: the frozen one, of which this is a copy.
     """
-    if weights is None:
-        return None
-    with _find(weights).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
+    mean: Tensor
+    std: Tensor
 
-def _find(weights: str) -> Path:
-    for path in (path_of(weights), SHIPPED / weights):
-        if path.is_file():
-            return path
-    shipped = ", ".join(sorted(file.name for file in SHIPPED.glob("*.safetensors")))
-    raise FileNotFoundError(
-        f"backbone.weights: no file '{weights}', neither as a path nor among the shipped: {shipped}"
-    )
+    def __init__(self, frozen: FrozenViT) -> None:
+        super().__init__()
+        self.vit = copy.deepcopy(frozen.vit).requires_grad_(True).train().cpu()
+        self.image_size = frozen.image_size
+        for name in ("mean", "std"):
+            self.register_buffer(name, getattr(frozen, name).cpu(), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, d) in float32, of uint8 images (B, 3, H, W)."""
+        x = (resize(images, self.image_size) - self.mean) / self.std
+        features: Tensor = self.vit(x)
+        return features.float()
 
 
 def _check_statistics(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
@@ -251,43 +274,3 @@ def _check_kind(name: str, image_size: int, model_args: Mapping[str, Any]) -> No
             f"backbone.model_args: '{name}' gives an output of shape {tuple(features.shape)} like that, must be "
             f"{(1, vit.embed_dim)}, a vector for each image"
         )
-
-
-def _load_vit(vit: Any, path: Path) -> None:
-    from timm.models.vision_transformer import checkpoint_filter_fn
-
-    try:
-        stored = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"backbone.weights: '{path}' is not a safetensors file, the only kind that is read, or is damaged ({error})"
-        ) from error
-    for name, tensor in stored.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(f"backbone.weights: '{path}': tensor '{name}' holds NaN or infinite values")
-    try:
-        # timm's own filter resamples patch and position embeddings and knows the layouts of other ViT releases
-        filtered = checkpoint_filter_fn({name: value.float() for name, value in stored.items()}, vit)
-    except Exception as error:  # it takes the tensors for those of a ViT, and fails anywhere if they are not
-        raise ValueError(
-            f"backbone.weights: '{path}' does not fit backbone.name, image_size and model_args, or is no ViT that timm "
-            f"knows ({reason(error)})"
-        ) from error
-    state = {name: value for name, value in filtered.items() if not name.startswith("head.")}
-    if problems := _misfits(state, vit.state_dict()):
-        more = f", and {len(problems) - 1} more like that" if problems[1:] else ""
-        raise ValueError(
-            f"backbone.weights: '{path}' does not fit backbone.name, image_size and model_args: {problems[0]}{more}"
-        )
-    vit.load_state_dict(state, strict=True)
-
-
-def _misfits(there: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
-    """In what tensors differ from those that a model wants."""
-    problems = [
-        f"'{name}' is {tuple(there[name].shape)} there, {tuple(tensor.shape)} here"
-        for name, tensor in wanted.items()
-        if name in there and there[name].shape != tensor.shape
-    ]
-    problems += [f"'{name}' is not there" for name in wanted if name not in there]
-    return problems + [f"'{name}' is there and not known here" for name in there if name not in wanted]

@@ -47,7 +47,7 @@ NOT_IN_A_PROJECT = set("/\\#?%:")
 """Signs that W&B takes in no project's name."""
 
 NOT_PART_OF_A_RUN = ("run_dir", "tracking", "config")
-PATHS = ("run_dir", "data.cache_dir", "data.source.root", "backbone.weights")
+PATHS = ("run_dir", "data.cache_dir", "data.source.root", "backbone.weights", "cnn.weights")
 NETWORKS = ("model", "backbone", "cnn")
 
 
@@ -138,6 +138,8 @@ class Configuration:
     def networks(self) -> tuple[Client, FrozenViT, SmallModelSpec]:
         """Build what a client's model is made of, and nothing else: neither data nor Trainer need be possible here.
 
+        What a small model begins with is left out, since a client's state has all of its weights.
+
         Raises:
             ValueError: if a value is impossible.
             OSError: if a file that is named is not there.
@@ -146,7 +148,9 @@ class Configuration:
         parser.add_subclass_arguments(Client, "model")
         parser.add_class_arguments(FrozenViT, "backbone")
         parser.add_class_arguments(SmallModelSpec, "cnn")
-        built = parser.instantiate_classes(parser.parse_object({name: self.values[name] for name in NETWORKS}))
+        values = {name: self.values[name] for name in NETWORKS}
+        values["cnn"] = {**values["cnn"], "pretrained": False, "weights": None}
+        built = parser.instantiate_classes(parser.parse_object(values))
         return built.model, built.backbone, built.cnn
 
     def source(self) -> Source:

@@ -49,6 +49,7 @@ FINGERPRINTS = {  # of what can be other than it was under a configuration that 
     "split_sha256": "the images' classes, or how they are split,",
     "data_sha256": "the images",
     "weights_sha256": "the foundation model's weights",
+    "cnn_weights_sha256": "the small model's first weights",
 }
 
 
@@ -242,6 +243,7 @@ class Experiment:
             # of a part of the data nobody could tell whether it is the same data
             "data_sha256": self.data.dataset.sha256 if self.data.dataset.complete else None,
             "weights_sha256": self.vit.weights_sha256,
+            "cnn_weights_sha256": self.cnn.weights_sha256,
         }
 
     def _go_on(self, files: Mapping[str, str], federation: Federation, tracker: Tracker, console: Console) -> Summary:
@@ -277,6 +279,7 @@ class Experiment:
             split_sha256=self.data.split_sha256,
             data_sha256=fingerprints["data_sha256"],
             weights_sha256=fingerprints["weights_sha256"],
+            cnn_weights_sha256=fingerprints["cnn_weights_sha256"],
             accuracy={mask: Accuracy.of(values) for mask, values in acc.items()},
             bytes_up=_traffic([entry["bytes_up"] for entry in history], clients),
             bytes_down=_traffic([entry["bytes_down"] for entry in history], clients),

@@ -179,6 +179,7 @@ class Summary:
         data_sha256: fingerprint of the images; None where only a part of them was there. It begins with "all:" if every
             pixel counts; earlier versions looked at 64 images.
         weights_sha256: fingerprint of the ViT's weights; None where they are of no file.
+        cnn_weights_sha256: likewise of those that the CNN begins with.
         accuracy: the metrics under each of `MASKS`, but for `ADDED_MASK` in older summaries; see `under`.
         bytes_up: what clients sent.
         bytes_down: what they were sent.
@@ -208,6 +209,7 @@ class Summary:
     split_sha256: str
     data_sha256: str | None = None
     weights_sha256: str | None = None
+    cnn_weights_sha256: str | None = None
     accuracy: Mapping[str, Accuracy]
     bytes_up: Traffic
     bytes_down: Traffic

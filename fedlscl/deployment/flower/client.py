@@ -28,7 +28,7 @@ from fedlscl.deployment.node import End, Known, Node
 from fedlscl.deployment.shares import LocalShare
 from fedlscl.federation.worker import Worker
 from fedlscl.files import locked, make_folder
-from fedlscl.models.vit import weights_sha256
+from fedlscl.models.stored import weights_sha256
 from fedlscl.run.configuration import Configuration
 from fedlscl.schedule import Round
 
@@ -69,12 +69,13 @@ def who(message: Message, context: Context) -> Message:
     data.setup()
     words, own_words = str(context.run_config["words"]), str(context.node_config.get("words", ""))
     with as_error():
-        weights = Configuration(shlex.split(f"{words} {own_words}")).values["backbone"]["weights"]
+        values = Configuration(shlex.split(f"{words} {own_words}")).values
         own = {
             "split": data.split_sha256,
             "list of classes": names_sha256(data),
             "configuration": Configuration(shlex.split(words)).sha256,
-            "file of weights": weights_sha256(weights) or "none",
+            "file of weights": weights_sha256("backbone", values["backbone"]["weights"]) or "none",
+            "file of the CNN's weights": weights_sha256("cnn", values["cnn"]["weights"]) or "none",
         }
     return _reply(message, who=ConfigRecord({"client": index, **own}))
 

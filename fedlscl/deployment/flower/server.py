@@ -321,6 +321,7 @@ class FlowerTransport:
             ("list of classes", names_sha256(data)),
             ("configuration", self.configuration),
             ("file of weights", self.template.vit.weights_sha256 or "none"),
+            ("file of the CNN's weights", self.template.cnn.weights_sha256 or "none"),
         ):
             if who.get(name) != own:
                 found = in_a_line(who.get(name))[:12]

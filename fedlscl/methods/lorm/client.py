@@ -35,16 +35,25 @@ class LoRMClient(Client):
 
     Args:
         rank: r.
+        a_learning_rate: of A; `learning_rate`, which is the head's, by default.
+        b_learning_rate: of B; likewise.
         **kwargs: settings of every client, see `Client`.
     """
 
     required = (("continual", NoReplay),)  # every task is trained with factors of its own
     origin: Tensor  # from which the A of all tasks are drawn
 
-    def __init__(self, rank: int = 16, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        rank: int = 16,
+        a_learning_rate: float | None = None,
+        b_learning_rate: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         at_least(1, "model", rank=rank)
-        self.rank = rank
+        self.rank, self.rates = rank, {"a_learning_rate": a_learning_rate, "b_learning_rate": b_learning_rate}
+        at_least(0, "model", **{name: rate for name, rate in self.rates.items() if rate is not None})
 
     def build(self, vit: FrozenViT, cnn: SmallModelSpec, cnn_name: str, num_classes: int) -> None:
         """The factors of the first task, and the head.
@@ -87,15 +96,15 @@ class LoRMClient(Client):
 
     def forward(self, images: Tensor, frozen: Mapping[str, Tensor]) -> Output:
         """In training with the current task's factors alone, else with what is deployed."""
-        if self.training:
-            pairs = [LoRA(a, b) for a, b in zip(self.a, self.b, strict=True)]
-        else:
-            pairs = self._deployed(current=self.merges > 0)
-        features = self.vit.upper(frozen["tokens"], 0, injections(pairs))
+        features = self.lora_features(frozen["tokens"], 0, self._current if self.training else self._deployed)
         return Output(self.head(features), features)
 
-    def _deployed(self, current: bool) -> list[LoRA]:
+    def _current(self) -> list[LowRank]:
+        return injections([LoRA(a, b) for a, b in zip(self.a, self.b, strict=True)])
+
+    def _deployed(self, measuring: bool = False) -> list[LowRank]:
         """For each layer finished tasks as one LoRA, or the plain mean of them and the current one."""
+        current = measuring or self.merges > 0
         archive, pairs = self.memory.archive, []
         for layer, own_a, own_b in zip(LAYERS, self.a, self.b, strict=True):
             a, b = archive.stacked(f"a.{layer}", own_a), archive.stacked(f"b.{layer}", own_b)
@@ -105,7 +114,7 @@ class LoRMClient(Client):
             else:
                 grams = archive.stacked(f"gram.{layer}", own_a[:, 0])
                 pairs.append(joined(a, b, divided(grams, grams.sum(0))))
-        return pairs
+        return injections(pairs)
 
     # ---- one round
 
@@ -115,6 +124,13 @@ class LoRMClient(Client):
         self.a.requires_grad_(turn(self.merges) == "a")
         self.b.requires_grad_(turn(self.merges) == "b")
 
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam, fresh in each round, with learning rates for A, B and the head."""
+        rates = [self.learning_rate if rate is None else rate for rate in (*self.rates.values(), None)]
+        parts = [self.a, self.b, self.head]
+        groups = [{"params": [*part.parameters()], "lr": rate} for part, rate in zip(parts, rates, strict=True)]
+        return torch.optim.Adam(groups, lr=self.learning_rate, fused=True)
+
     def on_train_end(self) -> None:
         """Measure the Gram matrices; no sample needs to be remembered."""
         sums = self.observe(self.current, self._moments)  # a row for each batch
@@ -122,11 +138,10 @@ class LoRMClient(Client):
 
     def _moments(self, images: Images) -> dict[str, Tensor]:
         """The Gram matrices of a batch, (1, ...) each by name."""
-        adapted = injections(self._deployed(current=True))
         listening = {layer: [Listening(block, layer) for block in range(self.vit.depth)] for layer in LAYERS}
         everyone = [one for ones in listening.values() for one in ones]
         tokens = self.precomputed("train", images.indices, self.device)["tokens"]
-        features = self.vit.upper(tokens, 0, [*adapted, *everyone]).float()
+        features = self.lora_features(tokens, 0, lambda: self._deployed(measuring=True), everyone).float()
         with torch.autocast(features.device.type, enabled=False):
             head = features.mT @ features
         grams = {f"gram.{layer}": torch.stack([one.squares for one in ones]) for layer, ones in listening.items()}

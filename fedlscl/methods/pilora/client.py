@@ -82,10 +82,13 @@ class PILoRAClient(Client):
 
     def forward(self, images: Tensor, frozen: Mapping[str, Tensor]) -> Output:
         """-delta under the pairs of all tasks."""
-        pairs = torch.cat([self.earlier_a, self.a], 1), torch.cat([self.earlier_b, self.b], 2)
-        features = self.vit.upper(frozen["tokens"], self.block, [LowRank(self.block, fused(*pairs))])
+        features = self.lora_features(frozen["tokens"], self.block, self._pairs)
         prototypes = torch.where(self.trained[:, None], self.prototypes, self.prototypes.detach())
         return Output(-distances(features, prototypes), features)
+
+    def _pairs(self) -> list[LowRank]:
+        a, b = torch.cat([self.earlier_a, self.a], 1), torch.cat([self.earlier_b, self.b], 2)
+        return [LowRank(self.block, fused(a, b))]
 
     # ---- tasks
 
