@@ -14,8 +14,8 @@ from fedlscl.run.summary import contradictory
 PROTOCOL = ("data.", "backbone.", "cnn.", "federation.", "trainer.", "model.epochs", "model.batch_size")
 """Fields, by their beginning, that are not a method's own: what is usual there, is so for all methods together."""
 
-POOLED = ("joint",)
-"""Methods for which all images lie in one place, so that it means nothing that no message is sent."""
+POOLED = ("joint", "joint_ridge", "joint_vit")
+"""Methods that see the images of all clients and tasks at once: bounds, for which bytes and a buffer mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,9 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
 
     Usual is, in each field that a method varies, the value that most of its configurations have, each counted once
     however many seeds it was repeated with. Where two values are equally frequent it is the one that all other methods
-    of the same class have, if there are two or more of them (a method and its ablations), or else the one with the most
-    seeds, or else none, and every variant bears its own. Fields in `PROTOCOL` are usual for all methods together: the
+    of the same class have, if there are two or more of them (a method and its ablations), or else the one that all
+    other methods with this field have, likewise, or else the one with the most seeds, or else none, and every variant
+    bears its own. Fields in `PROTOCOL` are usual for all methods together: the
     value that most methods have.
 
     Args:
@@ -127,15 +128,12 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
         shared = _usual_for_all(list(methods.values()))
         comparison = Comparison(*conditions)
         for method, groups in methods.items():
-            relatives = [
-                other
-                for name, other in methods.items()
-                if name != method and _class(other[0][0].fields) == _class(groups[0][0].fields)
-            ]
+            others = [other for name, other in methods.items() if name != method]
+            relatives = [other for other in others if _class(other[0][0].fields) == _class(groups[0][0].fields)]
             having = {name for group in groups for name in group[0].fields}
             usual = {name: value for name, value in shared.items() if name in having}
             own = [name for name in _varied([group[0].fields for group in groups]) if not name.startswith(PROTOCOL)]
-            usual |= {name: _usual_value(name, groups, relatives) for name in own}
+            usual |= {name: _usual_value(name, groups, (relatives, others)) for name in own}
             variants = [Variant(method, _differs(group[0].fields, usual), group) for group in groups]
             comparison.variants.extend(sorted(variants, key=_order))
         comparisons.append(comparison)
@@ -209,15 +207,16 @@ def _usual_for_all(methods: Sequence[Sequence[tuple[Run, ...]]]) -> dict[str, st
 
 
 def _usual_value(
-    name: str, groups: Sequence[tuple[Run, ...]], relatives: Sequence[Sequence[tuple[Run, ...]]]
+    name: str, groups: Sequence[tuple[Run, ...]], circles: Sequence[Sequence[Sequence[tuple[Run, ...]]]]
 ) -> str | None:
-    """The usual value of a method's own field, see :func:`compare`."""
+    """The usual value of a method's own field, see :func:`compare`; `circles` are other methods, the nearest first."""
     values = _values(name, groups)
     if (most := _most_frequent(values)) is not None:
         return most
-    agreed = [_most_frequent(_values(name, other)) for other in relatives if name in other[0][0].fields]
-    if len(agreed) > 1 and len(set(agreed)) == 1 and agreed[0] in values:
-        return agreed[0]
+    for circle in circles:
+        agreed = [_most_frequent(_values(name, other)) for other in circle if name in other[0][0].fields]
+        if len(agreed) > 1 and len(set(agreed)) == 1 and agreed[0] in values:
+            return agreed[0]
     return _most_frequent([value for value, group in zip(values, groups, strict=True) for _ in group])
 
 
