@@ -19,6 +19,7 @@ from fedlscl.analysis.paper_tables import COMPARED, table1, table2
 from fedlscl.analysis.results import Run
 from fedlscl.analysis.rows import COMPONENTS
 from fedlscl.analysis.tables import costs, overview, tables
+from fedlscl.analysis.tuning import tuning
 from fedlscl.client import Client
 from fedlscl.continual import NoReplay, Replay
 from fedlscl.evaluation import MASKS
@@ -375,6 +376,54 @@ def test_what_was_varied_besides_has_a_table_of_its_own() -> None:
     assert list(rows(by_name["overview"])) == ["fed_lscl", "fedavg"]
     more, cnns_differ = found
     assert list(rows(by_name["costs"])) == ["fed_lscl", more, "fedavg", cnns_differ]
+
+
+HELD_OUT = {"evaluated_on": "images held out of training"}
+
+
+def trial(method: str, rate: float, value: float, **config: Any) -> Run:
+    fields = {"model.learning_rate": rate, "data.split.local_test": "holdout30", **config}
+    return make_run(method, value=value, config=fields, **HELD_OUT)
+
+
+def on_test_images(method: str, rate: float, value: float, **options: Any) -> Run:
+    fields = {"model.learning_rate": rate, "data.split.local_test": "official"}
+    return make_run(method, value=value, config=fields, **options)
+
+
+def test_what_was_tuned_stands_beside_the_common_rate() -> None:
+    """Three trials of 12 s for lorm, two for glfc; one is no search. After task 2 seen is value + 1 on average."""
+    trials = [trial("lorm", rate, value) for rate, value in ((1e-3, 40.0), (0.0123, 70.0), (1e-4, 30.0))]
+    trials += [trial("glfc", rate, value) for rate, value in ((1e-3, 80.0), (0.5, 20.0))] + [trial("ewc", 1e-3, 85.0)]
+    runs = [on_test_images("lorm", 1e-3, 50.0), on_test_images("lorm", 0.0123, 60.0, seed=1)]
+    runs += [on_test_images("lorm", 0.0123, 62.0, seed=2)]
+    runs += [on_test_images(name, 1e-3, 55.0) for name in ("glfc", "ewc")]
+    held, test = compare([*trials, *runs])
+    (table,) = tuning(held, [held, test])
+    assert [row[0].text for row in table.rows] == ["glfc", "lorm"]
+    found = rows(table)
+    # the same value on the test images is both where the common rate was the best
+    assert texts(found["glfc"])[1:] == ["2", "24", "81.0", "--model.learning_rate 0.001", "56.0", "56.0"]
+    assert texts(found["lorm"])[1:] == ["3", "36", "71.0", "--model.learning_rate 0.0123", "51.0", "62.0 ± 1.4"]
+    assert {row[0].text for row in table.rows for cell in row if cell.mark} == set()
+    # nothing is tuned on test images, and without the runs on them their numbers are missing
+    assert tuning(test, [held, test]) == []
+    assert texts(rows(*tuning(held))["lorm"])[-2:] == [MISSING] * 2
+    assert tuning(comparison(trial("ewc", 1e-3, 50.0))) == []
+
+
+def test_a_search_over_two_fields_names_both() -> None:
+    runs = [trial("fed_lscl", 10.0**-n, 40.0 + n, **{"model.block": n}) for n in (2, 3)]
+    assert texts(rows(*tuning(comparison(*runs)))["fed_lscl"])[4] == "--model.block 3 --model.learning_rate 0.001"
+
+
+def test_the_rate_that_all_have_is_usual_where_every_method_was_tuned() -> None:
+    """Each was run at the common rate and at its own, equally often: who competes is the common rate."""
+    runs = [on_test_images(name, 1e-3, 50.0 + n) for n, name in enumerate(("lorm", "glfc", "fedavg"))]
+    runs += [on_test_images(name, rate, 70.0) for name, rate in (("lorm", 0.01), ("glfc", 0.002), ("fedavg", 0.03))]
+    table = overview(comparison(*runs))
+    assert [row[0].text for row in table.rows] == ["fedavg", "glfc", "lorm"]
+    assert "best" in marks(table, "fedavg")
 
 
 def test_one_alone_is_not_the_best() -> None:
