@@ -406,6 +406,11 @@ def test_what_was_tuned_stands_beside_the_common_rate() -> None:
     assert texts(found["glfc"])[1:] == ["2", "24", "81.0", "--model.learning_rate 0.001", "56.0", "56.0"]
     assert texts(found["lorm"])[1:] == ["3", "36", "71.0", "--model.learning_rate 0.0123", "51.0", "62.0 ± 1.4"]
     assert {row[0].text for row in table.rows for cell in row if cell.mark} == set()
+    # other epochs are no common rate, and one rate beside the tuned one is, if only lorm was run
+    more = on_test_images("lorm", 1e-3, 80.0)
+    more.fields["model.epochs"] = 9
+    alone = compare([*trials[:3], *runs[:3], more])
+    assert texts(rows(*tuning(alone[0], alone))["lorm"])[-2:] == ["51.0", "62.0 ± 1.4"]
     # nothing is tuned on test images, and without the runs on them their numbers are missing
     assert tuning(test, [held, test]) == []
     assert texts(rows(*tuning(held))["lorm"])[-2:] == [MISSING] * 2

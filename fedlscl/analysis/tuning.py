@@ -40,9 +40,17 @@ def tuning(comparison: Comparison, beside: Sequence[Comparison] = ()) -> list[Ta
     same = (comparison.setting, comparison.backbone)
     tested = [variant for other in beside for variant in other.variants if _tests(other, same)]
     rows = []
-    for best, trials in sorted(searched, key=lambda found: -_score(found[0])):
+    for best, trials in sorted(searched, key=lambda pair: -_score(pair[0])):
         tuned = {name: best.runs[0].fields.get(name) for name in varied_fields([one.runs[0].fields for one in trials])}
-        there = [variant for variant in tested if variant.method == best.method]
+        # those that differ from the best in nothing but what was tuned
+        alike = [
+            variant
+            for variant in tested
+            if variant.method == best.method and _others(variant, tuned) == _others(best, tuned)
+        ]
+        found = [variant for variant in alike if _others(variant) == _others(best)]
+        rest = [variant for variant in alike if variant not in found]
+        common = [variant for variant in alike if not variant.differs] or rest * (len(rest) == 1)
         rows.append(
             (
                 Cell(best.method),
@@ -51,8 +59,8 @@ def tuning(comparison: Comparison, beside: Sequence[Comparison] = ()) -> list[Ta
                 number(sum(run.seconds for trial in trials for run in trial.runs), 0),
                 spread(known(best, final(MASK)), 1),
                 Cell(" ".join(f"--{name} {value}" for name, value in tuned.items())),
-                _of([variant for variant in there if not variant.differs]),
-                _of([variant for variant in there if _configuration(variant) == _configuration(best)]),
+                _of(common),
+                _of(found),
             )
         )
     table = Table(
@@ -80,9 +88,10 @@ def _tests(other: Comparison, same: tuple[str, str]) -> bool:
     return (other.setting, other.backbone) == same and other.evaluated_on != HELD_OUT
 
 
-def _configuration(variant: Variant) -> Mapping[str, Any]:
-    """All fields but the one that says on which images a run is evaluated."""
-    return {name: value for name, value in variant.runs[0].fields.items() if name != "data.split.local_test"}
+def _others(variant: Variant, left_out: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """All fields but some, and but the one that says on which images a run is evaluated."""
+    names = {"data.split.local_test", *(left_out or {})}
+    return {name: value for name, value in variant.runs[0].fields.items() if name not in names}
 
 
 def _of(variants: Sequence[Variant]) -> Cell:
