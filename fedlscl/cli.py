@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 OVERVIEW = """\
 usage: fedlscl fit --config SETTING [--config METHOD] [--run_dir DIR] [--any.field VALUE]
-       fedlscl sweep FILE --setting NAME [--jobs N] [--only PARAMETER=VALUE ...] [-- --any.field VALUE]
+       fedlscl sweep FILE --setting NAME [--method NAME] [--jobs N] [--only PARAMETER=VALUE ...] [-- --any.field VALUE]
        fedlscl tables|plot|report RUNS [RUNS ...] [--out PATH]
        fedlscl predict RUN_DIR IMAGE|FOLDER [...] [--client N ...] [--task N] [--top K] [--out FILE.csv|FILE.json]
        fedlscl deal FOLDER --config SETTING [--config METHOD] [--any.field VALUE]
@@ -55,8 +55,8 @@ PREDICT = (
     "line is image, client, class and probability, with tabs between."
 )
 
-SETTING_VARIABLE = "FEDLSCL_SETTING"
-"""Environment variable that the sweep files take the name of the setting from."""
+SETTING_VARIABLE, METHOD_VARIABLE = "FEDLSCL_SETTING", "FEDLSCL_METHOD"
+"""Environment variables that the sweep files take the name of the setting from, and of the method."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -106,6 +106,7 @@ def sweep_command(words: list[str]) -> None:
     parser = _parser("sweep", SWEEP)
     parser.add_argument("file", type=str, help="the sweep file")
     parser.add_argument("--setting", type=str | None, help=f"experiments/<setting>.yaml; else ${SETTING_VARIABLE}")
+    parser.add_argument("--method", type=str | None, help=f"experiments/methods/<method>.yaml; else ${METHOD_VARIABLE}")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time; each gets its share of the cores")
     parser.add_argument(
         "--only",
@@ -120,16 +121,21 @@ def sweep_command(words: list[str]) -> None:
     options, further = parser.parse_args(words[:at]), words[at + 1 :]
     if options.jobs < 1:
         sys.exit(f"fedlscl: jobs is {options.jobs}, must be at least 1")
-    if options.setting is not None:
-        os.environ[SETTING_VARIABLE] = options.setting
     from fedlscl.run.sweep import LOG, narrowed, plan, read_sweep, run_all
 
     console = Console()
     sweep = narrowed(read_sweep(path_of(options.file)), options.only)
-    if any(SETTING_VARIABLE in str(word) for word in sweep["command"]):
-        _check_setting(os.environ.get(SETTING_VARIABLE))
-    elif options.setting is not None:
-        raise ValueError(f"setting has no effect: the command in {options.file} does not use {SETTING_VARIABLE}")
+    for name, variable, folder in (
+        ("setting", SETTING_VARIABLE, Path("experiments")),
+        ("method", METHOD_VARIABLE, Path("experiments/methods")),
+    ):
+        given = getattr(options, name)
+        if given is not None:
+            os.environ[variable] = given
+        if any(variable in str(word) for word in sweep["command"]):
+            _check_name(name, variable, folder)
+        elif given is not None:
+            raise ValueError(f"{name} has no effect: the command in {options.file} does not use {variable}")
     with console.status("parsing the command lines"):
         runs = plan(sweep, further)
     if options.dry_run:
@@ -148,12 +154,12 @@ def sweep_command(words: list[str]) -> None:
     console.print(f"All {len(runs)} runs are finished.")
 
 
-def _check_setting(name: str | None) -> None:
-    known = sorted(path.stem for path in Path("experiments").glob("*.yaml"))
+def _check_name(field: str, variable: str, folder: Path) -> None:
+    name, known = os.environ.get(variable), sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in known:
         raise ValueError(
-            f"setting is {name!r}, must be the name of a file in experiments/, of which there are here: "
-            f"{', '.join(known) or 'none'} (--setting, or {SETTING_VARIABLE} in the environment)"
+            f"{field} is {name!r}, must be the name of a file in {folder}/, of which there are here: "
+            f"{', '.join(known) or 'none'} (--{field}, or {variable} in the environment)"
         )
 
 
@@ -209,11 +215,14 @@ def tables_command(words: list[str]) -> None:
     options = parser.parse_args(words)
     from fedlscl.analysis.formats import FORMATS, to_markdown
     from fedlscl.analysis.tables import tables
+    from fedlscl.analysis.tuning import tuning
 
     out, texts = path_of(options.out), []
-    for name, comparison in _comparisons(options.runs):
+    comparisons = _comparisons(options.runs)
+    for name, comparison in comparisons:
         texts.append(f"## {comparison.title}\n")
-        for table in tables(comparison, options.masks):
+        every = [other for _, other in comparisons]
+        for table in [*tables(comparison, options.masks), *tuning(comparison, every)]:
             texts.append(to_markdown(table))
             for suffix, write in FORMATS.items():
                 _write(out / f"{name}-{table.name}.{suffix}", write(table))

@@ -48,8 +48,8 @@ class Client(ClientModel):
     automatic_optimization = False
     # the masks under which a test image is classified with parameters that the task it belongs to has chosen
     task_aware: ClassVar[tuple[str, ...]] = ()
-    # settings of which the method allows one value: the name, and the word or the class of the object
-    required: ClassVar[tuple[tuple[str, str | type], ...]] = ()
+    # settings of which the method allows one value, or some: the name, and the words or the classes of the object
+    required: ClassVar[tuple[tuple[str, str | type | tuple[str | type, ...]], ...]] = ()
     current_mask: Tensor  # (K,) true for the classes of the current task
     seen_mask: Tensor  # (K,) true for all classes of this client up to the current task
     learned_mask: Tensor  # (K,) true for the classes of this client's finished tasks
@@ -88,12 +88,28 @@ class Client(ClientModel):
         for name, wanted in self.required:
             value = getattr(self, name)
             found = value if isinstance(value, str) else type(value)
-            if found != wanted:
-                given, right = (one.__name__ if isinstance(one, type) else one for one in (found, wanted))
-                raise ValueError(f"model.{name} is {given}, must be {right} for {type(self).__name__}")
+            allowed = wanted if isinstance(wanted, tuple) else (wanted,)
+            if found not in allowed:
+                given, *right = (one.__name__ if isinstance(one, type) else one for one in (found, *allowed))
+                raise ValueError(f"model.{name} is {given}, must be {' or '.join(right)} for {type(self).__name__}")
         # Buffers follow the module to its device; these belong to one fit or test and to no state
         for name in ("current_mask", "seen_mask", "learned_mask", "competing_mask"):
             self.register_buffer(name, torch.empty(0), persistent=False)
+
+    def images_kept(self, classes: int, exchanged: bool) -> int | None:
+        """How many training images of each class, at most, a client keeps after their task, to train or answer with.
+
+        A method with a use of its own for the buffer says so here; by default the continual strategy decides.
+
+        Args:
+            classes: all classes of a client.
+            exchanged: whether the server takes uploads.
+
+        Returns:
+            M or 0; None where the question has no meaning, as for a client that sees all images all the time.
+        """
+        replayed = self.continual.passes_over(1, torch.zeros(1, dtype=torch.int64), 1, torch.Generator())
+        return self.buffer_size if replayed else 0
 
     # ---- one round
 

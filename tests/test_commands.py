@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,24 @@ def test_tables_are_printed_and_written_in_every_format(runs: Path, capsys: pyte
     assert tex.startswith("% Accuracy on each task right after it was learned (Table 1), mask task, digits (a ViT, 32")
     row = next(line for line in text.splitlines() if line.startswith("| fed_lscl"))
     # 50.5 and 52.5 on the first task, 61.5 and 63.5 on the second
-    assert [cell.strip(" *") for cell in row.split("|")[3:6]] == ["51.5 ± 1.4", "62.5 ± 1.4", "57.0 ± 1.4"]
+    assert [cell.strip(" *") for cell in row.split("|")[4:7]] == ["51.5 ± 1.4", "62.5 ± 1.4", "57.0 ± 1.4"]
+
+
+def test_what_was_tuned_is_in_a_table_of_its_own_and_in_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = {"evaluated_on": "images held out of training"}
+    for n, rate in enumerate((0.001, 0.004)):
+        config = {"model.learning_rate": rate, "data.split.local_test": "holdout30"}
+        write_run(tmp_path / "runs" / f"trial{n}", value=50.0 + n, config=config, **held)
+        write_run(tmp_path / "runs" / f"test{n}", value=60.0 + n, config=config | {"data.split.local_test": "official"})
+    main(["tables", "runs", "--out", "out"])
+    assert "--model.learning_rate 0.004" in capsys.readouterr().out
+    written = (tmp_path / "out" / "digits-images_held_out_of_training-tuning.csv").read_text()
+    (row,) = csv.DictReader(written.splitlines())
+    assert [row[name] for name in ("method", "trials", "held out", "test, tuned")] == ["fed_lscl", "2", "52", "62"]
+    main(["report", "runs"])
+    assert "--model.learning_rate 0.004" in Path("report.html").read_text()
 
 
 def names(folder: Path) -> set[str]:

@@ -41,6 +41,7 @@ from fedlscl.methods.fedavg import FedAvgClient
 from fedlscl.methods.lorm.client import LAYERS, LoRMClient, initial, joined
 from fedlscl.methods.lorm.merging import divided, merge, projected, shrunk
 from fedlscl.methods.lorm.server import LoRMServer
+from fedlscl.methods.lwf import LwF
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
@@ -680,6 +681,30 @@ def test_messages_have_the_bytes_of_the_formula() -> None:
     assert sizes[1][0] == 4 * depth * 7 * d * r + diagonals + head + 4 * d * d
 
 
+# ---- replay
+
+
+def test_replay_keeps_images_of_finished_tasks_and_trains_on_them_and_without_it_none_is_kept(make: Make) -> None:
+    rows = {}
+    for strategy in (Replay(passes=1, current=False), NoReplay()):
+        trained = client(continual=strategy, train_mask="task", buffer_size=2, epochs=1)
+        federation = make(client=trained, server=LoRMServer())
+        for _ in federation.run():
+            pass
+        body = restore_client(federation, 0)
+        body.begin_round(Round(body.memory.begun, 99, True, 0))
+        old = body.data.labels(body.memory.buffer)
+        phases = {phase for phase, _ in body.passes(torch.Generator())}
+        if isinstance(strategy, Replay):
+            first = body.data.labels(body.data.train_images(0, body.memory.learned))
+            assert torch.bincount(old).tolist() == torch.bincount(first).clamp(max=2).tolist()
+            assert phases == {"collaborate", "replay"}
+        else:
+            assert (len(old), phases) == (0, {"collaborate"})
+        rows[type(strategy)] = body.head.weight.detach().clone()
+    assert not torch.equal(rows[Replay], rows[NoReplay])
+
+
 # ---- settings
 
 
@@ -689,7 +714,7 @@ def test_messages_have_the_bytes_of_the_formula() -> None:
         ({"rank": 0}, r"model\.rank is 0, must be at least 1"),
         ({"a_learning_rate": -1.0}, r"model\.a_learning_rate is -1\.0, must be at least 0"),
         ({"b_learning_rate": math.inf}, r"model\.b_learning_rate is inf, must be finite"),
-        ({"continual": Replay()}, r"model\.continual is Replay, must be NoReplay"),
+        ({"continual": LwF()}, r"model\.continual is LwF, must be NoReplay or Replay"),
     ],
 )
 def test_bad_settings_are_named(changes: dict[str, Any], text: str) -> None:

@@ -18,13 +18,14 @@ RECORDED = sorted((Path(__file__).parent.parent / "experiments" / "results").rgl
 LAYOUT = [
     *("method", "setting", "seed", "backbone", "cnn", "task_aware", "evaluated_on"),
     *("split_sha256", "data_sha256", "weights_sha256", "cnn_weights_sha256", "accuracy", "bytes_up", "bytes_down"),
-    *("bytes_setup_per_client", "compute", "tested_pairs", "untrained_pairs"),
+    *("bytes_setup_per_client", "compute", "tested_pairs", "untrained_pairs", "images_kept"),
     *("skipped", "unanswered", "nodes", "seconds", "peak_memory_mib", "threads", "machine", "versions"),
     *("config", "overrides"),
 ]
 LACKING = {
     **{"task_aware": [], "data_sha256": None, "weights_sha256": None, "compute": {}, "config": {}, "overrides": {}},
-    **{"tested_pairs": None, "untrained_pairs": None, "unanswered": [], "nodes": {}, "cnn_weights_sha256": None},
+    **{"tested_pairs": None, "untrained_pairs": None, "images_kept": None, "unanswered": [], "nodes": {}},
+    "cnn_weights_sha256": None,
 }
 """What older summaries lack, and what they are read as."""
 

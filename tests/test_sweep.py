@@ -18,7 +18,8 @@ from helpers import SETTING
 from rich.console import Console
 from test_cli import METHOD
 
-from fedlscl.cli import SETTING_VARIABLE, main
+from fedlscl.cli import METHOD_VARIABLE, SETTING_VARIABLE, main
+from fedlscl.run.fields import flat
 from fedlscl.run.sweep import (
     LOG,
     PlannedRun,
@@ -32,7 +33,9 @@ from fedlscl.run.sweep import (
 )
 
 ROOT = Path(__file__).parent.parent
-SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
+EVERY = sorted((ROOT / "sweeps").glob("*.yaml"))
+SEARCHES = [path for path in EVERY if path.stem.startswith("tune")]
+SWEEPS = [path for path in EVERY if path not in SEARCHES]
 SETTINGS = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
 SEEDS = [42, 1999, 2024]
 
@@ -43,6 +46,7 @@ pytestmark = pytest.mark.usefixtures("command_line")
 def repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv(SETTING_VARIABLE, "digits")
+    monkeypatch.setenv(METHOD_VARIABLE, "lorm")
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +144,61 @@ def test_every_sweep_works_on_every_setting(
     assert not_arrived(parameters, config) == []
 
 
+RATE = {"distribution": "log_uniform_values", "min": 1e-5, "max": 1e-1}
+
+
+def test_a_random_search_draws_as_many_trials_as_it_may_the_same_for_all(tmp_path: Path) -> None:
+    """The nth draw of a parameter depends on nothing else in the file; a range in logarithms, choices all taken."""
+    parameters = {"model.learning_rate": RATE, "seed_everything": {"value": 5}}
+    few, many, other = (
+        command_lines(read_sweep(sweep_file(tmp_path, method="random", run_cap=cap, parameters=parameters | more)))
+        for cap, more in ((3, {}), (200, {}), (200, {"model.block": {"values": [1, 2, 4]}}))
+    )
+    assert (len(few), len(many), len(other)) == (3, 200, 200)
+    assert few == many[:3]
+    rates = [drawn["model.learning_rate"] for drawn, _ in many]
+    assert rates == [drawn["model.learning_rate"] for drawn, _ in other]
+    assert len(set(rates)) > 190
+    assert all(1e-5 <= rate <= 1e-1 and rate == float(f"{rate:.4g}") for rate in rates)
+    by_decade = [sum(10.0**-n <= rate < 10.0 ** (1 - n) for rate in rates) for n in (2, 3, 4, 5)]
+    assert all(30 < count < 70 for count in by_decade)
+    assert {drawn["model.block"] for drawn, _ in other} == {1, 2, 4}
+    assert {type(value) for drawn, _ in other for value in drawn.values()} == {float, int}
+    assert f"--model.learning_rate={rates[0]}" in few[0][1]
+
+
+def test_a_grid_goes_no_further_than_its_cap(tmp_path: Path) -> None:
+    parameters = {"model.block": {"values": [1, 2, 3]}}
+    lines = command_lines(read_sweep(sweep_file(tmp_path, run_cap=2, parameters=parameters)))
+    assert [drawn for drawn, _ in lines] == [{"model.block": 1}, {"model.block": 2}]
+
+
+@pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
+def test_a_search_tunes_on_images_held_out_and_its_draws_arrive(path: Path, repository: None) -> None:
+    """Equally many trials for all; other fields than rates and strengths stay as they are."""
+    sweep = read_sweep(path)
+    lines = command_lines(sweep)
+    assert len(lines) == 16
+    parameters, words = lines[-1]
+    config = configured(words).values
+    assert not_arrived(parameters, config) == []
+    assert config["data"]["split"]["local_test"] == "holdout30"
+    assert config["method"] == ("lorm" if path.stem == "tune" else "fed_lscl")
+    plain = configured([word for word in words if not word.startswith(("--model.learn", "--server.str"))]).values
+    assert set(parameters) - {"seed_everything"} == {
+        name for name, value in flat(config).items() if value != flat(plain)[name]
+    }
+
+
+def test_what_is_drawn_twice_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = sweep_file(tmp_path, method="random", run_cap=9, parameters={"model.block": {"values": [1, 2]}})
+    monkeypatch.setattr(
+        "fedlscl.run.sweep.configured",
+        lambda words: SimpleNamespace(values={"model": {"block": int(words[-1][-1])}}, run_dir=Path(words[-1])),
+    )
+    assert len(plan(read_sweep(drawn), [])) == 2
+
+
 def test_wandbs_agent_gives_the_same_command_lines(
     repository: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -152,7 +211,7 @@ def test_wandbs_agent_gives_the_same_command_lines(
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):
         monkeypatch.setenv(name, "x")  # the agent sets them for good
-    for path in SWEEPS:
+    for path in EVERY:
         sweep = read_sweep(path)
         for parameters, words in command_lines(sweep):
             agent = wandb_agent.Agent.__new__(wandb_agent.Agent)
@@ -170,7 +229,11 @@ def test_wandbs_agent_gives_the_same_command_lines(
     ("changes", "complaint"),
     [
         ({"metod": "grid"}, "not a sweep in W&B's format.*metod"),
-        ({"method": "bayes", "metric": {"name": "x", "goal": "maximize"}}, "method is 'bayes'.*only 'grid'"),
+        ({"method": "bayes", "metric": {"name": "x", "goal": "maximize"}}, "method is 'bayes'.*only 'grid' and"),
+        ({"method": "random"}, "lacks run_cap, the number of trials"),
+        ({"method": "random", "run_cap": 0}, "run_cap is 0, must be a whole number of at least 1"),
+        ({"run_cap": True}, "run_cap is True, must be a whole number"),
+        ({"parameters": {"a": {"distribution": "log_uniform_values", "min": -1, "max": 2}}}, "not a sweep in W&B's"),
         ({"early_terminate": {"type": "hyperband", "min_iter": 3}}, "early_terminate, which needs W&B's server"),
         ({"command": ["fedlscl", "fit"]}, r"command is .*must begin with fedlscl, fit and hold \${args}"),
         ({"command": ["python", "x.py", "${args}"]}, "command is .*must begin with fedlscl, fit"),
@@ -376,6 +439,9 @@ def test_a_part_of_a_sweep(tmp_path: Path) -> None:
     drawn = [tuple(values[name] for name in parameters) for values, _ in command_lines(part)]
     assert sorted(drawn) == [(1, "1e-4", 5), (3, "1e-4", 5)]
     assert narrowed(sweep, []) == sweep
+    ranged = read_sweep(sweep_file(tmp_path, method="random", run_cap=2, parameters={"model.rate": RATE}))
+    with pytest.raises(ValueError, match=r"only is 'model.rate=1', but model.rate is drawn from a range"):
+        narrowed(ranged, ["model.rate=1"])
     assert len(command_lines(sweep)) == 6
 
 
@@ -384,6 +450,7 @@ def test_a_part_of_a_sweep(tmp_path: Path) -> None:
     [
         ([], "setting is '', must be the name of a file in experiments/, of which there are here: tiny"),
         (["--setting", "tine"], "setting is 'tine', must be"),
+        (["--setting", "tiny", "--method", "lorm"], "method has no effect: the command in"),
         (["--setting", "tiny", "--jobs", "0"], "jobs is 0, must be at least 1"),
         (
             ["--setting", "tiny", "--only", "block=1"],
@@ -402,6 +469,24 @@ def test_mistakes_are_named_before_anything_runs(
         main(["sweep", str(tiny), *words])
     assert complaint.replace("\\", "") in str(end.value) + capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+def test_a_search_needs_a_method(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(METHOD_VARIABLE, "")
+    methods = tiny.parent / "experiments" / "methods"
+    methods.mkdir()
+    (methods / "mine.yaml").write_text("method: mine\n")
+    command = [
+        *("fedlscl", "fit", "--config=experiments/${envvar:FEDLSCL_SETTING}.yaml"),
+        *("--config=experiments/methods/${envvar:FEDLSCL_METHOD}.yaml", "${args}"),
+    ]
+    search = sweep_file(tiny.parent, command=command)
+    with pytest.raises(SystemExit, match=r"method is '', must be the name of a file in experiments/methods/.*: mine"):
+        main(["sweep", str(search), "--setting", "tiny"])
+    main(["sweep", str(search), "--setting", "tiny", "--method", "mine", "--dry_run", "true"])
+    assert all("runs/tiny-mine-seed5-" in line for line in capsys.readouterr().out.splitlines())
 
 
 def test_a_setting_that_the_file_does_not_ask_for_is_an_error(tiny: Path) -> None:

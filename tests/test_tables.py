@@ -6,9 +6,11 @@ import csv
 import io
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from made_runs import accuracy, make_run
 
 from fedlscl.analysis import paper
@@ -18,8 +20,16 @@ from fedlscl.analysis.paper_tables import COMPARED, table1, table2
 from fedlscl.analysis.results import Run
 from fedlscl.analysis.rows import COMPONENTS
 from fedlscl.analysis.tables import costs, overview, tables
+from fedlscl.analysis.tuning import tuning
+from fedlscl.client import Client
+from fedlscl.continual import NoReplay, Replay
 from fedlscl.evaluation import MASKS
+from fedlscl.methods import GLFCClient, SmallModelClient
+from fedlscl.run.names import Parser, load
 from fedlscl.run.summary import Compute
+
+ROOT = Path(__file__).parent.parent / "experiments"
+METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.yaml"))
 
 
 def comparison(*runs: Run) -> Comparison:
@@ -44,26 +54,99 @@ def test_table_1_by_hand() -> None:
     table = table1(
         comparison(make_run(seed=1, value=50.0), make_run(seed=2, value=54.0), make_run("fedavg", value=30.0))
     )
-    assert table.header == ("method", "seeds", "task 1", "task 2", "mean")
+    assert table.header == ("method", "seeds", "images kept", "task 1", "task 2", "mean")
     found = rows(table)
     # the sample deviation of x and x + 4 is sqrt(8) = 2.83
-    assert texts(found["fed_lscl"]) == ["2", "52.5 ± 2.8", "63.5 ± 2.8", "58.0 ± 2.8"]
-    assert texts(found["fedavg"]) == ["1", "30.5", "41.5", "36.0"]
+    assert texts(found["fed_lscl"]) == ["2", MISSING, "52.5 ± 2.8", "63.5 ± 2.8", "58.0 ± 2.8"]
+    assert texts(found["fedavg"]) == ["1", MISSING, "30.5", "41.5", "36.0"]
     seen = rows(table1(comparison(make_run(value=50.0)), "seen"))
-    assert texts(seen["fed_lscl"]) == ["1", "40.5", "51.5", "46.0"]
+    assert texts(seen["fed_lscl"]) == ["1", MISSING, "40.5", "51.5", "46.0"]
 
 
-def test_methods_of_the_paper_without_a_run_are_shown_as_missing_and_bounds_come_last() -> None:
-    table = table1(comparison(make_run("joint"), make_run("zebra"), make_run("ewc"), make_run("lorm")))
-    assert [row[0].text for row in table.rows] == [*COMPARED, "ewc", "zebra", "joint"]
-    assert texts(rows(table)["mfcl"]) == ["0", *[MISSING] * 3]
+BOUNDS = ("joint", "joint_vit", "joint_ridge")
+
+
+def test_rows_are_sorted_and_bounds_and_what_was_not_run_come_last() -> None:
+    """By the mean over the tasks in Table 1, which ewc does not have: nobody measured one of its accuracies."""
+    unmeasured = accuracy(10.0)
+    unmeasured[:, 1, 1] = float("nan")
+    runs = [make_run("ewc", acc=dict.fromkeys(MASKS, unmeasured))]
+    runs += [make_run("joint", value=20.0), make_run("joint_vit", value=70.0)]
+    runs += [make_run("zebra", value=30.0), make_run("lorm", value=60.0), make_run("ape", value=30.0)]
+    runs += [make_run("local_vit", value=55.0), make_run("fed_lscl", value=50.0)]
+    table = table1(comparison(*runs))
+    run = ["lorm", "local_vit", "fed_lscl", "ape", "zebra", "ewc", "joint_vit", "joint"]
+    missing = [name for name in COMPARED if name not in run]
+    assert [row[0].text for row in table.rows] == [*run, *missing]
+    assert texts(rows(table)["mfcl"]) == ["0", *[MISSING] * 4]
+    for other in (overview(comparison(*runs)), costs_of(comparison(*runs))):
+        assert [row[0].text for row in other.rows] == run
+
+
+def test_the_overview_is_sorted_by_the_final_average_under_seen() -> None:
+    """Which another mask would turn around."""
+    high, low = ({"task": accuracy(a), "seen": accuracy(b), "none": accuracy(a)} for a, b in ((40, 60), (80, 20)))
+    found = comparison(make_run("fedavg", acc=low), make_run("lorm", acc=high), make_run("glfc", value=40.0))
+    assert [row[0].text for row in overview(found).rows] == ["lorm", "glfc", "fedavg"]
+    assert [row[0].text for row in table1(found).rows][:3] == ["fedavg", "glfc", "lorm"]
+
+
+@pytest.mark.parametrize("method", sorted({*METHODS} - {"fed_lscl"}))
+def test_only_what_sees_all_images_at_once_is_a_bound(method: str) -> None:
+    """Whatever else is better than Fed-LSCL takes the mark from it, unless it is a relative that is named here."""
+    better = comparison(make_run("another", value=30.0), make_run(), make_run(method, value=80.0))
+    relatives = {name for name in METHODS if name.startswith("fed_lscl_")} | {"small_fedavg", "pilora_own_rate"}
+    if method in BOUNDS or method in relatives:
+        assert marks(overview(better), method) == {""}
+        assert "best" in marks(overview(better), "fed_lscl")
+    else:
+        assert "best" in marks(overview(better), method)
+        assert "best" not in marks(table1(better), "fed_lscl")
+    sent = texts(rows(costs_of(better))[method])[1:4]
+    assert (sent == [MISSING] * 3) == (method in BOUNDS)
+
+
+KEPT = {
+    **dict.fromkeys(("fed_lscl", "fed_lscl_without_o2d", "fed_lscl_iterative", "fed_lscl_sums", "fed_lscl_auto"), "20"),
+    # no replay, but the features of the buffer travel
+    **dict.fromkeys(("fed_lscl_without_replay", "fed_lscl_ewc", "fed_lscl_lwf"), "20"),
+    **dict.fromkeys(("local", "local_vit", "fedvit_replay", "lorm_replay"), "20"),
+    "glfc": "333",
+    **dict.fromkeys(BOUNDS, MISSING),
+}
+"""Images of each class that a client keeps on the digits, a client having 6 classes; none with any other method."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tables_say_how_many_images_a_client_keeps(method: str) -> None:
+    """What a run notes, and for the summary of an older run what follows from its configuration."""
+    setting, given = (load((ROOT / f"{name}.yaml").read_text()) for name in ("digits", f"methods/{method}"))
+    parser = Parser()
+    parser.add_subclass_arguments(Client, "model")
+    parsed = parser.parse_object({"model": given["model"]})
+    config = setting | given | yaml.safe_load(parser.dump(parsed, skip_none=False))
+    exchanged = given["server"]["class_path"] != "Isolated"
+    noted = parser.instantiate_classes(parsed).model.images_kept(6, exchanged)
+    for images_kept in (None, noted):
+        runs = comparison(make_run(method, base=config, images_kept=images_kept))
+        for table in (overview(runs), costs_of(runs), *([table2(runs)] if method in COMPONENTS else [table1(runs)])):
+            column = table.header.index("images kept") - 1
+            assert rows(table)[method][column].text == KEPT.get(method, "0")
+
+
+def test_a_replay_that_never_passes_keeps_nothing_and_what_a_run_notes_counts() -> None:
+    assert SmallModelClient(continual=Replay(passes=0)).images_kept(6, False) == 0
+    assert SmallModelClient(continual=Replay(), buffer_size=7).images_kept(6, False) == 7
+    assert GLFCClient(continual=NoReplay(), memory_size=100).images_kept(6, True) == 16
+    found = rows(overview(comparison(make_run(images_kept=3), make_run("fedavg", images_kept=0))))
+    assert [found[name][1].text for name in ("fed_lscl", "fedavg")] == ["3", "0"]
 
 
 def test_best_and_second_are_marked_where_bounds_do_not_count() -> None:
     runs = [make_run("joint", value=80.0), make_run("fedavg", value=30.0), make_run("lorm", value=60.0)]
     runs += [make_run("glfc", value=50.0), make_run("fedvit", value=60.04)]
     found = rows(table1(comparison(*runs)))
-    marks = {name: {cell.mark for cell in cells[1:]} for name, cells in found.items()}
+    marks = {name: {cell.mark for cell in cells[2:]} for name, cells in found.items()}
     # 60.04 reads 60.0 like the other, so both are best
     assert marks["lorm"] == marks["fedvit"] == {"best"}
     assert marks["glfc"] == {"second"}
@@ -85,13 +168,13 @@ def test_low_forgetting_is_the_best() -> None:
 
 def test_a_star_where_the_task_chose_the_parameters() -> None:
     runs = (make_run("fedmgp", task_aware=("task",)), make_run())
-    assert texts(rows(table1(comparison(*runs)))["fedmgp"])[1:] == ["50.5*", "61.5*", "56.0*"]
-    assert texts(rows(table1(comparison(*runs), "seen"))["fedmgp"])[1:] == ["40.5", "51.5", "46.0"]
-    assert texts(rows(overview(comparison(*runs)))["fedmgp"])[1:6] == ["56.0*", "61.0*", "51.0", "46.0", "41.0"]
+    assert texts(rows(table1(comparison(*runs)))["fedmgp"])[2:] == ["50.5*", "61.5*", "56.0*"]
+    assert texts(rows(table1(comparison(*runs), "seen"))["fedmgp"])[2:] == ["40.5", "51.5", "46.0"]
+    assert texts(rows(overview(comparison(*runs)))["fedmgp"])[2:7] == ["56.0*", "61.0*", "51.0", "46.0", "41.0"]
 
 
 def marks(table: Table, method: str) -> set[str]:
-    return {cell.mark for cell in rows(table)[method][1:]}
+    return {cell.mark for cell in rows(table)[method][2:]}
 
 
 def test_what_is_told_the_task_competes_only_where_everyone_is() -> None:
@@ -143,9 +226,9 @@ def in_its_setting(method: str = "fed_lscl", config: dict[str, Any] | None = Non
 
 def test_the_papers_numbers_stand_in_columns_of_their_own() -> None:
     table = table1(comparison(in_its_setting(), in_its_setting("fedweit")))
-    assert table.header[8:] == tuple(f"paper: task {n}" for n in range(1, 6))
-    assert texts(rows(table)["lorm"])[7:] == ["93.8", "88.7", "85.2", "84.6", "80.5"]
-    assert texts(rows(table)["fedweit"])[7:] == [MISSING] * 5
+    assert table.header[9:] == tuple(f"paper: task {n}" for n in range(1, 6))
+    assert texts(rows(table)["lorm"])[8:] == ["93.8", "88.7", "85.2", "84.6", "80.5"]
+    assert texts(rows(table)["fedweit"])[8:] == [MISSING] * 5
     assert {len(row) for row in table.rows} == {len(table.header)}
     ablation = table2(comparison(in_its_setting(config=IMAGENET)))
     assert ablation.header[-1] == "paper"
@@ -198,23 +281,23 @@ def test_a_row_of_another_protocol_stands_without_the_papers_numbers() -> None:
     table = table1(comparison(*runs))
     found = rows(table)
     assert texts(found["fed_lscl"])[-1] == "96.9"
-    assert texts(found["fedavg (federation.rounds 50)"])[7:] == [MISSING] * 5
+    assert texts(found["fedavg (federation.rounds 50)"])[8:] == [MISSING] * 5
     assert "training images per class 20 (paper: all), rounds per task 5 (2 runs); 50 (1 run) (paper: 5)." in table.note
 
 
 def test_table_2_by_hand() -> None:
     """Final averages: after task 2 the clients have 60, 61 and 61, 62, on average 61, 51, 46 and 41 under the masks."""
     found = rows(table2(comparison(make_run(), make_run("small_fedavg", value=20.0))))
-    assert texts(found["fed_lscl"]) == ["✓", "✓", "✓", "1", "61.0", "51.0", "46.0", "41.0"]
-    assert texts(found["small_fedavg"]) == ["×", "×", "×", "1", "31.0", "21.0", "16.0", "11.0"]
-    assert texts(found["fed_lscl_without_replay"]) == ["✓", "×", "✓", "0", *[MISSING] * 4]
+    assert texts(found["fed_lscl"]) == ["✓", "✓", "✓", "1", MISSING, "61.0", "51.0", "46.0", "41.0"]
+    assert texts(found["small_fedavg"]) == ["×", "×", "×", "1", MISSING, "31.0", "21.0", "16.0", "11.0"]
+    assert texts(found["fed_lscl_without_replay"]) == ["✓", "×", "✓", "0", *[MISSING] * 5]
     older = replace(
         made := make_run(),
         summary=replace(
             made.summary, accuracy={mask: each for mask, each in made.summary.accuracy.items() if mask != "federation"}
         ),
     )
-    assert texts(rows(table2(comparison(older, make_run("small_fedavg"))))["fed_lscl"])[4:] == [
+    assert texts(rows(table2(comparison(older, make_run("small_fedavg"))))["fed_lscl"])[5:] == [
         "61.0",
         "51.0",
         MISSING,
@@ -231,7 +314,7 @@ def test_without_a_usual_configuration_each_variant_has_its_row_and_the_papers_n
     found = rows(table1(comparison(*runs)))
     assert [texts(found[label])[-1] for label in labels] == ["96.9", "96.9"]
     ablation = rows(table2(comparison(*runs)))
-    assert [texts(ablation[label])[:5] for label in labels] == [["✓", "✓", "✓", "1", "62.5"]] * 2
+    assert [texts(ablation[label])[:6] for label in labels] == [["✓", "✓", "✓", "1", MISSING, "62.5"]] * 2
     assert texts(ablation["small_fedavg (epochs 9)"])[-1] == "29.9"
     assert "fed_lscl" not in ablation
 
@@ -243,9 +326,9 @@ def test_a_task_that_a_method_does_not_have_or_that_nobody_measured_is_missing()
     nothing = dict.fromkeys(MASKS, unmeasured)
     runs = [make_run("ewc", acc=nothing), make_run(), make_run("fedavg", acc=three)]
     found = rows(table1(comparison(*runs)))
-    assert texts(found["fed_lscl"]) == ["1", "50.5", "61.5", MISSING, "56.0"]
-    assert texts(found["ewc"]) == ["1", "10.5", MISSING, MISSING, MISSING]
-    assert [found[name][2].mark for name in ("fed_lscl", "fedavg", "ewc")] == ["best", "second", ""]
+    assert texts(found["fed_lscl"]) == ["1", MISSING, "50.5", "61.5", MISSING, "56.0"]
+    assert texts(found["ewc"]) == ["1", MISSING, "10.5", MISSING, MISSING, MISSING]
+    assert [found[name][3].mark for name in ("fed_lscl", "fedavg", "ewc")] == ["best", "second", ""]
 
 
 def test_costs_by_hand() -> None:
@@ -254,15 +337,15 @@ def test_costs_by_hand() -> None:
     runs += [make_run("fedavg", compute=two), make_run("old", compute={}), make_run("joint")]
     found = rows(costs_of(comparison(*runs)))
     numbers = ["1.5 M", "2.0 G", "1.0 G"]
-    assert texts(found["fed_lscl"]) == ["1.0 KiB", "1.0 KiB", "12.0 KiB", *numbers, "13 ± 1", "200"]
-    assert texts(found["fedavg"])[3:6] == ["1.0 M to 12.0 M", "2.0 G", "1.0 G"]
-    assert texts(found["old"])[3:6] == [MISSING] * 3
-    assert texts(found["joint"])[:3] == [MISSING] * 3
+    assert texts(found["fed_lscl"]) == [MISSING, "1.0 KiB", "1.0 KiB", "12.0 KiB", *numbers, "13 ± 1", "200"]
+    assert texts(found["fedavg"])[4:7] == ["1.0 M to 12.0 M", "2.0 G", "1.0 G"]
+    assert texts(found["old"])[4:7] == [MISSING] * 3
+    assert texts(found["joint"])[:4] == [MISSING] * 4
 
 
 def test_costs_are_counted_by_any_seed_that_counted() -> None:
     runs = [make_run(seed=1, compute={}), make_run(seed=2)]
-    assert texts(rows(costs_of(comparison(*runs)))["fed_lscl"])[3] == "1.5 M"
+    assert texts(rows(costs_of(comparison(*runs)))["fed_lscl"])[4] == "1.5 M"
 
 
 def test_sensitivity_by_hand() -> None:
@@ -301,11 +384,65 @@ def test_what_was_varied_besides_has_a_table_of_its_own() -> None:
     runs += [make_run(config={"model.block": block}) for block in (0, 1)]
     by_name = {table.name: table for table in tables(comparison(*runs))}
     found = rows(by_name["variants"])
-    assert list(found) == ["fed_lscl (cnn.name ['resnet18', 'vgg16'])", "fed_lscl (epochs 5)"]
-    assert texts(found["fed_lscl (cnn.name ['resnet18', 'vgg16'])"])[1] == "26.0"
+    assert list(found) == ["fed_lscl (epochs 5)", "fed_lscl (cnn.name ['resnet18', 'vgg16'])"]
+    assert texts(found["fed_lscl (cnn.name ['resnet18', 'vgg16'])"])[2] == "26.0"
     assert {cell.mark for cells in found.values() for cell in cells} == {""}
     assert list(rows(by_name["overview"])) == ["fed_lscl", "fedavg"]
-    assert list(rows(by_name["costs"])) == ["fed_lscl", *found, "fedavg"]
+    more, cnns_differ = found
+    assert list(rows(by_name["costs"])) == ["fed_lscl", more, "fedavg", cnns_differ]
+
+
+HELD_OUT = {"evaluated_on": "images held out of training"}
+
+
+def trial(method: str, rate: float, value: float, **config: Any) -> Run:
+    fields = {"model.learning_rate": rate, "data.split.local_test": "holdout30", **config}
+    return make_run(method, value=value, config=fields, **HELD_OUT)
+
+
+def on_test_images(method: str, rate: float, value: float, **options: Any) -> Run:
+    fields = {"model.learning_rate": rate, "data.split.local_test": "official"}
+    return make_run(method, value=value, config=fields, **options)
+
+
+def test_what_was_tuned_stands_beside_the_common_rate() -> None:
+    """Three trials of 12 s for lorm, two for glfc; one is no search. After task 2 seen is value + 1 on average."""
+    trials = [trial("lorm", rate, value) for rate, value in ((1e-3, 40.0), (0.0123, 70.0), (1e-4, 30.0))]
+    trials += [trial("glfc", rate, value) for rate, value in ((1e-3, 80.0), (0.5, 20.0))] + [trial("ewc", 1e-3, 85.0)]
+    runs = [on_test_images("lorm", 1e-3, 50.0), on_test_images("lorm", 0.0123, 60.0, seed=1)]
+    runs += [on_test_images("lorm", 0.0123, 62.0, seed=2)]
+    runs += [on_test_images(name, 1e-3, 55.0) for name in ("glfc", "ewc")]
+    held, test = compare([*trials, *runs])
+    (table,) = tuning(held, [held, test])
+    assert [row[0].text for row in table.rows] == ["glfc", "lorm"]
+    found = rows(table)
+    # the same value on the test images is both where the common rate was the best
+    assert texts(found["glfc"])[1:] == ["2", "24", "81.0", "--model.learning_rate 0.001", "56.0", "56.0"]
+    assert texts(found["lorm"])[1:] == ["3", "36", "71.0", "--model.learning_rate 0.0123", "51.0", "62.0 ± 1.4"]
+    assert {row[0].text for row in table.rows for cell in row if cell.mark} == set()
+    # other epochs are no common rate, and one rate beside the tuned one is, if only lorm was run
+    more = on_test_images("lorm", 1e-3, 80.0)
+    more.fields["model.epochs"] = 9
+    alone = compare([*trials[:3], *runs[:3], more])
+    assert texts(rows(*tuning(alone[0], alone))["lorm"])[-2:] == ["51.0", "62.0 ± 1.4"]
+    # nothing is tuned on test images, and without the runs on them their numbers are missing
+    assert tuning(test, [held, test]) == []
+    assert texts(rows(*tuning(held))["lorm"])[-2:] == [MISSING] * 2
+    assert tuning(comparison(trial("ewc", 1e-3, 50.0))) == []
+
+
+def test_a_search_over_two_fields_names_both() -> None:
+    runs = [trial("fed_lscl", 10.0**-n, 40.0 + n, **{"model.block": n}) for n in (2, 3)]
+    assert texts(rows(*tuning(comparison(*runs)))["fed_lscl"])[4] == "--model.block 3 --model.learning_rate 0.001"
+
+
+def test_the_rate_that_all_have_is_usual_where_every_method_was_tuned() -> None:
+    """Each was run at the common rate and at its own, equally often: who competes is the common rate."""
+    runs = [on_test_images(name, 1e-3, 50.0 + n) for n, name in enumerate(("lorm", "glfc", "fedavg"))]
+    runs += [on_test_images(name, rate, 70.0) for name, rate in (("lorm", 0.01), ("glfc", 0.002), ("fedavg", 0.03))]
+    table = overview(comparison(*runs))
+    assert [row[0].text for row in table.rows] == ["fedavg", "glfc", "lorm"]
+    assert "best" in marks(table, "fedavg")
 
 
 def test_one_alone_is_not_the_best() -> None:

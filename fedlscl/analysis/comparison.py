@@ -17,8 +17,8 @@ FINGERPRINTS = (("data_sha256", "images"), ("weights_sha256", "weights"), ("cnn_
 PROTOCOL = ("data.", "backbone.", "cnn.", "federation.", "trainer.", "model.epochs", "model.batch_size")
 """Fields, by their beginning, that are not a method's own: what is usual there, is so for all methods together."""
 
-POOLED = ("joint",)
-"""Methods for which all images lie in one place, so that it means nothing that no message is sent."""
+POOLED = ("joint", "joint_ridge", "joint_vit")
+"""Methods that see the images of all clients and tasks at once: bounds, for which bytes and a buffer mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,10 @@ class Comparison:
                         found.setdefault("" if shared else usual.method, {})[name] = fields[name]
         return {method: dict(sorted(values.items())) for method, values in found.items()}
 
+    def of(self, method: str) -> list[Variant]:
+        """The variants of a method."""
+        return [variant for variant in self.variants if variant.method == method]
+
     def varying(self, name: str, method: str = "fed_lscl") -> dict[Any, Variant]:
         """The variants of a method that differ from each other in no field but one.
 
@@ -108,9 +112,10 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
 
     Usual is, in each field that a method varies, the value that most of its configurations have, each counted once
     however many seeds it was repeated with. Where two values are equally frequent it is the one that all other methods
-    of the same class have, if there are two or more of them (a method and its ablations), or else the one with the most
-    seeds, or else none, and every variant bears its own. Fields in `PROTOCOL` are usual for all methods together: the
-    value that most methods have.
+    of the same class have, if there are two or more of them (a method and its ablations), or else the one that all
+    other methods with this field have, be it among others (a common learning rate beside tuned ones), or else the one
+    with the most seeds, or else none, and every variant bears its own. Fields in `PROTOCOL` are usual for all methods
+    together: the value that most methods have.
 
     Args:
         runs: finished runs.
@@ -130,15 +135,14 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
         shared = _usual_for_all(list(methods.values()))
         comparison = Comparison(*conditions)
         for method, groups in methods.items():
-            relatives = [
-                other
-                for name, other in methods.items()
-                if name != method and _class(other[0][0].fields) == _class(groups[0][0].fields)
-            ]
+            others = [other for name, other in methods.items() if name != method]
+            relatives = [other for other in others if _class(other[0][0].fields) == _class(groups[0][0].fields)]
             having = {name for group in groups for name in group[0].fields}
             usual = {name: value for name, value in shared.items() if name in having}
-            own = [name for name in _varied([group[0].fields for group in groups]) if not name.startswith(PROTOCOL)]
-            usual |= {name: _usual_value(name, groups, relatives) for name in own}
+            own = [
+                name for name in varied_fields([group[0].fields for group in groups]) if not name.startswith(PROTOCOL)
+            ]
+            usual |= {name: _usual_value(name, groups, (relatives, others)) for name in own}
             variants = [Variant(method, _differs(group[0].fields, usual), group) for group in groups]
             comparison.variants.extend(sorted(variants, key=_order))
         comparisons.append(comparison)
@@ -173,7 +177,7 @@ def _repeated(runs: Sequence[Run]) -> list[tuple[Run, ...]]:
     return [tuple(run for _, run in sorted(seeds.items())) for seeds in groups.values()]
 
 
-def _varied(configurations: Sequence[Mapping[str, Any]]) -> list[str]:
+def varied_fields(configurations: Sequence[Mapping[str, Any]]) -> list[str]:
     """The fields in which configurations differ."""
     names = dict.fromkeys(name for fields in configurations for name in fields)
     return [name for name in names if len({_key(fields.get(name)) for fields in configurations}) > 1]
@@ -202,7 +206,7 @@ def _usual_for_all(methods: Sequence[Sequence[tuple[Run, ...]]]) -> dict[str, st
     """The usual value, as its key, of each field of the protocol that varies; a method that was swept has one vote."""
     every = [group[0].fields for groups in methods for group in groups]
     found = {}
-    for name in _varied(every):
+    for name in varied_fields(every):
         if name.startswith(PROTOCOL):
             # a field that a method never has is none in which it could differ, nor does it have a vote
             having = [groups for groups in methods if any(name in group[0].fields for group in groups)]
@@ -212,15 +216,19 @@ def _usual_for_all(methods: Sequence[Sequence[tuple[Run, ...]]]) -> dict[str, st
 
 
 def _usual_value(
-    name: str, groups: Sequence[tuple[Run, ...]], relatives: Sequence[Sequence[tuple[Run, ...]]]
+    name: str, groups: Sequence[tuple[Run, ...]], circles: Sequence[Sequence[Sequence[tuple[Run, ...]]]]
 ) -> str | None:
-    """The usual value of a method's own field, see :func:`compare`."""
+    """The usual value of a method's own field, see :func:`compare`; `circles` are other methods, the nearest first."""
     values = _values(name, groups)
     if (most := _most_frequent(values)) is not None:
         return most
-    agreed = [_most_frequent(_values(name, other)) for other in relatives if name in other[0][0].fields]
-    if len(agreed) > 1 and len(set(agreed)) == 1 and agreed[0] in values:
-        return agreed[0]
+    for circle in circles:
+        having = [_values(name, other) for other in circle if name in other[0][0].fields]
+        agreed = {_most_frequent(each) for each in having}
+        shared = set(values).intersection(*having)
+        for common in (agreed & set(values), shared):
+            if len(having) > 1 and len(common) == 1 and (common is shared or len(agreed) == 1):
+                return common.pop()
     return _most_frequent([value for value, group in zip(values, groups, strict=True) for _ in group])
 
 

@@ -12,8 +12,10 @@ from fedlscl.analysis.formats import Cell, Table
 from fedlscl.analysis.results import Run
 from fedlscl.analysis.rows import (
     ABLATIONS,
+    BELOW,
     COMPETING,
     COMPONENTS,
+    KEPT,
     MARKS,
     MASK_NAMES,
     STAR,
@@ -21,6 +23,7 @@ from fedlscl.analysis.rows import (
     accuracies,
     among_methods,
     final,
+    kept,
     masks_of,
     method_of,
     number,
@@ -44,26 +47,29 @@ def table1(comparison: Comparison, mask: str = "task") -> Table:
         mask: the classes that compete.
 
     Returns:
-        A row for each method of the paper, missing or not, then for the others, and the bounds last. On the paper's
-        data and under its mask the paper's numbers follow in columns of their own, see :func:`_beside`.
+        A row for each method by its mean over the tasks, see `ordered`; those of the paper that were not run are shown
+        as missing. On the paper's data and under its mask the paper's numbers follow in columns of their own, see
+        :func:`_beside`.
     """
-    variants = ordered([variant for variant in comparison.usual if variant.method not in ABLATIONS], COMPARED)
+
+    def average(run: Run) -> float:
+        return statistics.mean(run.summary.under(mask).table1)
+
+    shown = [variant for variant in comparison.usual if variant.method not in ABLATIONS]
+    variants = ordered(shown, average, COMPARED)
     reported, note = _beside(comparison, paper.TABLE1, variants) if mask == "task" else ({}, "")
     tasks, papers_tasks = number_of_tasks(comparison), max(map(len, reported.values()), default=0)
 
     def on_task(n: int) -> Callable[[Run], float | None]:
         return lambda run: next(iter(run.summary.under(mask).table1[n:]), None)
 
-    def average(run: Run) -> float:
-        return statistics.mean(run.summary.under(mask).table1)
-
     values = [*map(on_task, range(tasks)), average]
     columns = [accuracies(variants, value, mask, competing=among_methods(mask)) for value in values]
     rows = []
     for place, (name, variant) in enumerate(variants):
         papers = map(number, reported.get(name, (None,) * papers_tasks))
-        rows.append((Cell(name), seeds(variant), *(column[place] for column in columns), *papers))
-    header = ("method", "seeds", *(f"task {n + 1}" for n in range(tasks)), "mean")
+        rows.append((Cell(name), seeds(variant), kept(variant), *(column[place] for column in columns), *papers))
+    header = ("method", "seeds", "images kept", *(f"task {n + 1}" for n in range(tasks)), "mean")
     header += tuple(f"paper: task {n + 1}" for n in range(papers_tasks))
     return Table(
         f"table1_{mask}",
@@ -71,7 +77,8 @@ def table1(comparison: Comparison, mask: str = "task") -> Table:
         comparison.title,
         sentences(
             f"Accuracy in %, mean over clients, ± deviation over seeds; {MASK_NAMES[mask]}.",
-            *(COMPETING, STAR, unnamed(comparison, variants), note),
+            f"Rows by the mean, {BELOW}",
+            *(COMPETING, STAR, KEPT, unnamed(comparison, variants), note),
         ),
         header,
         tuple(rows),
@@ -87,7 +94,10 @@ def table2(comparison: Comparison) -> Table:
     Returns:
         A row for each combination of components that the method offers; the paper's numbers as in :func:`table1`.
     """
-    variants = ordered([variant for variant in comparison.usual if variant.method in COMPONENTS], tuple(COMPONENTS))
+    there = [variant for variant in comparison.usual if variant.method in COMPONENTS]
+    variants: list[Named] = []
+    for name in COMPONENTS:
+        variants += [(variant.label, variant) for variant in there if variant.method == name] or [(name, None)]
     reported, note = _beside(comparison, paper.TABLE2, variants)
     masks = masks_of(variants)
     columns = [accuracies(variants, final(mask), mask, competing=usual) for mask in masks]
@@ -95,7 +105,8 @@ def table2(comparison: Comparison) -> Table:
     for place, (name, variant) in enumerate(variants):
         parts = ["✓" if there else "×" for there in COMPONENTS[method_of(name, variant)]]
         paper_cell = [number(*reported.get(name, (None,)))] if reported else []
-        rows.append((*map(Cell, [name, *parts]), seeds(variant), *(column[place] for column in columns), *paper_cell))
+        counts = (seeds(variant), kept(variant))
+        rows.append((*map(Cell, [name, *parts]), *counts, *(column[place] for column in columns), *paper_cell))
     return Table(
         "table2",
         "Ablation (Table 2): accuracy of the final model over all tasks",
@@ -103,9 +114,9 @@ def table2(comparison: Comparison) -> Table:
         sentences(
             "L-S: large-small collaboration; SM-CF: small-model continual fine-tuning; O2D: one-by-one distillation.",
             "Final average in %, ± deviation over seeds, under each mask; the paper does not say which is its own.",
-            *(MARKS, unnamed(comparison, variants), note),
+            *(MARKS, KEPT, unnamed(comparison, variants), note),
         ),
-        ("method", "L-S", "SM-CF", "O2D", "seeds", *masks, *(["paper"] if reported else [])),
+        ("method", "L-S", "SM-CF", "O2D", "seeds", "images kept", *masks, *(["paper"] if reported else [])),
         tuple(rows),
     )
 

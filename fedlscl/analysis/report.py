@@ -27,6 +27,7 @@ from fedlscl.analysis.formats import Table
 from fedlscl.analysis.results import Run
 from fedlscl.analysis.rows import MASK_NAMES
 from fedlscl.analysis.tables import tables
+from fedlscl.analysis.tuning import tuning
 from fedlscl.files import write_atomically
 from fedlscl.run.console import human_bytes
 
@@ -60,7 +61,8 @@ def write_report(comparisons: Sequence[Comparison], path: Path) -> None:
     page = environment.get_template(TEMPLATE).render(
         version=fedlscl.__version__,
         settings=[
-            _setting(c, f"s{n}", c.setting if names[c.setting] == 1 else c.title) for n, c in enumerate(comparisons, 1)
+            _setting(c, comparisons, f"s{n}", c.setting if names[c.setting] == 1 else c.title)
+            for n, c in enumerate(comparisons, 1)
         ],
         masks=MASK_NAMES,
     )
@@ -116,8 +118,8 @@ def _prefixed(name: str, value: str, prefix: str) -> str:
     return value.replace("url(#", f"url(#{prefix}")
 
 
-def _setting(comparison: Comparison, key: str, name: str) -> dict[str, Any]:
-    """What the template shows of one comparison; `key` begins every id, `name` is its heading."""
+def _setting(comparison: Comparison, every: Sequence[Comparison], key: str, name: str) -> dict[str, Any]:
+    """What the template shows of one of all comparisons; `key` begins every id, `name` is its heading."""
     runs = [run for variant in comparison.variants for run in variant.runs]
     methods = {variant.method for variant in comparison.variants}
     versions: dict[str, list[str]] = {}
@@ -146,7 +148,10 @@ def _setting(comparison: Comparison, key: str, name: str) -> dict[str, Any]:
             ),
         },
         "points": texts(POINTS, comparison.variants),
-        "tables": [_table(table, f"{key}-table{n}") for n, table in enumerate(tables(comparison), 1)],
+        "tables": [
+            _table(table, f"{key}-table{n}")
+            for n, table in enumerate([*tables(comparison), *tuning(comparison, every)], 1)
+        ],
         "figures": figures,
         "differences": different,
         "same": same,

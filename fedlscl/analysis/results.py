@@ -104,6 +104,15 @@ class Run:
         return self.summary.seconds["total"]
 
     @property
+    def images_kept(self) -> int | None:
+        """How many training images of each class, at most, a client keeps after their task.
+
+        What the run recorded; of an older one what follows from its configuration, None where nothing does.
+        """
+        recorded = self.summary.images_kept
+        return _images_kept(self.fields) if recorded is None else recorded
+
+    @property
     def conditions(self) -> tuple[str, str, str]:
         """Setting, backbone and the images evaluated on: what runs that are compared must share."""
         return (self.setting, self.summary.backbone, self.summary.evaluated_on)
@@ -267,8 +276,27 @@ def _check(summary: Summary) -> None:
     for counts in summary.compute.values():
         if not all(0 <= value < 2**80 for value in (counts.trained_parameters, counts.flops_frozen, counts.flops)):
             raise ValueError(f"compute is {counts}")
+    if summary.images_kept is not None and not 0 <= summary.images_kept < 2**63:
+        raise ValueError(f"images_kept is {summary.images_kept}")
     if not -(2**63) <= summary.seed < 2**63:
         raise ValueError(f"seed is {summary.seed}")
+
+
+def _images_kept(fields: Mapping[str, Any]) -> int | None:
+    """What `Client.images_kept` would have said, by the fields of a run of a version without it."""
+    client, strategy, server = (
+        str(fields.get(f"{part}.class_path", "")) for part in ("model", "model.continual", "server")
+    )
+    kept: Any = None
+    if client == "GLFCClient":
+        names = ("model.memory_size", "data.split.tasks", "data.split.classes_per_task")
+        numbers = [number for name in names if isinstance(number := fields.get(name), int)]
+        kept = numbers[0] // max(1, numbers[1] * numbers[2]) if len(numbers) == len(names) else None
+    elif strategy == "Replay" or (client.startswith("FedLSCL") and server != "Isolated"):
+        kept = fields.get("model.buffer_size")
+    elif client.endswith("StatisticsClient") or strategy in ("NoReplay", "EWC", "LwF", "GeneratedLwF"):
+        kept = None if client.startswith("Joint") else 0
+    return kept if isinstance(kept, int) else None
 
 
 def _row(run: Run) -> dict[str, Any]:
@@ -282,6 +310,7 @@ def _row(run: Run) -> dict[str, Any]:
         "backbone": summary.backbone,
         "evaluated_on": summary.evaluated_on,
         **{f"{name}_{mask}": getattr(summary.under(mask), name) for name in metrics for mask in MASKS},
+        "images_kept": run.images_kept,
         "bytes_up": summary.bytes_up.total,
         "bytes_down": summary.bytes_down.total,
         "bytes_per_client_round": run.bytes_per_client_round,

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from fedlscl.analysis.comparison import Comparison, Variant, named
+from fedlscl.analysis.comparison import POOLED, Comparison, Variant, named
 from fedlscl.analysis.formats import MISSING, Cell, Mark
 from fedlscl.analysis.results import Run
 from fedlscl.evaluation import MASKS
@@ -29,21 +29,23 @@ ABLATIONS = tuple(name for name, parts in COMPONENTS.items() if not all(parts))
 RELATIVES = (
     *ABLATIONS,
     *("fed_lscl_ewc", "fed_lscl_lwf", "fed_lscl_iterative", "fed_lscl_sums", "fed_lscl_auto"),
-    *("pilora_own_rate", "fedvit_rows"),
+    "pilora_own_rate",
 )
-"""What a method is without one of its parts, or otherwise solved or set: they take no mark from other methods."""
+"""Fed-LSCL without one of its parts or otherwise solved, and a method at other rates: they take no mark from others."""
 
 ROUNDING = {"trainer.precision"}
 """Fields that make other numbers but no other experiment."""
-
-BOUNDS = ("joint", "local", "local_vit")
-"""Not federated, or not continual: they stand below the others and are never marked as best."""
 
 MARKS = "The best of each column is bold, the second best in italics."
 COMPETING = (
     f"{MARKS} Bounds, what is derived from another method, and rows that name a field in brackets, but for the "
     "precision, do not compete; under all masks but task neither do methods with a star."
 )
+KEPT = (
+    'Under "images kept" is how many training images of each class a client keeps at most after their task, to replay '
+    "them or to answer the server with."
+)
+BELOW = "best first, the bounds, which see the images of all clients and tasks at once, in a group below the others."
 STAR = "A star: the task of each test image, which had to be known, chose the parameters that classified it."
 MASK_NAMES = {
     "task": "only the classes of the image's task compete",
@@ -56,16 +58,24 @@ Named = tuple[str, Variant | None]
 """A row: its name, and what was run; None where nothing was."""
 
 
-def ordered(variants: Sequence[Variant], required: Sequence[str]) -> list[Named]:
-    """The required methods first, None where there is no run, then the others by name, the bounds last."""
-    by_method: dict[str, list[Variant]] = {}
-    for variant in variants:
-        by_method.setdefault(variant.method, []).append(variant)
-    others = sorted(set(by_method) - set(required), key=lambda name: (name in BOUNDS, name))
-    rows: list[Named] = []
-    for method in (*required, *others):
-        rows += [(variant.label, variant) for variant in by_method.get(method, [])] or [(method, None)]
-    return rows
+def ordered(
+    variants: Sequence[Variant], by: Callable[[Run], float | None], required: Sequence[str] = ()
+) -> list[Named]:
+    """Rows, best first: all that compete, those without a number behind them, the bounds, and what was not run.
+
+    Args:
+        variants: what was run.
+        by: the value that decides, of which more is better; the mean over seeds counts.
+        required: methods that have a row even where there is no run.
+    """
+
+    def place(variant: Variant) -> tuple[bool, bool, float, str]:
+        found = known(variant, by)
+        return (variant.method in POOLED, not found, -statistics.mean(found or [0.0]), variant.method)
+
+    there = {variant.method for variant in variants}
+    rows: list[Named] = [(variant.label, variant) for variant in sorted(variants, key=place)]
+    return [*rows, *((method, None) for method in required if method not in there)]
 
 
 def method_of(name: str, variant: Variant | None) -> str:
@@ -98,7 +108,7 @@ def among_methods(mask: str) -> Callable[[Variant], bool]:
     """Whether a variant competes with the other methods: what is told the task has it easier where others are not."""
     return lambda variant: (
         usual(variant)
-        and variant.method not in (*BOUNDS, *RELATIVES)
+        and variant.method not in (*POOLED, *RELATIVES)
         and (mask == "task" or mask not in variant.task_aware)
     )
 
@@ -130,12 +140,12 @@ def accuracies(
     """A column: mean and deviation of a value over each variant's seeds, a star where due, the two best marked."""
     cells, means = [], []
     for _, variant in variants:
-        known = [x for x in map(value, variant.runs if variant else ()) if x is not None and not math.isnan(x)]
-        cell = spread(known, 1)
-        if variant and known and mask in variant.task_aware:
+        found = known(variant, value) if variant else []
+        cell = spread(found, 1)
+        if variant and found and mask in variant.task_aware:
             cell = replace(cell, text=f"{cell.text}*", numbers={**cell.numbers, "task known": 1})
         cells.append(cell)
-        means.append(statistics.mean(known) if variant and known and competing(variant) else None)
+        means.append(statistics.mean(found) if variant and found and competing(variant) else None)
     # what reads the same is equally good
     ranking = sorted({round(mean, 1) for mean in means if mean is not None}, reverse=not least)[:2]
     marks: list[Mark] = ["best", "second"]
@@ -144,6 +154,16 @@ def accuracies(
             if mean is not None and round(mean, 1) in ranking:
                 cells[place] = replace(cells[place], mark=marks[ranking.index(round(mean, 1))])
     return cells
+
+
+def known(variant: Variant, value: Callable[[Run], float | None]) -> list[float]:
+    """A value of each of a variant's runs that has it."""
+    return [x for x in map(value, variant.runs) if x is not None and not math.isnan(x)]
+
+
+def kept(variant: Variant | None) -> Cell:
+    """The images of each class that a client keeps after their task."""
+    return number(variant.runs[0].images_kept if variant else None, 0)
 
 
 def spread(values: Sequence[float], digits: int) -> Cell:

@@ -17,13 +17,16 @@ from fedlscl.analysis.paper_tables import table1, table2
 from fedlscl.analysis.results import Run
 from fedlscl.analysis.rows import (
     ABLATIONS,
+    BELOW,
     COMPETING,
+    KEPT,
     MARKS,
     STAR,
     Named,
     accuracies,
     among_methods,
     final,
+    kept,
     masks_of,
     number,
     number_of_tasks,
@@ -83,14 +86,14 @@ def overview(comparison: Comparison) -> Table:
         comparison: runs that may stand side by side.
 
     Returns:
-        A row for each method in its usual configuration, the bounds last.
+        A row for each method in its usual configuration, best first, see `ordered`.
     """
-    variants = ordered(comparison.usual, ())
+    variants = ordered(comparison.usual, final("seen"))
     return Table(
         "overview",
         "Every method under all masks",
         comparison.title,
-        sentences(_METRICS, COMPETING, STAR, unnamed(comparison, variants)),
+        sentences(_METRICS, _ORDER, COMPETING, STAR, KEPT, unnamed(comparison, variants)),
         _metrics_header(variants),
         _metrics(variants, among_methods),
     )
@@ -106,12 +109,12 @@ def varied(comparison: Comparison, shown: Sequence[Variant]) -> Table:
     Returns:
         A row for each variant; none is marked, for they differ in more than in their method.
     """
-    variants = ordered(shown, ())
+    variants = ordered(shown, final("seen"))
     return Table(
         "variants",
         "What was varied besides, under all masks",
         comparison.title,
-        sentences(_METRICS, STAR, unnamed(comparison, variants)),
+        sentences(_METRICS, _ORDER, STAR, KEPT, unnamed(comparison, variants)),
         _metrics_header(variants),
         _metrics(variants, lambda mask: lambda variant: False),
     )
@@ -128,7 +131,7 @@ def costs(comparison: Comparison, shown: Sequence[Variant]) -> Table:
         A row for each variant.
     """
     rows = []
-    variants = ordered(shown, ())
+    variants = ordered(shown, final("seen"))
     for name, variant in variants:
         assert variant is not None  # nothing is missing where no method is required
         summaries = [run.summary for run in variant.runs]
@@ -139,6 +142,7 @@ def costs(comparison: Comparison, shown: Sequence[Variant]) -> Table:
         rows.append(
             (
                 Cell(name),
+                kept(variant),
                 *_traffic(variant.method, summaries),
                 *(_range(compute, name) for name in ("trained_parameters", "flops_frozen", "flops")),
                 seconds,
@@ -157,10 +161,13 @@ def costs(comparison: Comparison, shown: Sequence[Variant]) -> Table:
             f"image, and the rest. A range where clients have different CNNs; {MISSING} where no run counted. Seconds, "
             "± deviation over seeds, and MiB are of a whole run, all clients in turn on one machine, whatever else it "
             f"did and in whatever precision ({'; '.join(machines)}).",
+            _ORDER,
+            KEPT,
             unnamed(comparison, variants),
         ),
         (
             "method",
+            "images kept",
             "up",
             "down",
             "whole run",
@@ -214,11 +221,12 @@ _METRICS = (
     'model over all tasks, "average" the average incremental accuracy, "forgetting" in points. In %, ± deviation over '
     "seeds."
 )
+_ORDER = f"Rows by their final average under seen, {BELOW}"
 
 
 def _metrics_header(variants: Sequence[Named]) -> tuple[str, ...]:
     finals = (f"final, {mask}" for mask in masks_of(variants))
-    return ("method", "seeds", "new, task", *finals, "average, seen", "forgetting, seen")
+    return ("method", "seeds", "images kept", "new, task", *finals, "average, seen", "forgetting, seen")
 
 
 def _metrics(
@@ -240,7 +248,7 @@ def _metrics(
         column(metric("seen", "forgetting"), "seen", least=True),
     ]
     return tuple(
-        (Cell(label), seeds(variant), *(cells[place] for cells in columns))
+        (Cell(label), seeds(variant), kept(variant), *(cells[place] for cells in columns))
         for place, (label, variant) in enumerate(variants)
     )
 

@@ -66,6 +66,10 @@ class FedLSCL(Client):
         self.generator = ParameterGenerator(cnn.features, vit.width, self.rank)
         self.head = nn.Linear(vit.width, num_classes)
 
+    def images_kept(self, classes: int, exchanged: bool) -> int | None:
+        """Those in the buffer, replayed or not, where their features travel."""
+        return self.buffer_size if exchanged else super().images_kept(classes, exchanged)
+
     def generate(self, images: Tensor) -> dict[str, Tensor]:
         """E (B, e) and W (B, P) of Eq. 2."""
         features = self.cnn(images)

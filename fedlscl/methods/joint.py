@@ -30,6 +30,10 @@ class Pooled(Client):
                 "joint training needs the images of all clients in one place, and here are not all of them"
             )
 
+    def images_kept(self, classes: int, exchanged: bool) -> int | None:
+        """There are no others."""
+        return None
+
     def see(self, data: FederatedDataModule, index: int) -> LocalData:
         """Also everybody's training images."""
         parts = [torch.as_tensor(task.train) for client in data.split.clients for task in client.tasks]

@@ -264,8 +264,8 @@ class Experiment:
         return summary
 
     def _summarise(self, progress: Mapping[str, Any], federation: Federation) -> Summary:
-        history, clients = progress["history"], federation.clients
-        acc = accuracy_arrays(history, self.data.split.spec.tasks, self.schedule.rounds)
+        history, clients, spec = progress["history"], federation.clients, self.data.split.spec
+        acc = accuracy_arrays(history, spec.tasks, self.schedule.rounds)
         fingerprints = self._fingerprints
         pairs = self.data.tested_pairs if self.data.dataset.complete else None  # of a part nobody knows the rest
         return Summary(
@@ -287,6 +287,7 @@ class Experiment:
             compute={name: Compute(**counts) for name, counts in federation.cost().items()},
             tested_pairs=None if pairs is None else len(pairs),
             untrained_pairs=None if pairs is None else sum(not pair.trained for pair in pairs),
+            images_kept=self.client.images_kept(sum(spec.client_task_sizes), self.server.listens),
             skipped=_named(history, "skipped"),
             unanswered=_named(history, "unanswered"),
             nodes=federation.nodes,

@@ -187,6 +187,8 @@ class Summary:
         compute: what a client trains and computes, by the name of its CNN; empty if nobody counted.
         tested_pairs: on how many pairs of a client and a class the accuracies are, None where nobody counted.
         untrained_pairs: in how many of these the client has no training image of the class.
+        images_kept: how many training images of each class, at most, a client keeps after their task; None where the
+            question has no meaning or nobody said.
         skipped: the clients that were left out of a round.
         unanswered: the clients that kept their model in a round, since no answer could be used, likewise.
         nodes: by client the fingerprint of the key that its node had; empty where clients had none of their own.
@@ -217,6 +219,7 @@ class Summary:
     compute: Mapping[str, Compute] = field(default_factory=dict)
     tested_pairs: int | None = None
     untrained_pairs: int | None = None
+    images_kept: int | None = None
     skipped: tuple[Skipped, ...]
     unanswered: tuple[Skipped, ...] = ()
     nodes: Mapping[str, str] = field(default_factory=dict)

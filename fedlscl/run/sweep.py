@@ -1,6 +1,7 @@
 """A W&B sweep file without a server: the same grid and the same command lines as `wandb agent`, run on this machine.
 
-The grid is drawn by W&B's own `sweeps` package and the command lines are put together by W&B's own functions.
+The grid is drawn by W&B's own `sweeps` package and the command lines are put together by W&B's own functions. Of a
+random search, the distributions are W&B's, and the draws are the same on every machine and for every method.
 """
 
 from __future__ import annotations
@@ -16,17 +17,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from fedlscl import seeds
 from fedlscl.checks import path
 from fedlscl.run.configuration import Configuration
 from fedlscl.run.fields import flat, read_yaml, short
 from fedlscl.run.leash import VARIABLE
 
 ARGS = "${args}"
+CAP = "run_cap"
 LOG = "output.log"
 POLL_SECONDS = 0.1
 
@@ -59,23 +64,32 @@ def read_sweep(file: Path) -> dict[str, Any]:
     """Read a sweep file.
 
     Args:
-        file: a sweep file in W&B's format, method `grid`, whose command runs `fedlscl fit`.
+        file: a sweep file in W&B's format, method `grid`, or `random` with the number of trials as `run_cap`, whose
+            command runs `fedlscl fit`.
 
     Returns:
         Its content.
 
     Raises:
-        ValueError: if it is not in W&B's format, is no grid, or does not hand its parameters to `fedlscl fit`.
+        ValueError: if it is not in W&B's format, is neither, or does not hand its parameters to `fedlscl fit`.
         FileNotFoundError: if there is no such file.
     """
     sweeps = _sweeps()
     sweep = read_yaml(file)
     if not isinstance(sweep, dict):
         raise ValueError(f"{file} holds {type(sweep).__name__}, must be a sweep in W&B's format")
-    if violations := sweeps.config.schema_violations_from_proposed_config(sweep):
+    known = {name: value for name, value in sweep.items() if name != CAP}  # to W&B's server, not yet to its package
+    if violations := sweeps.config.schema_violations_from_proposed_config(known):
         raise ValueError(f"{file} is not a sweep in W&B's format: {'; '.join(violations)}")
-    if sweep["method"] != "grid":
-        raise ValueError(f"{file}: method is '{sweep['method']}'; without W&B's server only 'grid' can be drawn")
+    if sweep["method"] not in ("grid", "random"):
+        raise ValueError(
+            f"{file}: method is '{sweep['method']}'; without W&B's server only 'grid' and 'random' can be drawn"
+        )
+    cap = sweep.get(CAP)
+    if cap is None and sweep["method"] == "random":
+        raise ValueError(f"{file} lacks {CAP}, the number of trials, without which a random search has no end")
+    if cap is not None and (isinstance(cap, bool) or not isinstance(cap, int) or cap < 1):
+        raise ValueError(f"{file}: {CAP} is {cap}, must be a whole number of at least 1")
     if "early_terminate" in sweep:
         raise ValueError(f"{file} has early_terminate, which needs W&B's server; here every run goes on to its end")
     command = sweep.get("command") or []
@@ -95,7 +109,7 @@ def narrowed(sweep: Mapping[str, Any], only: Sequence[str]) -> dict[str, Any]:
         The sweep with these values alone.
 
     Raises:
-        ValueError: if the sweep has no such parameter or no such value of it.
+        ValueError: if the sweep has no such parameter or no such value of it, or draws it from a range.
     """
     chosen: dict[str, list[Any]] = {}
     for text in only:
@@ -103,6 +117,8 @@ def narrowed(sweep: Mapping[str, Any], only: Sequence[str]) -> dict[str, Any]:
         if name not in sweep["parameters"]:
             raise ValueError(f"only is '{text}', must be PARAMETER=VALUE of one of {', '.join(sweep['parameters'])}")
         entry = sweep["parameters"][name]
+        if not {"value", "values"} & set(entry):
+            raise ValueError(f"only is '{text}', but {name} is drawn from a range; change the range in the file")
         there = entry.get("values", [entry.get("value")])
         wanted = yaml.safe_load(value)
         if wanted not in there:
@@ -115,7 +131,7 @@ def narrowed(sweep: Mapping[str, Any], only: Sequence[str]) -> dict[str, Any]:
 
 
 def command_lines(sweep: Mapping[str, Any]) -> list[tuple[dict[str, Any], list[str]]]:
-    """What the runs of a sweep are told, in the order of the grid.
+    """What the runs of a sweep are told, in the order of the grid or of the draws.
 
     Args:
         sweep: what :func:`read_sweep` or :func:`narrowed` returns.
@@ -125,14 +141,37 @@ def command_lines(sweep: Mapping[str, Any]) -> list[tuple[dict[str, Any], list[s
     """
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-    runs = _sweeps().next_runs(dict(sweep), [], n=sys.maxsize)
     lines = []
-    for run in runs[:-1]:  # the last is None: there are no more
+    for drawn in _trials(sweep) if sweep["method"] == "random" else _grid(sweep):
         words: list[str] = []
+        args = {"args": {name: {"value": value} for name, value in drawn.items()}}
         for word in create_sweep_command(list(sweep["command"])):
-            words += create_sweep_command_args({"args": run.config})["args"] if word == ARGS else [str(word)]
-        lines.append(({name: entry["value"] for name, entry in run.config.items()}, words))
+            words += create_sweep_command_args(args)["args"] if word == ARGS else [str(word)]
+        lines.append((drawn, words))
     return lines
+
+
+def _grid(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
+    given = {name: value for name, value in sweep.items() if name != CAP}
+    runs = _sweeps().next_runs(given, [], n=sys.maxsize)[:-1]  # the last is None: there are no more
+    drawn = [{name: entry["value"] for name, entry in run.config.items()} for run in runs]
+    return drawn[: sweep.get(CAP)]
+
+
+def _trials(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """As many draws as the cap says; the nth of a parameter depends on nothing but its name, so that more add to them.
+
+    W&B's package itself would draw from Python's global state.
+    """
+    parameters = _sweeps().params.HyperParameterSet.from_config(dict(sweep["parameters"]))
+    return [{one.name: _drawn(one, trial) for one in parameters} for trial in range(sweep[CAP])]
+
+
+def _drawn(parameter: Any, trial: int) -> Any:
+    rng = seeds.generator(0, "sweep", parameter.name, trial)
+    value = parameter.ppf(max(torch.rand((), generator=rng, dtype=torch.float64).item(), 1e-9))
+    # nobody needs more digits of what is drawn from a range
+    return float(f"{value:.4g}") if isinstance(value, np.floating) else value
 
 
 def plan(sweep: Mapping[str, Any], further: Sequence[str]) -> list[PlannedRun]:
@@ -143,24 +182,28 @@ def plan(sweep: Mapping[str, Any], further: Sequence[str]) -> list[PlannedRun]:
         further: words put behind every command line.
 
     Returns:
-        The runs, in the order of the grid.
+        The runs, in the order of the grid or of the draws; what is drawn twice is run once.
 
     Raises:
         ValueError: if a value of the sweep does not arrive in the configuration, or two runs are the same.
         SystemExit: if a command line describes no run; why is on the standard error.
     """
     planned: dict[Path, PlannedRun] = {}
+    known: dict[Path, dict[str, Any]] = {}
     for parameters, line in command_lines(sweep):
         words = [*line, *further]
         configuration = configured(words)
         if lost := not_arrived(parameters, configuration.values):
             raise ValueError(f"`{shlex.join(words)}` does not do what the sweep says: {'; '.join(lost)}")
         folder = configuration.run_dir
+        if sweep["method"] == "random" and known.get(folder) == parameters:
+            continue
         if folder in planned:
             raise ValueError(
                 f"`{shlex.join(words)}` and `{shlex.join(planned[folder].words)}` are the same run: "
                 "a parameter has no effect"
             )
+        known[folder] = parameters
         planned[folder] = PlannedRun(tuple(words), folder)
     return list(planned.values())
 

@@ -50,6 +50,10 @@ class GLFCClient(FedAvgClient):
         self.memory_size, self.task_detect, self.threshold = memory_size, task_detect, threshold
         self.perturbation_steps, self.perturbation_rate = perturbation_steps, perturbation_rate
 
+    def images_kept(self, classes: int, exchanged: bool) -> int | None:
+        """An equal share of `memory_size`."""
+        return self.memory_size // classes
+
     # ---- the start of a task
 
     def begin_round(self, round: Round) -> None:

@@ -14,7 +14,7 @@ from fedlscl import seeds
 from fedlscl.batches import Images, Output
 from fedlscl.checks import at_least
 from fedlscl.client import Client
-from fedlscl.continual import NoReplay
+from fedlscl.continual import NoReplay, Replay
 from fedlscl.memory import above, below
 from fedlscl.messages import Download, Schema, TensorSpec, not_negative, optional, schema_of, semidefinite
 from fedlscl.methods.lorm.merging import divided
@@ -40,7 +40,8 @@ class LoRMClient(Client):
         **kwargs: settings of every client, see `Client`.
     """
 
-    required = (("continual", NoReplay),)  # every task is trained with factors of its own
+    # every task is trained with factors of its own, so that what else a strategy would hold on to is not there
+    required = (("continual", (NoReplay, Replay)),)
     origin: Tensor  # from which the A of all tasks are drawn
 
     def __init__(
@@ -132,7 +133,9 @@ class LoRMClient(Client):
         return torch.optim.Adam(groups, lr=self.learning_rate, fused=True)
 
     def on_train_end(self) -> None:
-        """Measure the Gram matrices; no sample needs to be remembered."""
+        """Measure the Gram matrices; samples are remembered where they are replayed."""
+        if self.continual.observes == "buffer":
+            super().on_train_end()
         sums = self.observe(self.current, self._moments)  # a row for each batch
         self.grams = {name: parts.double().sum(0).float() for name, parts in sums.items()}
 
