@@ -116,7 +116,7 @@ TINY = Scale(
         *("--backbone.image_size=32", "--backbone.weights=null"),
         "--backbone.model_args={patch_size: 16, embed_dim: 24, depth: 12, num_heads: 3}",
         *("--cnn.image_size=16", "--cnn.features=8"),
-        "--cnn.model_args={channels: [4, 4, 8, 8], norm_layer: groupnorm1}",
+        "--cnn.model_args={channels: [4, 4, 8, 8], layers: [1, 1, 1, 1], norm_layer: groupnorm1}",
     ),
     federation=(
         *("--data.split.clients=2", "--data.split.min_public_images=2", "--federation.rounds=1"),

@@ -31,6 +31,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fedlscl.cli import main as fedlscl
 from fedlscl.deployment.flower.nodes import fingerprint
 from fedlscl.run.configuration import Configuration
 
@@ -73,7 +74,7 @@ class Deployment:
             (home / "config.toml").write_text(f"{link}insecure = true\n")
         else:
             if not (self.folder / "server" / "share.json").exists():
-                subprocess.run([BIN / "fedlscl", "deal", self.folder, *self.words], check=True, env=self.environment)
+                fedlscl(["deal", str(self.folder), *self.words])  # here, where all is imported
             if not (self.folder / "server" / "certificate.pem").exists():
                 certificates(self.folder / "server")
             authority = self.folder / "server" / "authority.pem"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import sys
 from collections.abc import Callable
@@ -152,6 +153,14 @@ def test_refused_is_what_a_node_says_before_it_ends(capfdbinary: pytest.CaptureF
     assert start.node([sys.executable, "-c", said]) == (0, False)  # it has ended well
     assert b"Exit Code: 305" in capfdbinary.readouterr().out
     assert start.main(["rm", "-r"]) == 2
+
+
+def test_a_refused_node_that_is_told_to_end_does_not_try_again() -> None:
+    ends = "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))"
+    said = "print('Exit Code: 305', flush=True); os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    before = signal.getsignal(signal.SIGTERM)
+    assert start.node([sys.executable, "-c", f"{ends}; {said}"]) == (1, False)
+    assert signal.getsignal(signal.SIGTERM) is before  # which ends a node that waits for its next try
 
 
 def test_the_server_s_share_says_how_many_images_clients_have(data: FederatedDataModule, tmp_path: Path) -> None:

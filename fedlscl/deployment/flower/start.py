@@ -44,10 +44,19 @@ def again_while_refused(run: Callable[[], tuple[int, bool]], wait: Callable[[flo
 
 
 def node(words: Sequence[str]) -> tuple[int, bool]:
-    """Run a command, hand on what it says, and return its exit status and whether it said that it was refused."""
-    refused = False
+    """Run a command, hand on what it says, and return its exit status and whether it said that it was refused.
+
+    A SIGTERM ends the command, which was then not refused whatever it said: whoever ends a node wants no other.
+    """
+    refused = told = False
+
+    def end(*_: object) -> None:
+        nonlocal told
+        told = True
+        process.terminate()
+
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        before = signal.signal(signal.SIGTERM, end)
         assert process.stdout is not None
         try:
             for line in process.stdout:
@@ -57,7 +66,10 @@ def node(words: Sequence[str]) -> tuple[int, bool]:
         except KeyboardInterrupt:
             process.terminate()
             return 130, False
-    return process.returncode, refused and process.returncode > 0
+        finally:
+            process.wait()
+            signal.signal(signal.SIGTERM, before)  # between two tries it ends this process
+    return process.returncode, refused and not told and process.returncode > 0
 
 
 def main(words: Sequence[str]) -> int:
