@@ -414,6 +414,7 @@ DAMAGES: list[tuple[str, Any]] = [
     ("seed", 10**400),
     ("peak_memory_mib", 10**400),
     ("bytes_up.total", -5),
+    ("images_kept", -1),
     ("config", {}),
     ("method", 3),
 ]
