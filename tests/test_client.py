@@ -251,7 +251,7 @@ def test_accuracy_under_each_mask(body: FedLSCL) -> None:
     assert body.accuracy.compute() == {"task": [50.0, 50.0], "seen": [0.0, 50.0], "federation": missed, "none": missed}
     body.begin_evaluation(1)
     make_trainer().test(body, verbose=False)
-    known = [0.0 if foreign in body.data.federation[0] else 50.0]
+    known = [0.0 if body.data.federation_mask(1)[foreign] else 50.0]
     assert body.accuracy.compute() == {"task": [50.0], "seen": [50.0], "federation": known, "none": [0.0]}
 
 

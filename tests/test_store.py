@@ -321,7 +321,7 @@ def test_the_content_is_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: 
     assert calls[:2] == ["fsync", "replace"]
 
 
-@pytest.mark.parametrize("written", [None, 1, 2, 4])
+@pytest.mark.parametrize("written", [None, 1, 3, 5])
 def test_states_of_another_version_are_refused(tmp_path: Path, written: int | None) -> None:
     """What they are called may mean something else, or nothing, which would be lost without a word."""
     store = Store(tmp_path / "store")
@@ -332,7 +332,7 @@ def test_states_of_another_version_are_refused(tmp_path: Path, written: int | No
     del state["format"], state["sha256"]  # which other versions may not have
     path.write_text(json.dumps(state if written is None else {**state, "format": written}))
     for use in (lambda: Store(tmp_path / "store"), lambda: read(tmp_path / "store", "client-0")):
-        with pytest.raises(ValueError, match=rf"holds states in format {written or 1}, this version of fedlscl has 3"):
+        with pytest.raises(ValueError, match=rf"holds states in format {written or 1}, this version of fedlscl has 4"):
             use()
 
 

@@ -33,7 +33,7 @@ class LocalData:
         self._data = data
         self.tasks: tuple[TaskSplit, ...] = data.split.clients[client].tasks
         self.num_classes = data.num_classes
-        self.federation = data.split.federation
+        self._federation = data.split.federation
         self.evaluate_on: Part = data.split.evaluate_on
 
     def class_mask(self, first: int, last: int) -> Tensor:
@@ -42,7 +42,7 @@ class LocalData:
 
     def federation_mask(self, last: int) -> Tensor:
         """(K,) true for the classes that any client has in tasks 1 to `last`."""
-        return self._mask(self.federation[:last])
+        return self._mask(self._federation[:last])
 
     def _mask(self, classes: Iterable[Sequence[int]]) -> Tensor:
         mask = torch.zeros(self.num_classes, dtype=torch.bool)
