@@ -96,6 +96,8 @@ class Scale:
     """How large everything is; `words` follow every command line."""
 
     repeat: int = 3
+    warmup: int = 1  # rounds that are not timed
+    models: int | None = None  # of those of a part, so many
     clients: tuple[int, ...] = (5, 50, 500)
     width: int = 512
     outputs: int = 3072
@@ -107,6 +109,8 @@ class Scale:
 
 TINY = Scale(
     repeat=1,
+    warmup=0,
+    models=1,
     clients=(2, 3),
     width=8,
     outputs=12,
@@ -172,13 +176,13 @@ class Bench:
 
 
 def timed(*runs: Callable[[], object]) -> list[float]:
-    """Median seconds of each, taken in turn after one round to warm up."""
+    """Median seconds of each, taken in turn after a round to warm up."""
     taken: list[list[float]] = [[] for _ in runs]
-    for number in range(scale.repeat + 1):
+    for number in range(scale.warmup + scale.repeat):
         for run, seconds in zip(runs, taken, strict=True):
             start = time.perf_counter()
             run()
-            if number:
+            if number >= scale.warmup:
                 seconds.append(time.perf_counter() - start)
     return [statistics.median(seconds) for seconds in taken]
 
@@ -208,7 +212,7 @@ def matmul_flops(dtype: torch.dtype, device: str) -> float:
 def prefix() -> Iterator[Row]:
     """Blocks 0 to b - 1 computed once for each image."""
     models = {"ViT-Tiny/16, 160 px": [], "ViT-Small/16, 160 px": ["--backbone.name=vit_small_patch16_224"]}
-    for (name, words), block in itertools.product(models.items(), (3, 11)):
+    for (name, words), block in itertools.product(itertools.islice(models.items(), scale.models), (3, 11)):
         without, cached = (Bench(*words, f"--model.block={block}", f"--backbone.cache_mib={mib}") for mib in (0, 4096))
         start = time.perf_counter()
         cached.round()  # the images of task 2 and all test images are new to it
@@ -331,7 +335,8 @@ def hardware() -> Iterator[Row]:
     if device == "cuda":
         sizes["ViT-Giant/14, 224 px"] = ["--backbone.name=vit_giant_patch14_224", "--cnn.image_size=224"]
         sizes["ViT-Giant/14, 224 px"] += ["--backbone.image_size=224", "--model.batch_size=128"]
-    for (name, words), precision in itertools.product(sizes.items(), ("32-true", "bf16-mixed")):
+    shown = itertools.islice(sizes.items(), scale.models)
+    for (name, words), precision in itertools.product(shown, ("32-true", "bf16-mixed")):
         peak = matmul_flops(torch.float32 if precision == "32-true" else torch.bfloat16, device)
         bench, times = Bench(*words, f"--trainer.precision={precision}"), PhaseTimes()
         for _ in range(scale.repeat):
@@ -431,7 +436,7 @@ def compare(setting: str, words: list[str]) -> Row:
             accuracies["command"] = [by_client[-1] for by_client in matrix]
 
         taken: dict[str, list[float]] = {"command": [], "loop": []}
-        for _ in range(scale.repeat + 1):
+        for _ in range(scale.warmup + scale.repeat):
             start = time.perf_counter()
             command()
             taken["command"].append(time.perf_counter() - start)
@@ -440,7 +445,7 @@ def compare(setting: str, words: list[str]) -> Row:
             start = time.perf_counter()
             accuracies["loop"] = bare(described, clients)["seen"]
             taken["loop"].append(time.perf_counter() - start)
-        seconds = [statistics.median(values[1:]) for values in taken.values()]  # the first warmed up
+        seconds = [statistics.median(values[scale.warmup :]) for values in taken.values()]
     return {
         "setting": setting,
         "s fedlscl fit": seconds[0],
