@@ -34,7 +34,7 @@ def test_labels_and_images_are_those_of_the_data(data: FederatedDataModule) -> N
 
 
 def test_nothing_leads_to_what_others_have(data: FederatedDataModule) -> None:
-    """Everything public is of this client, or by index; of the others it is no more than the classes of all together."""
+    """Everything public is of this client, or by index, but for the classes of all together."""
     local = LocalData(data, 0)
     public = {name for name in dir(local) if not name.startswith("_")}
     wanted = {"tasks", "num_classes", "evaluate_on", "class_mask", "train_images", "test_images", "labels", "batch"}
