@@ -5,7 +5,7 @@ Shapes: B batch, K classes of the whole federation, m buffered samples, n sample
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
@@ -13,20 +13,18 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from fedlscl import seeds
-from fedlscl.batches import Batch, ImageBatches, Images, Output, TrainingBatches, make_plan
+from fedlscl.batches import Batch, ImageBatches, Output, TrainingBatches, make_plan
 from fedlscl.checks import at_least
-from fedlscl.client_model import ClientModel
+from fedlscl.client_inference import InferenceClient
 from fedlscl.continual import Continual, Step
-from fedlscl.data.source import Part
-from fedlscl.evaluation import MaskedAccuracy
 from fedlscl.losses import masked_cross_entropy
 from fedlscl.memory import SELECTIONS, select
 from fedlscl.messages import Upload
 from fedlscl.schedule import Round
 
 
-class Client(ClientModel):
-    """What the clients of all methods have in common: two phases, a buffer, evaluation.
+class Client(InferenceClient):
+    """What the clients of all methods have in common: two phases and a buffer.
 
     A method subclasses it with its networks (`build`), its forward pass, and what travels (`shared`; where that is not
     all, `outgoing`, `download` and their schemas), see `ClientModel`.
@@ -46,15 +44,11 @@ class Client(ClientModel):
     """
 
     automatic_optimization = False
-    # the masks under which a test image is classified with parameters that the task it belongs to has chosen
-    task_aware: ClassVar[tuple[str, ...]] = ()
     # settings of which the method allows one value, or some: the name, and the words or the classes of the object
     required: ClassVar[tuple[tuple[str, str | type | tuple[str | type, ...]], ...]] = ()
     current_mask: Tensor  # (K,) true for the classes of the current task
-    seen_mask: Tensor  # (K,) true for all classes of this client up to the current task
     learned_mask: Tensor  # (K,) true for the classes of this client's finished tasks
     competing_mask: Tensor  # (K,) true for the classes that compete in the collaborative phase, see `train_mask`
-    accuracy: MaskedAccuracy
 
     def __init__(
         self,
@@ -248,72 +242,6 @@ class Client(ClientModel):
             remembered = self.memory.remembered
             self.memory.upcoming = self.observe(remembered, lambda x: self.continual.preserved(self.output(x)))
 
-    def output(self, images: Images, part: Part = "train") -> Output:
-        """The forward pass on images of one part, with what the cache knows of them."""
-        output: Output = self(images.pixels, self.precomputed(part, images.indices, self.device))
-        return output
-
-    def observe(
-        self, indices: Tensor, compute: Callable[[Images], Mapping[str, Tensor]] | None = None
-    ) -> dict[str, Tensor]:
-        """What the model gives for training images (n,): evaluation mode, float32, on the CPU.
-
-        Args:
-            indices: which images.
-            compute: what is wanted of a batch, (B, ...) each by name; by default `logits` and `representation`.
-
-        Returns:
-            (n, ...) each by name.
-        """
-        self.eval()
-        parts = []
-        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            for images in ImageBatches(self.data, "train", indices, self.evaluation_batch_size, self.device):
-                if compute is not None:
-                    parts.append(compute(images))
-                else:
-                    logits, representation, _ = self.output(images)
-                    parts.append({"logits": logits, "representation": representation})
-        self._merged = ()
-        return {name: torch.cat([part[name] for part in parts]).float().cpu() for name in parts[0]}
-
     def upload(self) -> Upload:
         """What the server gets of this round."""
         return Upload(self.index, self.memory.begun, self.round.number, len(self.current), self.outgoing())
-
-    # ---- evaluation
-
-    def begin_evaluation(self, task: int) -> None:
-        """Get ready for `Trainer.test` on the test images of tasks 1 to `task`."""
-        self.test_images = self.data.test_images(task)
-        masks = torch.stack([self.data.class_mask(n, n + 1) for n in range(task)])
-        self.accuracy = MaskedAccuracy(masks, self.data.federation_mask(task))
-        self.seen_mask = self.data.class_mask(0, task)
-
-    def test_dataloader(self) -> ImageBatches:
-        """Test images of all tasks up to the one that evaluation began with."""
-        part, size = self.data.evaluate_on, self.evaluation_batch_size
-        return ImageBatches(self.data, part, self.test_images, size, self.device)
-
-    def on_test_start(self) -> None:
-        """Put everything where the client is."""
-        self.follow()
-        self.eval()
-
-    def on_test_end(self) -> None:
-        """Free the memory of what was made for the test alone."""
-        self._merged = ()
-
-    def test_step(self, batch: Images, batch_idx: int) -> None:
-        """Count the hits."""
-        self.accuracy.update(self.test_logits(batch, self.accuracy.task_of_class[batch.labels]), batch.labels)
-
-    def test_logits(self, batch: Images, tasks: Tensor) -> Tensor:
-        """Logits (B, K) for test images.
-
-        Args:
-            batch: the images.
-            tasks: (B,) number of the task that each image's class belongs to, from 0. What follows from it must not
-                count under a mask that is not in `task_aware`.
-        """
-        return self.output(batch, self.data.evaluate_on).logits

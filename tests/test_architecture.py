@@ -18,7 +18,7 @@ FILES = {
 }
 SPINE = (
     *("seeds", "files", "checks", "classes", "losses", "messages", "schedule", "evaluation", "memory"),
-    *("batches", "continual", "client_model", "client", "robust", "server"),
+    *("batches", "continual", "client_model", "client_inference", "client", "robust", "server"),
 )
 """What the author of a method must know, each module above those that it may import."""
 
