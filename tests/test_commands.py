@@ -110,7 +110,7 @@ def test_the_report_holds_all_settings(runs: Path) -> None:
 
 def test_the_published_tables_are_made_from_the_published_summaries() -> None:
     results = Path(__file__).parent.parent / "experiments" / "results"
-    settings = ("digits", "cifar100_small", "cifar100", "tiny_imagenet")
+    settings = ("digits", "cifar100_small", "cifar100", "tiny_imagenet", "pacs")
     main(["tables", *(str(results / setting) for setting in settings), "--out", "out"])
     made, published = (
         {path.name: path.read_text() for path in folder.iterdir()} for folder in (Path("out"), results / "tables")
