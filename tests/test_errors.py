@@ -299,6 +299,7 @@ def test_ctrl_c_while_everything_is_imported(setting: str) -> None:
     """At the first import of torch, whenever that comes."""
     script = (
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background of a script ignores it
         "class Interrupting:\n"
         "    def find_spec(self, name, path, target=None):\n"
         "        if name == 'torch':\n"
