@@ -60,8 +60,8 @@ def make_split(
     if untested and spec.local_test == "official":
         raise ValueError(f"split: classes {untested} have training images but no test image")
 
-    order = numpy_generator(seed, _TASKS).permutation(sorted(public)).tolist()  # of `task_order: common`
-    holders = _holders(order, spec, seed)
+    common = _cut(numpy_generator(seed, _TASKS).permutation(sorted(public)), spec)
+    holders = _holders(common, spec, seed)
     parts: list[dict[int, NDArray[np.int64]]] = [{} for _ in range(spec.clients)]
     for label in public:
         pool = _pool(train, label, spec.train_per_class, numpy_generator(seed, _TRAIN_ORDER, label))
@@ -87,11 +87,12 @@ def make_split(
                 evaluate[label] = part[:held_out]
             else:
                 evaluate[label] = _pool(test, label, spec.test_per_class, numpy_generator(seed, _TEST_ORDER, label))
+        order = common
         if spec.task_order == "own":
-            order = numpy_generator(seed, _TASKS, client).permutation(sorted(own)).tolist()
+            order = _cut(numpy_generator(seed, _TASKS, client).permutation(sorted(own)), spec)
         tasks = []
-        for end, size in zip(np.cumsum(spec.task_sizes), spec.task_sizes, strict=True):
-            classes = tuple(sorted(own.keys() & set(order[end - size : end])))
+        for of_task in order:
+            classes = tuple(sorted(own.keys() & set(of_task)))
             tasks.append(
                 TaskSplit(
                     classes=classes,
@@ -120,13 +121,17 @@ def _named(known: list[int], spec: SplitSpec, names: Sequence[str]) -> list[int]
     return owned
 
 
-def _holders(order: list[int], spec: SplitSpec, seed: int) -> dict[int, list[int]]:
+def _cut(order: NDArray[np.int64], spec: SplitSpec) -> list[list[int]]:
+    """The classes of each task, from all of them in order."""
+    return [part.tolist() for part in np.split(order, np.cumsum(spec.task_sizes)[:-1])]
+
+
+def _holders(tasks: list[list[int]], spec: SplitSpec, seed: int) -> dict[int, list[int]]:
     """By public class the clients that have it; with `classes_per_client` so many of each task's, dealt like cards."""
     if spec.classes_per_client is None:
-        return {label: list(range(spec.clients)) for label in order}
-    holders: dict[int, list[int]] = {label: [] for label in order}
-    for task, (end, size) in enumerate(zip(np.cumsum(spec.task_sizes), spec.task_sizes, strict=True)):
-        classes = order[end - size : end]
+        return {label: list(range(spec.clients)) for classes in tasks for label in classes}
+    holders: dict[int, list[int]] = {label: [] for classes in tasks for label in classes}
+    for task, classes in enumerate(tasks):
         clients = numpy_generator(seed, _HOLDERS, task).permutation(spec.clients).tolist()
         for place, client in enumerate(np.repeat(clients, spec.classes_per_client).tolist()):
             holders[classes[place % len(classes)]].append(client)
