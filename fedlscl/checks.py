@@ -38,6 +38,17 @@ def positive(group: str, **fields: float) -> None:
         _finite(group, name, value)
 
 
+def fraction(group: str, **fields: float) -> None:
+    """Check that every field is from 0 to 1; see `at_least`.
+
+    Raises:
+        ValueError: for the first that is not.
+    """
+    for name, value in fields.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{group}.{name} is {value}, must be between 0 and 1")
+
+
 def _finite(group: str, name: str, value: float) -> None:
     if math.isinf(value):
         raise ValueError(f"{group}.{name} is {value}, must be finite")

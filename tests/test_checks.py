@@ -6,12 +6,13 @@ import math
 
 import pytest
 
-from fedlscl.checks import at_least, file_name, path, positive
+from fedlscl.checks import at_least, file_name, fraction, path, positive
 
 
 def test_what_is_right_passes() -> None:
     at_least(1, "model", epochs=1, batch_size=16)
     positive("model", temperature=1e-9)
+    fraction("server", alpha=0, beta=1.0)
 
 
 @pytest.mark.parametrize("value", [0, -1, math.nan])
@@ -20,6 +21,12 @@ def test_the_error_names_field_value_and_what_would_be_right(value: float) -> No
         at_least(1, "model", batch_size=2, epochs=value)
     with pytest.raises(ValueError, match=rf"^server\.temperature is {value}, must be positive$"):
         positive("server", temperature=value)
+
+
+@pytest.mark.parametrize("value", [-1e-9, 1.5, math.nan, math.inf])
+def test_what_is_no_fraction(value: float) -> None:
+    with pytest.raises(ValueError, match=rf"^server\.alpha is {value}, must be between 0 and 1$"):
+        fraction("server", beta=0.5, alpha=value)
 
 
 def test_infinity_is_no_setting() -> None:

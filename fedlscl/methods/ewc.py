@@ -22,7 +22,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from fedlscl.checks import at_least, positive
+from fedlscl.checks import at_least, fraction, positive
 from fedlscl.continual import Continual, Step
 
 
@@ -40,8 +40,7 @@ class EWC(Continual):
         self, strength: float = 1000.0, gamma: float = 1.0, clamp: float = 1e-4, samples: int | None = 200
     ) -> None:
         at_least(0, "continual", strength=strength)
-        if not 0 <= gamma <= 1:
-            raise ValueError(f"continual.gamma is {gamma}, must be between 0 and 1")
+        fraction("continual", gamma=gamma)
         positive("continual", clamp=clamp)
         if samples is not None and samples < 1:
             raise ValueError(f"continual.samples is {samples}, must be at least 1, or null for all images")

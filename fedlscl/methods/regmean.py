@@ -23,6 +23,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from fedlscl.checks import fraction
 from fedlscl.memory import above, below
 from fedlscl.messages import Schema, TensorSpec, Upload, semidefinite
 from fedlscl.methods.fedavg import FedAvgClient
@@ -80,8 +81,7 @@ class RegMeanServer(FedAvg):
 
     def __init__(self, alpha: float = 0.9) -> None:
         super().__init__()
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"server.alpha is {alpha}, must be between 0 and 1")
+        fraction("server", alpha=alpha)
         self.alpha = alpha
 
     def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from fedlscl.checks import fraction
 from fedlscl.memory import above, below
 from fedlscl.messages import MessageError, Schema, Upload
 from fedlscl.methods.lorm.client import LAYERS, LoRMClient, initial, turn
@@ -25,8 +26,7 @@ class LoRMServer(Server):
 
     def __init__(self, alpha: float = 0.5) -> None:
         super().__init__()
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"server.alpha is {alpha}, must be between 0 and 1")
+        fraction("server", alpha=alpha)
         self.alpha = alpha
 
     def begin(self, uploads: Schema, downloads: Schema, model: Callable[[], nn.Module]) -> None:
