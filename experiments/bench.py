@@ -124,7 +124,7 @@ TINY = Scale(
     ),
     federation=(
         *("--data.split.clients=2", "--data.split.min_public_images=2", "--federation.rounds=1"),
-        *("--data.split.train_per_class=8", "--data.split.test_per_class=2", "--model.batch_size=16"),
+        *("--data.split.train_per_class=5", "--data.split.test_per_class=2", "--model.batch_size=16"),
     ),
 )
 scale = Scale()

@@ -15,21 +15,21 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # ruff: noqa: E402
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from helpers import make_data, make_federation, make_vit, restore_client
 
-from fedlscl.data.module import FederatedDataModule
-from fedlscl.federation.algorithm import Federation
-from fedlscl.messages import Message
-from fedlscl.methods.fed_lscl import FedLSCL
-from fedlscl.models.vit import FrozenViT
+# What the fixtures import takes seconds, and the process that hands tests to the workers needs none of it: these start
+# at once
+if TYPE_CHECKING:
+    from fedlscl.data.module import FederatedDataModule
+    from fedlscl.federation.algorithm import Federation
+    from fedlscl.messages import Message
+    from fedlscl.methods.fed_lscl import FedLSCL
+    from fedlscl.models.vit import FrozenViT
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(1)  # the models are tiny: a second thread would only wait for the first
     # LightningCLI 2.6 calls a function that newer releases of jsonargparse deprecate
     config.addinivalue_line("filterwarnings", "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 
@@ -65,6 +65,14 @@ def signals() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The models are tiny: a second thread would only wait for the first."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def power() -> Iterator[None]:
     """Wait for no disk: what is forced onto it outlives a loss of power, of which there is none in this process."""
     with pytest.MonkeyPatch.context() as patch:
@@ -80,28 +88,38 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def data(cache: Path) -> FederatedDataModule:
     """Three clients, two tasks of two classes."""
+    from helpers import make_data
+
     return make_data(cache)
 
 
 @pytest.fixture(scope="session")
 def long_data(cache: Path) -> FederatedDataModule:
     """Three clients, three tasks of two classes."""
+    from helpers import make_data
+
     return make_data(cache, tasks=3, private_classes=1, public_classes=5)
 
 
 @pytest.fixture(scope="session")
 def vit() -> FrozenViT:
+    from helpers import make_vit
+
     return make_vit()
 
 
 @pytest.fixture
 def federation(tmp_path: Path, data: FederatedDataModule, vit: FrozenViT) -> Federation:
+    from helpers import make_federation
+
     return make_federation(tmp_path, data, vit)
 
 
 @pytest.fixture
 def body(federation: Federation) -> FedLSCL:
     """Client 0, which has learned nothing yet."""
+    from helpers import restore_client
+
     client: FedLSCL = restore_client(federation, 0)
     return client
 
@@ -109,6 +127,8 @@ def body(federation: Federation) -> FedLSCL:
 @pytest.fixture
 def make(tmp_path: Path, data: FederatedDataModule, vit: FrozenViT) -> Callable[..., Federation]:
     """Build federations, each with a store of its own."""
+    from helpers import make_federation
+
     count = iter(range(100))
 
     def build(**options: Any) -> Federation:
@@ -120,6 +140,8 @@ def make(tmp_path: Path, data: FederatedDataModule, vit: FrozenViT) -> Callable[
 @pytest.fixture
 def wire(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Message, bytes]]:
     """Every message that is serialised, with its bytes."""
+    from fedlscl.messages import Message
+
     sent = []
     serialise = Message.to_bytes
 
@@ -136,6 +158,8 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Message, bytes]]:
 @pytest.fixture
 def command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Let `main(args)` run inside a test: no arguments but those, a folder of its own, and no trace afterwards."""
+    import torch
+
     monkeypatch.setattr(sys, "argv", ["fedlscl"])
     monkeypatch.setenv("COLUMNS", "150")
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")

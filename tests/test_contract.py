@@ -1,7 +1,7 @@
 """What every method must keep to, for each file in experiments/methods, whatever the method is.
 
-Two runs of each method are looked at from all sides: one with everyone in it, and one that is repeated on Flower and
-taken up again.
+Two runs of a method are looked at from all sides: one with everyone in it, and, of one method of each kind, one that is
+repeated on Flower and taken up again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from fedlscl.schedule import Schedule
 
 PARTS = [(client, task) for client in range(3) for task in range(2)]
 METHODS = sorted((Path(__file__).parent.parent / "experiments" / "methods").glob("*.yaml"))
-BUDGET = {"epochs": 2, "batch_size": 8, "buffer_size": 3}
+BUDGET = {"epochs": 1, "batch_size": 8, "buffer_size": 3}
 SERVER_BUDGET: dict[str, dict[str, int]] = {  # of the servers that train
     "glfc": {"iterations": 2, "monitors": 2},
     "target": {"synthesis_rounds": 3, "steps": 3, "batch_size": 8},
@@ -172,12 +172,12 @@ def observed(federation: Federation, first: Path | None = None) -> Run:
 
 
 def kinds(method: Path) -> set[Hashable]:
-    """What tells methods apart in kind: their classes, and settings that are words, which choose between ways."""
+    """What tells methods apart in kind: their classes, and settings that are no numbers, which choose between ways."""
     content = yaml.safe_load(method.read_text())
     settings = {**content["model"].get("init_args", {}), **content["server"].get("init_args", {})}
     return {
         (content["model"]["class_path"], content["server"]["class_path"]),
-        *((name, value) for name, value in settings.items() if isinstance(value, str)),
+        *((name, value) for name, value in settings.items() if isinstance(value, str | bool)),
         *((name, value["class_path"]) for name, value in settings.items() if isinstance(value, dict)),
     }
 
@@ -374,6 +374,7 @@ def same_uploads(ones: dict[tuple[int, int], Upload], others: dict[tuple[int, in
     )
 
 
+@pytest.mark.parametrize("method", OF_A_KIND, ids=lambda path: path.stem, indirect=True)
 def test_clients_may_be_absent(absent: tuple[Run, Path]) -> None:
     one, _ = absent
     assert [(result.task, result.round) for result in one.results] == [(1, 1), (2, 2)]
@@ -392,6 +393,7 @@ def test_a_run_that_is_taken_up_again_has_the_same_numbers(described: Experiment
     assert same_uploads(uploads, uploads_of(rest.sent))
 
 
+@pytest.mark.parametrize("method", OF_A_KIND, ids=lambda path: path.stem, indirect=True)
 def test_equal_seeds_give_equal_runs_in_one_process_and_on_flower(
     method: Path,
     words: list[str],

@@ -6,9 +6,10 @@ import importlib.util
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from helpers import lasting
@@ -61,48 +62,72 @@ def deploy() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the setting and of its run in one process."""
-    folder = tmp_path_factory.mktemp("one")
-    (folder / "setting.yaml").write_text(DIGITS)
-    return folder
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("setting") / "setting.yaml"
+    path.write_text(DIGITS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield path
 
 
-@pytest.fixture
-def setting(one: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return one / "setting.yaml"
-
-
-@pytest.fixture
-def expected(one: Path, setting: Path, command_line: None) -> dict[str, Any]:
-    """The numbers of one process, which has finished when the second test asks."""
-    main(["fit", "--config", str(setting), "--run_dir", str(one / "run")])
-    return lasting(json.loads((one / "run" / "summary.json").read_text()))
-
-
-@pytest.fixture(autouse=True)
-def alert(deploy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ask about a run, which takes a process, once its summary is there and seldom before."""
+def until_there(folder: Path) -> SimpleNamespace:
+    """A clock for `deploy`: it asks about a run, which takes a process, once its summary is there and seldom before."""
 
     def sleep(seconds: float) -> None:
         if seconds < 1:
             return time.sleep(seconds)
         for _ in range(300):
-            if list(tmp_path.glob("apart/server/runs/*/summary.json")):
+            if list(folder.glob("server/runs/*/summary.json")):
                 break
             time.sleep(0.2)
         return time.sleep(1)  # the process of the server's app has yet to end
 
-    monkeypatch.setattr(deploy, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+    return SimpleNamespace(monotonic=time.monotonic, sleep=sleep)
 
 
-def ended(deploy: ModuleType, deployed: Any) -> dict[str, Any]:
-    """What Flower says about a run that has gone from its beginning to its end."""
-    run_id = deployed.run()
-    deploy.time.sleep(15)
-    status: dict[str, Any] = deployed.wait(run_id)
-    return status
+class Ended(NamedTuple):
+    """Two deployments that have gone from their beginning to their end."""
+
+    apart: Path  # the folder of separate processes
+    simulated: Path  # the folder of simulated nodes
+    status: dict[str, Any]  # what Flower says about the separate ones
+    refused: str  # what a stranger's node has written
+
+
+@pytest.fixture(scope="module")
+def ended(deploy: ModuleType, setting: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """Both at the same time: each waits often, for processes that start and ask each other whether there is work."""
+    folder, words = tmp_path_factory.mktemp("deployed"), ["--config", str(setting)]
+    apart, simulated = folder / "apart", folder / "simulated"
+    with pytest.MonkeyPatch.context() as patch:
+
+        def wait(deployed: Any, run_id: int) -> dict[str, Any]:
+            patch.setattr(deploy, "time", until_there(deployed.folder))
+            deploy.time.sleep(15)
+            status: dict[str, Any] = deployed.wait(run_id)
+            return status
+
+        with (
+            deploy.Deployment(apart, words, timeout=LONG) as separate,
+            deploy.Deployment(simulated, words, timeout=LONG, simulate=2) as nodes,
+        ):
+            of_nodes = nodes.run()
+            deploy.node_key(apart / "client-9" / "node")  # which nobody has registered
+            separate.start_node("client-9", client=1, data=str(apart / "client-1"))
+            for index in range(2):
+                separate.register(f"client-{index}")
+                separate.start_node(f"client-{index}")
+            status = wait(separate, separate.run())
+            wait(nodes, of_nodes)
+            refused = separate.log("client-9")
+    return Ended(apart, simulated, status, refused)
+
+
+@pytest.fixture
+def expected(setting: Path, command_line: None, tmp_path: Path) -> dict[str, Any]:
+    """The numbers of one process."""
+    main(["fit", "--config", str(setting), "--run_dir", str(tmp_path / "run")])
+    return lasting(json.loads((tmp_path / "run" / "summary.json").read_text()))
 
 
 def of_the_server(folder: Path) -> dict[str, Any]:
@@ -110,33 +135,20 @@ def of_the_server(folder: Path) -> dict[str, Any]:
     return lasting({**json.loads(path.read_text()), "nodes": {}})  # in one process there are none
 
 
-def test_separate_processes_end_with_the_numbers_of_one_and_strangers_stay_outside(
-    deploy: ModuleType, setting: Path, expected: dict[str, Any], tmp_path: Path
+def test_separate_processes_and_simulated_nodes_end_with_the_numbers_of_one_process(
+    ended: Ended, expected: dict[str, Any]
 ) -> None:
-    with deploy.Deployment(tmp_path / "apart", ["--config", str(setting)], timeout=LONG) as deployed:
-        stranger = tmp_path / "apart" / "client-9"
-        deploy.node_key(stranger / "node")  # which nobody has registered
-        deployed.start_node("client-9", client=1, data=str(tmp_path / "apart" / "client-1"))
-        for index in range(2):
-            deployed.register(f"client-{index}")
-            deployed.start_node(f"client-{index}")
-        status = ended(deploy, deployed)
-        refused = deployed.log("client-9")
-    assert of_the_server(tmp_path / "apart") == expected
-    (path,) = (tmp_path / "apart" / "server" / "runs").glob("*/summary.json")
-    assert set(json.loads(path.read_text())["nodes"]) == {"0", "1"}
-    assert not (stranger / "runs").exists()
-    assert "SuperNode ID" not in refused
-    assert "Failed to activate SuperNode" in refused  # which differs from the others in its key alone
+    assert of_the_server(ended.apart) == expected
+    assert of_the_server(ended.simulated) == expected
     # each node's state is in its own folder, and the payload is part of what Flower has counted
-    assert [len(list((tmp_path / "apart").glob(f"client-{n}/runs/*/client-{n}"))) for n in range(2)] == [1, 1]
-    assert status["network-traffic"]["inbound-bytes"] > expected["bytes_up"]["total"]
-    assert status["network-traffic"]["outbound-bytes"] > expected["bytes_down"]["total"]
+    assert [len(list(ended.apart.glob(f"client-{n}/runs/*/client-{n}"))) for n in range(2)] == [1, 1]
+    assert ended.status["network-traffic"]["inbound-bytes"] > expected["bytes_up"]["total"]
+    assert ended.status["network-traffic"]["outbound-bytes"] > expected["bytes_down"]["total"]
 
 
-def test_simulated_nodes_end_with_the_numbers_of_one_process(
-    deploy: ModuleType, setting: Path, expected: dict[str, Any], tmp_path: Path
-) -> None:
-    with deploy.Deployment(tmp_path / "apart", ["--config", str(setting)], timeout=LONG, simulate=2) as deployed:
-        ended(deploy, deployed)
-    assert of_the_server(tmp_path / "apart") == expected
+def test_strangers_stay_outside(ended: Ended) -> None:
+    (path,) = (ended.apart / "server" / "runs").glob("*/summary.json")
+    assert set(json.loads(path.read_text())["nodes"]) == {"0", "1"}
+    assert not (ended.apart / "client-9" / "runs").exists()
+    assert "SuperNode ID" not in ended.refused
+    assert "Failed to activate SuperNode" in ended.refused  # which differs from the others in its key alone
