@@ -73,7 +73,8 @@ class _Rows:
 
     def __init__(self, attention: Any, part: int, pairs: Sequence[LowRank]) -> None:
         def of_heads(rows: Tensor) -> Tensor:  # (..., 3 d, x) to (..., H, e, x)
-            return rows.unflatten(-2, (3, attention.num_heads, -1)).select(-4, part)
+            shape = 3, attention.num_heads, attention.head_dim, rows.shape[-1]
+            return rows.view(*rows.shape[:-2], *shape).select(-4, part)
 
         weight, bias = attention.qkv.weight, attention.qkv.bias
         self.weight = of_heads(weight)  # (H, e, d)
