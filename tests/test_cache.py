@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +132,23 @@ def test_a_limit_in_between_keeps_whole_groups_within_it(data: FederatedDataModu
         kept = sum(len(values) for values in precomputed._kept["first"][None])
         assert kept == (len(first) if room == len(first) else 0)
         assert set(compute.computed.values()) == {1 if room == len(first) else 2}
+
+
+def test_what_a_too_small_limit_costs_is_said_once(data: FederatedDataModule, caplog: pytest.LogCaptureFixture) -> None:
+    size, some = 3 * 8 * 8 * 4 + 8, of_split(data, "train")[:2]  # bytes of one image's outputs
+    first, images = (
+        len(data.split.clients[0].tasks[0].train),
+        len(of_split(data, "train")) + len(of_split(data, "test")),
+    )
+    for limit in (0, images * size / MIB):  # asked for, and enough
+        FrozenCache(data, Compute(), limit)("train", some, CPU)
+    assert caplog.messages == []
+    precomputed = FrozenCache(data, Compute(), first * size / MIB)
+    for _ in range(2):
+        precomputed("train", some, CPU)
+    (said,) = caplog.messages
+    assert f"enough for {first} of {images} images" in said
+    assert f"; {math.ceil(images * size / MIB)} keeps all" in said
 
 
 def test_another_precision_begins_anew(data: FederatedDataModule) -> None:

@@ -115,9 +115,10 @@ class FedL2PClient(PromptClient):
     def forward(self, images: Tensor, frozen: Mapping[str, Tensor]) -> Output:
         """The head on the mean of the prompts' outputs."""
         prompts = prompts_of(self.prompts, self.choose(similarities(frozen["query"], self.keys)))
-        encoded = self.vit.encode(self.vit.prompted(frozen["tokens"], prompts), 0)
         start = self.vit.num_prefix_tokens
-        features = encoded[:, start : start + prompts.shape[1]].mean(dim=1)
+        end = start + prompts.shape[1]
+        encoded = self.vit.encode(self.vit.prompted(frozen["tokens"], prompts), 0, count=end)
+        features = encoded[:, start:end].mean(dim=1)
         return Output(self.head(features), features)
 
 

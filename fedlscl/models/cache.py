@@ -5,6 +5,8 @@ Shapes: B batch.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -18,6 +20,7 @@ from fedlscl.data.source import Part
 
 GROUP = 64  # images computed at a time
 
+log = logging.getLogger(__name__)
 
 Lookup = Callable[[Part, NDArray[np.int64], torch.device], dict[str, Tensor]]
 """Gives the outputs for images of one part, (B, ...) each by name, on a device."""
@@ -38,7 +41,7 @@ class FrozenCache:
         compute: uint8 images (B, 3, H, W) to outputs (B, ...) by name, depending on the images alone.
         limit_mib: memory that the outputs may take. The images that come first in the split, training before test
             images and task by task, are kept for good; the others are computed whenever they are asked for, in the
-            batch that asks.
+            batch that asks. Where a limit above 0 is too small for all, the log says so.
     """
 
     def __init__(
@@ -88,7 +91,16 @@ class FrozenCache:
         like = self._outputs(part, group[:1], device)
         size = max(1, sum(outputs[0].nbytes for outputs in like.values()))
         whole = self._ends[self._ends * size <= self._limit]  # groups are kept as a whole
-        self._capacity = int(whole[-1])
+        self._capacity, images = int(whole[-1]), int(self._ends[-1])
+        if self._capacity < images and self._limit:
+            log.warning(
+                "backbone.cache_mib is %g, enough for %d of %d images: what the frozen blocks make of the others is "
+                "computed again in every epoch and test; %d keeps all",
+                self._limit / 2**20,
+                self._capacity,
+                images,
+                math.ceil(images * size / 2**20),
+            )
         self._done = np.zeros(len(self._groups), dtype=bool)
         with torch.inference_mode(False):  # training uses what a test has computed
             self._kept = {

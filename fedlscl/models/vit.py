@@ -18,6 +18,7 @@ from fedlscl.checks import at_least
 from fedlscl.checks import path as path_of
 from fedlscl.models.adapters import Injection, LowRank
 from fedlscl.models.create import check_args, check_image_size, create, outline, reason, resize
+from fedlscl.models.last_block import first_tokens, serves
 from fedlscl.models.stored import load_weights, weights_sha256
 
 VIT_ARGS = frozenset(
@@ -107,6 +108,7 @@ class FrozenViT(nn.Module):
         self.register_buffer("mean", torch.tensor(mean or statistics["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std or statistics["std"]).view(3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
+        self._pooled = _pooled(vit)
         self._low: tuple[object, Any] = (None, None)
 
     def _model(self) -> Any:
@@ -174,7 +176,14 @@ class FrozenViT(nn.Module):
             prompts = prompts + vit.pos_embed[:, :1]
         return torch.cat([tokens[:, :first], vit.norm_pre(prompts).to(tokens.dtype), tokens[:, first:]], dim=1)
 
-    def encode(self, tokens: Tensor, block: int, injections: Sequence[Injection] = (), merged: Any = None) -> Tensor:
+    def encode(
+        self,
+        tokens: Tensor,
+        block: int,
+        injections: Sequence[Injection] = (),
+        merged: Any = None,
+        count: int | None = None,
+    ) -> Tensor:
         """All tokens (B, T, d) as they leave the last block, normalised, from those that enter `block`.
 
         Args:
@@ -182,26 +191,37 @@ class FrozenViT(nn.Module):
             block: the first block that they pass.
             injections: what acts inside the blocks.
             merged: what `merged` has made, to be used in the place of this model.
+            count: return the first tokens alone, so many of them; in the last block the work is for these only.
 
         Raises:
             ValueError: an injection is for a block that these tokens do not pass.
         """
-        vit = self._model() if merged is None else merged
+        vit, last = self._model() if merged is None else merged, self.depth - 1
+        inside = [injection for injection in injections if injection.block == last]
         with ExitStack() as stack:
             for injection in injections:
-                if not block <= injection.block < self.depth:
+                if not block <= injection.block <= last:
                     raise ValueError(
                         f"something is to be injected into block {injection.block}, but these tokens pass blocks "
-                        f"{block} to {self.depth - 1}"
+                        f"{block} to {last}"
                     )
-                stack.enter_context(injection.into(vit.blocks[injection.block]))
-            encoded: Tensor = vit.norm(vit.blocks[block:](tokens))
+                if injection.block < last:
+                    stack.enter_context(injection.into(vit.blocks[injection.block]))
+            tokens = vit.blocks[block:last](tokens)
+            if count is not None and block <= last and serves(vit.blocks[last], inside):
+                tokens = first_tokens(vit.blocks[last], tokens, count, inside)
+            else:
+                for injection in inside:
+                    stack.enter_context(injection.into(vit.blocks[last]))
+                tokens = vit.blocks[max(block, last) :](tokens)[:, :count]
+            encoded: Tensor = vit.norm(tokens)
         return encoded
 
     def upper(self, tokens: Tensor, block: int, injections: Sequence[Injection] = (), merged: Any = None) -> Tensor:
         """Features (B, d) from the tokens that enter `block`; see `encode`."""
         vit = self._model() if merged is None else merged
-        features: Tensor = vit.forward_head(self.encode(tokens, block, injections, merged), pre_logits=True)
+        encoded = self.encode(tokens, block, injections, merged, self._pooled)
+        features: Tensor = vit.forward_head(encoded, pre_logits=True)
         return features
 
     def forward(self, images: Tensor) -> Tensor:
@@ -231,6 +251,16 @@ class TrainedViT(nn.Module):
         x = (resize(images, self.image_size) - self.mean) / self.std
         features: Tensor = self.vit(x)
         return features.float()
+
+
+def _pooled(vit: Any) -> int | None:
+    """How many of the first tokens make the features, as the class token alone; None where all tokens do."""
+    from timm.models.deit import VisionTransformerDistilled
+    from timm.models.vision_transformer import VisionTransformer
+
+    if type(vit) is VisionTransformerDistilled:
+        return 2  # their mean
+    return 1 if type(vit) is VisionTransformer and vit.attn_pool is None and vit.global_pool == "token" else None
 
 
 def _check_statistics(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:

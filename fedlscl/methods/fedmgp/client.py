@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,22 +89,23 @@ class FedMGPClient(Client):
         """Tokens (B, T + L, d) that enter the first block with a prompt (1, L, d) among them."""
         return self.vit.prompted(tokens, prompt.expand(len(tokens), -1, -1))
 
-    def pooled(self, encoded: Tensor) -> Tensor:
-        """Features (B, d): the mean over the prompt's places in (B, T + L, d)."""
+    def pooled(self, entering: Tensor, injections: Sequence[Prefixes] = ()) -> Tensor:
+        """Features (B, d) of prompted tokens (B, T + L, d): the mean over the prompt's places behind the last block."""
         start = self.vit.num_prefix_tokens
-        return encoded[:, start : start + self.length].mean(dim=1)
+        end = start + self.length
+        return self.vit.encode(entering, 0, injections, count=end)[:, start:end].mean(dim=1)
 
     def prefixed(self, entering: Tensor, slots: Tensor) -> Tensor:
         """f_c (B, d), from the prompted tokens (B, T + L, d) and the class (B,) whose slot each image takes."""
         chosen = self.slots[slots].unbind(1)
         prefixes = [Prefixes(block, part) for block, part in zip(self.adapted, chosen, strict=True)]
-        return self.pooled(self.vit.encode(entering, 0, prefixes))
+        return self.pooled(entering, prefixes)
 
     def forward(self, images: Tensor, frozen: Mapping[str, Tensor]) -> Output:
         """As in tests: the slot is that of the nearest key, and each class is judged by the head of its task."""
         tokens = (frozen or self.precompute(images))["tokens"]
         entering = self.entering(tokens, self.prompt)
-        slots = nearest(self.pooled(self.vit.encode(entering, 0)), self.slot_keys, self.owner > 0)
+        slots = nearest(self.pooled(entering), self.slot_keys, self.owner > 0)
         features = self.prefixed(entering, slots)
         logits: Tensor = self.local_head(features)
         for last, one in self.memory.archive.items():
@@ -124,7 +125,7 @@ class FedMGPClient(Client):
         frozen, labels = self.precomputed("train", batch.images.indices, self.device), batch.images.labels
         with torch.set_grad_enabled(batch.phase == "global"):
             entering = self.entering(frozen["tokens"], self.prompt)
-            features = self.pooled(self.vit.encode(entering, 0))
+            features = self.pooled(entering)
         if batch.phase == "local":
             logits, query, keys = self.local_head(self.prefixed(entering, labels)), features, self.slot_keys[labels]
         else:

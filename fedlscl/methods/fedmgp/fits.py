@@ -127,7 +127,7 @@ class HeadTraining(Fusion):
         """Features (b, d)."""
         model = self.model
         tokens = model.vit.lower(model.vit.prepare(images), 0)
-        return model.pooled(model.vit.encode(model.entering(tokens, model.prompt), 0))
+        return model.pooled(model.entering(tokens, model.prompt))
 
     def objective(self, labels: Tensor, fixed: Tensor) -> Tensor:
         """Cross-entropies (b,) over all classes."""
