@@ -10,7 +10,8 @@ What travels: up phi and the features FS of the buffered samples, sorted by thei
 CNN or head.
 
 Logged: collaborate/cross_entropy; replay/cross_entropy, replay/features (lambda_E ||E - E'||^2), replay/weights
-(lambda_W ||W - W'||^2); server/objective_before and server/objective_after (Eq. 5, mean over the students).
+(lambda_W ||W - W'||^2); server/objective_before and server/objective_after (Eq. 5, mean over the students); gradient/*
+and generated/*, see `instruments.Generating`.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ from torch import Tensor, nn
 from fedlscl import seeds
 from fedlscl.batches import Output
 from fedlscl.checks import at_least
-from fedlscl.client import Client
 from fedlscl.federation.trainer import fit_once
 from fedlscl.losses import o2d_loss
 from fedlscl.messages import AtMost, Schema, TensorSpec, Upload, schema_of, unit_rows
 from fedlscl.methods import o2d as distillation
+from fedlscl.methods.instruments import Generating
 from fedlscl.methods.o2d import Generator, Student
-from fedlscl.models.adapters import LowRank, ParameterGenerator
+from fedlscl.models.adapters import ParameterGenerator
 from fedlscl.models.cnn import SmallModel, SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 from fedlscl.server import Answer, Answers, Context, Metrics, OnDemand, Server
 
 
-class FedLSCL(Client):
+class FedLSCL(Generating):
     """A client of Fed-LSCL (sections 4.2 and 4.3).
 
     Args:
@@ -82,8 +83,7 @@ class FedLSCL(Client):
     def forward(self, images: Tensor, frozen: Mapping[str, Tensor]) -> Output:
         """H(Theta adapted by phi(theta(x)))."""
         generated = self.generate(images)
-        lora = LowRank(self.block, self.generator.split(generated["weights"]), scale=self.scale)
-        adapted = self.vit.upper(frozen["tokens"], self.block, [lora])
+        adapted = self.vit.upper(frozen["tokens"], self.block, [self.pair(generated["weights"])])
         return Output(self.head(adapted), adapted, generated)
 
     def shared(self) -> dict[str, Tensor]:
