@@ -73,8 +73,13 @@ class FedLSCL(Generating):
 
     def generate(self, images: Tensor) -> dict[str, Tensor]:
         """E (B, e) and W (B, P) of Eq. 2."""
-        features = self.cnn(images)
+        features = self.features(images)
         return {"features": features, "weights": self.generator(features)}
+
+    def features(self, images: Tensor) -> Tensor:
+        """E (B, e), of length 1."""
+        features: Tensor = self.cnn(images)
+        return features
 
     def precompute(self, images: Tensor) -> dict[str, Tensor]:
         """The tokens that enter the adapted block (B, T, d)."""
@@ -93,7 +98,7 @@ class FedLSCL(Generating):
     def on_train_end(self) -> None:
         """Also compute FS, the features of the buffered samples and of those that would enter the buffer now."""
         super().on_train_end()
-        features = self.observe(self.memory.remembered, lambda images: {"features": self.cnn(images.pixels)})
+        features = self.observe(self.memory.remembered, lambda images: {"features": self.features(images.pixels)})
         self.feature_set = features["features"]
 
     def outgoing(self) -> dict[str, Tensor]:

@@ -69,8 +69,9 @@ def products(lora: LoRA) -> Tensor:
 
 def relative(change: Tensor, to: Tensor) -> Tensor:
     """(n,) the L2 norm of a change (n, ...), relative to that of what is changed (n, ...)."""
-    lengths = [torch.linalg.vector_norm(x.float().flatten(1), dim=1) for x in (change, to)]
-    return lengths[0] / lengths[1]
+    changed, before = (torch.linalg.vector_norm(x.float().flatten(1), dim=1) for x in (change, to))
+    found: Tensor = changed / before
+    return found
 
 
 @dataclass
