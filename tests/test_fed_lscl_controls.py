@@ -119,3 +119,11 @@ def test_images_are_kept_for_the_replay_alone() -> None:
     for kind, kept in ((FedLSCL, 3), (FedLSCLAveraged, 0)):
         assert make_client(kind, continual=NoReplay()).images_kept(2, True) == kept
         assert make_client(kind, continual=Replay()).images_kept(2, True) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("standardise", "batch"), ("linear", True), ("own_loss", 1), ("cnn_rate", 2)]
+)
+def test_settings_of_a_small_model_are_refused_where_there_is_none(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"model\.{name} is {value}, must be .* no small model"):
+        make_client(FedLSCLStatic, **{name: value})

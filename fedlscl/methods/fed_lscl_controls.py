@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlscl.batches import Output
 from fedlscl.client import Client
@@ -29,12 +29,15 @@ from fedlscl.models.adapters import LoRA, LowRank
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
 
+OFF = {"standardise": "none", "linear": False, "own_loss": 0.0, "cnn_rate": 1.0}
+"""What only a small model has use for, as it is by default."""
+
 
 class FedLSCLStatic(FedLSCL):
     """Fed-LSCL without the small model: E = (1, ..., 1) / sqrt(e) for every image.
 
     Args:
-        **kwargs: settings of `FedLSCL`.
+        **kwargs: settings of `FedLSCL`, without those of the small model.
     """
 
     constant: Tensor  # (e,)
@@ -42,11 +45,15 @@ class FedLSCLStatic(FedLSCL):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._warned = True  # there is no small model to be warned of
+        given = (self.standardise, self.linear, self.own_loss, self.rates["cnn"])
+        for (name, off), value in zip(OFF.items(), given, strict=True):
+            if value != off:
+                raise ValueError(f"model.{name} is {value}, must be {off} for FedLSCLStatic, which has no small model")
 
     def build(self, vit: FrozenViT, cnn: SmallModelSpec, cnn_name: str, num_classes: int) -> None:
         """Phi and H, drawn as in Fed-LSCL, where the CNN is drawn first."""
         super().build(vit, cnn, cnn_name, num_classes)
-        del self.cnn
+        self.cnn = nn.Identity()
         constant = torch.full((cnn.features,), cnn.features**-0.5)
         self.register_buffer("constant", constant, persistent=False)
 
