@@ -108,11 +108,12 @@ class FedLSCL(Generating):
         return torch.optim.Adam([group for group in groups if group["params"]], fused=True)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """The terms of a step, by name; where E is compared with E', which was taken in evaluation mode, in that mode.
+        """The terms of a step, by name; the CNN is in evaluation mode where Eq. 4 compares its E with E'.
 
-        In training mode batch normalisation alone would hold them apart. Its statistics stay, and no dropout acts.
+        E' was taken in that mode, and batch normalisation alone would hold the two apart in another. In such a step its
+        statistics stay, and no dropout acts.
         """
-        self.cnn.train(not batch.snapshot)
+        self.cnn.train(batch.phase != "replay" or not batch.snapshot)
         output = self.output(batch.images)
         terms = self.phase_losses(output, batch)
         if self.own_loss > 0:
