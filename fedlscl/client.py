@@ -229,6 +229,19 @@ class Client(InferenceClient):
             kept=self.kept,
         )
 
+    def diagnose(self) -> dict[str, float]:
+        """What is to be known of the model as this round's training leaves it, by name, for the record alone.
+
+        Nothing by default. `observe` may be called here; nothing may be changed, and what is drawn comes from `rng`.
+        """
+        return {}
+
+    def on_train_epoch_end(self) -> None:
+        """Log what `diagnose` finds: the last hook in which Lightning lets a model log."""
+        if found := self.diagnose():
+            self.log_dict(found)
+            self.train()
+
     def on_train_end(self) -> None:
         """Choose the current samples that would enter the buffer now (Fed-LSCL, section 4.3.2)."""
         if self.buffer_size == 0:

@@ -60,7 +60,7 @@ def test_a_page_has_all_sections(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_logged_names_are_in_the_code(page: str) -> None:
     section = written(page).partition("## Log names")[2]
-    names = re.findall(r"`(?:collaborate|replay|global|local|server|detection|o2d)/(\w+)`", section)
+    names = re.findall(r"`(?:collaborate|replay|global|local|server|detection|o2d|gradient|generated)/(\w+)`", section)
     assert names
     code = "\n".join(SOURCES.values())
     assert [name for name in names if not re.search(rf'["/]{name}"', code)] == []

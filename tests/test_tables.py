@@ -109,6 +109,7 @@ def test_only_what_sees_all_images_at_once_is_a_bound(method: str) -> None:
 
 KEPT = {
     **dict.fromkeys(("fed_lscl", "fed_lscl_without_o2d", "fed_lscl_iterative", "fed_lscl_sums", "fed_lscl_auto"), "20"),
+    **dict.fromkeys(("fed_lscl_static", "fed_lscl_fedavg"), "20"),
     # no replay, but the features of the buffer travel
     **dict.fromkeys(("fed_lscl_without_replay", "fed_lscl_ewc", "fed_lscl_lwf"), "20"),
     **dict.fromkeys(("local", "local_vit", "fedvit_replay", "lorm_replay"), "20"),

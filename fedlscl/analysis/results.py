@@ -34,7 +34,11 @@ WITHOUT_EFFECT = (
 )
 """Fields in which the runs of one configuration may differ: the seed, where things lie, and what changes no number."""
 
-ADDED = {"data.source.background": "white", "data.split.task_order": "own"}
+ADDED: dict[str, Any] = {
+    **{"data.source.background": "white", "data.split.task_order": "own"},
+    **{"model.standardise": "none", "model.linear": False, "model.own_loss": 0.0, "model.start": 0.0},
+    **{"model.cnn_rate": 1.0, "model.generator_rate": 1.0, "model.head_rate": 1.0, "model.head_hidden": 0},
+}
 """Fields that a later version has added and that cannot be null, with what makes no other run."""
 
 SHOWN = 20

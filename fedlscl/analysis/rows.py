@@ -29,6 +29,7 @@ ABLATIONS = tuple(name for name, parts in COMPONENTS.items() if not all(parts))
 RELATIVES = (
     *ABLATIONS,
     *("fed_lscl_ewc", "fed_lscl_lwf", "fed_lscl_iterative", "fed_lscl_sums", "fed_lscl_auto"),
+    *("fed_lscl_static", "fed_lscl_fedavg"),
     *("pilora_own_rate", "lorm_published"),
 )
 """Fed-LSCL without one of its parts or otherwise solved, and a method at other rates: they take no mark from others."""

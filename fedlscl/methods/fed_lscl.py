@@ -10,7 +10,8 @@ What travels: up phi and the features FS of the buffered samples, sorted by thei
 CNN or head.
 
 Logged: collaborate/cross_entropy; replay/cross_entropy, replay/features (lambda_E ||E - E'||^2), replay/weights
-(lambda_W ||W - W'||^2); server/objective_before and server/objective_after (Eq. 5, mean over the students).
+(lambda_W ||W - W'||^2); server/objective_before and server/objective_after (Eq. 5, mean over the students); gradient/*
+and generated/*, see `instruments.Generating`.
 """
 
 from __future__ import annotations
@@ -26,45 +27,101 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from fedlscl import seeds
-from fedlscl.batches import Output
+from fedlscl.batches import Batch, Output
 from fedlscl.checks import at_least
-from fedlscl.client import Client
 from fedlscl.federation.trainer import fit_once
-from fedlscl.losses import o2d_loss
+from fedlscl.losses import masked_cross_entropy, o2d_loss
 from fedlscl.messages import AtMost, Schema, TensorSpec, Upload, schema_of, unit_rows
 from fedlscl.methods import o2d as distillation
+from fedlscl.methods.frozen_vit import make_head
+from fedlscl.methods.instruments import Generating
 from fedlscl.methods.o2d import Generator, Student
-from fedlscl.models.adapters import LowRank, ParameterGenerator
-from fedlscl.models.cnn import SmallModel, SmallModelSpec
+from fedlscl.models.adapters import ParameterGenerator
+from fedlscl.models.cnn import SmallModel, SmallModelSpec, Standard
 from fedlscl.models.vit import FrozenViT
 from fedlscl.server import Answer, Answers, Context, Metrics, OnDemand, Server
 
 
-class FedLSCL(Client):
+class FedLSCL(Generating):
     """A client of Fed-LSCL (sections 4.2 and 4.3).
 
     Args:
         block: index of the adapted ViT block.
         rank: r of the LoRA pairs.
         alpha: the LoRA product is scaled by alpha / r; r by default.
+        standardise: what is done to E before its length is set: nothing, standardised within each image (`layer`, with
+            a trained map behind it `layer_affine`), or over images (`batch`).
+        linear: let the CNN end in a linear map even where its features, which a ReLU has left, are as wide as E.
+        own_loss: weight of a loss of the CNN's own, the cross-entropy of a linear head on E.
+        start: standard deviation with which the part of phi that makes B of E is drawn; 0 starts at the frozen ViT.
+        cnn_rate: learning rate of the CNN, as a multiple of `learning_rate`.
+        generator_rate: that of phi.
+        head_rate: that of the head, and of the CNN's own.
+        head_hidden: width of the head's hidden layer; 0 for a linear head.
         **kwargs: settings of every client, see `Client`.
     """
 
-    def __init__(self, block: int = 3, rank: int = 4, alpha: float | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        block: int = 3,
+        rank: int = 4,
+        alpha: float | None = None,
+        standardise: Standard = "none",
+        linear: bool = False,
+        own_loss: float = 0.0,
+        start: float = 0.0,
+        cnn_rate: float = 1.0,
+        generator_rate: float = 1.0,
+        head_rate: float = 1.0,
+        head_hidden: int = 0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         at_least(1, "model", rank=rank)
+        at_least(0, "model", own_loss=own_loss, start=start, head_hidden=head_hidden)
+        at_least(0, "model", cnn_rate=cnn_rate, generator_rate=generator_rate, head_rate=head_rate)
         if self.buffer_size < 1:
             raise ValueError("model.buffer_size is 0, but the uploaded features are those of the buffer: at least 1")
         self.block, self.rank = block, rank
         self.scale = 1.0 if alpha is None else alpha / rank
+        self.standardise: Standard = standardise
+        self.linear, self.own_loss, self.start, self.head_hidden = linear, own_loss, start, head_hidden
+        self.rates = {"cnn": cnn_rate, "generator": generator_rate, "head": head_rate, "own_head": head_rate}
 
     def build(self, vit: FrozenViT, cnn: SmallModelSpec, cnn_name: str, num_classes: int) -> None:
         """theta, phi and H."""
         if not 0 <= self.block < vit.depth:
             raise ValueError(f"model.block is {self.block}, but {vit.name} has blocks 0 to {vit.depth - 1}")
-        self.cnn = SmallModel(cnn, cnn_name)
-        self.generator = ParameterGenerator(cnn.features, vit.width, self.rank)
-        self.head = nn.Linear(vit.width, num_classes)
+        self.cnn: nn.Module = SmallModel(cnn, cnn_name, standardise=self.standardise, linear=self.linear)
+        self.generator = ParameterGenerator(cnn.features, vit.width, self.rank, self.start)
+        self.head = make_head(vit.width, self.head_hidden, num_classes)
+        if self.own_loss > 0:
+            self.own_head = nn.Linear(cnn.features, num_classes)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam, fresh in each round, with the rate of each part."""
+        groups = [
+            {"params": list(getattr(self, name).parameters()), "lr": rate * self.learning_rate}
+            for name, rate in self.rates.items()
+            if hasattr(self, name)
+        ]
+        return torch.optim.Adam([group for group in groups if group["params"]], fused=True)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The terms of a step, by name; the CNN is in evaluation mode where Eq. 4 compares its E with E'.
+
+        E' was taken in that mode, and batch normalisation alone would hold the two apart in another. In such a step its
+        statistics stay, and no dropout acts.
+        """
+        self.cnn.train(batch.phase != "replay" or not batch.snapshot)
+        output = self.output(batch.images)
+        terms = self.phase_losses(output, batch)
+        if self.own_loss > 0:
+            classes = self.competing_mask if batch.phase == "collaborate" else self.seen_mask
+            features = output.generated["features"]
+            logits = self.own_head(features * features.shape[1] ** 0.5)  # E's entries are then of the order of 1
+            terms["own"] = self.own_loss * masked_cross_entropy(logits, batch.images.labels, classes)
+        return terms
 
     def images_kept(self, classes: int, exchanged: bool) -> int | None:
         """Those in the buffer, replayed or not, where their features travel."""
@@ -72,8 +129,13 @@ class FedLSCL(Client):
 
     def generate(self, images: Tensor) -> dict[str, Tensor]:
         """E (B, e) and W (B, P) of Eq. 2."""
-        features = self.cnn(images)
+        features = self.features(images)
         return {"features": features, "weights": self.generator(features)}
+
+    def features(self, images: Tensor) -> Tensor:
+        """E (B, e), of length 1."""
+        features: Tensor = self.cnn(images)
+        return features
 
     def precompute(self, images: Tensor) -> dict[str, Tensor]:
         """The tokens that enter the adapted block (B, T, d)."""
@@ -82,8 +144,7 @@ class FedLSCL(Client):
     def forward(self, images: Tensor, frozen: Mapping[str, Tensor]) -> Output:
         """H(Theta adapted by phi(theta(x)))."""
         generated = self.generate(images)
-        lora = LowRank(self.block, self.generator.split(generated["weights"]), scale=self.scale)
-        adapted = self.vit.upper(frozen["tokens"], self.block, [lora])
+        adapted = self.vit.upper(frozen["tokens"], self.block, [self.pair(generated["weights"])])
         return Output(self.head(adapted), adapted, generated)
 
     def shared(self) -> dict[str, Tensor]:
@@ -93,7 +154,7 @@ class FedLSCL(Client):
     def on_train_end(self) -> None:
         """Also compute FS, the features of the buffered samples and of those that would enter the buffer now."""
         super().on_train_end()
-        features = self.observe(self.memory.remembered, lambda images: {"features": self.cnn(images.pixels)})
+        features = self.observe(self.memory.remembered, lambda images: {"features": self.features(images.pixels)})
         self.feature_set = features["features"]
 
     def outgoing(self) -> dict[str, Tensor]:

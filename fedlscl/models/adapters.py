@@ -33,7 +33,7 @@ class ParameterGenerator(nn.Linear):
     matrices follow the usual LoRA initialisation, Kaiming-uniform with a = sqrt(5).
     """
 
-    def __init__(self, features: int, width: int, rank: int) -> None:
+    def __init__(self, features: int, width: int, rank: int, start: float = 0.0) -> None:
         super().__init__(features, rank * width + 3 * width * rank)
         self.rank, self.width = rank, width
         size_a = rank * width
@@ -41,6 +41,8 @@ class ParameterGenerator(nn.Linear):
             nn.init.kaiming_uniform_(self.bias[:size_a].view(rank, width), a=math.sqrt(5))
             self.weight[size_a:].zero_()
             self.bias[size_a:].zero_()
+            if start > 0:
+                self.weight[size_a:].normal_(std=start)
 
     def split(self, weights: Tensor) -> LoRA:
         """W (B, P) as one LoRA pair per sample."""

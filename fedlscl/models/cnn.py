@@ -5,10 +5,11 @@ Shapes: B batch, S input size in pixels, e feature width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,16 @@ CNN_ARGS = frozenset(
 
 VITS = ("vision_transformer", "vision_transformer_hybrid", "deit")
 """Modules of timm whose models are ViTs with a position embedding for one size of images."""
+
+Standard = Literal["none", "layer", "layer_affine", "batch"]
+STANDARDS: dict[Standard, Callable[[int], nn.Module]] = {
+    "none": lambda features: nn.Identity(),
+    "layer": lambda features: nn.LayerNorm(features, elementwise_affine=False),
+    "layer_affine": nn.LayerNorm,
+    "batch": lambda features: nn.BatchNorm1d(features, affine=False),
+}
+"""How features may be centred and scaled: each image's by themselves, without or with a trained map behind it, or each
+number by its mean and deviation over images, of the batch in training and running otherwise."""
 
 WIDEST = 65536
 """Feature width above which it is taken for a mistake."""
@@ -120,12 +131,21 @@ class SmallModel(nn.Module):
         spec: width of the features, size of the images, and how the CNN is made.
         name: a CNN or ViT of timm.
         unit_length: scale every feature vector to L2 norm 1 (Fed-LSCL, Eq. 2).
+        standardise: what is done to the features before that, see `STANDARDS`.
+        linear: end in a linear map even where the CNN's width is that of the features.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, spec: SmallModelSpec, name: str, unit_length: bool = True) -> None:
+    def __init__(
+        self,
+        spec: SmallModelSpec,
+        name: str,
+        unit_length: bool = True,
+        standardise: Standard = "none",
+        linear: bool = False,
+    ) -> None:
         # They take seconds, which only building a model is worth
         from timm.data.config import resolve_model_data_config
         from timm.models import is_model_in_modules
@@ -140,7 +160,9 @@ class SmallModel(nn.Module):
         if weights is not None:
             load_weights("cnn", self.backbone, weights)
         width, self.tiny = _trial(self.backbone, name, spec.image_size)
-        self.project = nn.Identity() if width == spec.features else nn.Linear(width, spec.features)
+        keeps = width == spec.features and not linear
+        self.project = nn.Identity() if keeps else nn.Linear(width, spec.features)
+        self.standardise = STANDARDS[standardise](spec.features)
         statistics = resolve_model_data_config(self.backbone)
         self.register_buffer("mean", torch.tensor(statistics["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(statistics["std"]).view(3, 1, 1), persistent=False)
@@ -153,7 +175,7 @@ class SmallModel(nn.Module):
         # oneDNN's bf16 gradient of a convolution whose stride is beyond its image holds memory that nobody has written
         in_float32 = self.tiny and x.device.type == "cpu"
         with torch.autocast("cpu", enabled=False) if in_float32 else nullcontext():
-            features: Tensor = self.project(self.backbone(x)).float()
+            features: Tensor = self.standardise(self.project(self.backbone(x)).float())
         return F.normalize(features, dim=1) if self.unit_length else features
 
 
