@@ -102,6 +102,14 @@ def test_steps_are_those_of_a_clients_batches_in_a_round(tmp_path: Path) -> None
     assert some is not None
     assert every.steps == pytest.approx(2 * (3 + 1 + 2 + 3) / 4)  # two epochs over 10, 4, 6 and 12 images by 4
     assert some.steps == pytest.approx(every.steps / 2)
+    folder = grown(tmp_path / "none", BY_HAND)
+    model = {"class_path": "StatisticsClient", "init_args": {"projection": 0}}  # it has no epochs
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["config"]["model"] = model
+    (folder / "summary.json").write_text(json.dumps(summary))
+    none = growth(folder)
+    assert none is not None
+    assert none.steps == 0
 
 
 def test_what_does_not_tell_is_left_out_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -132,7 +132,7 @@ def growth_tables(comparison: Comparison) -> list[Table]:
 
 def _without_steps(run: Run) -> bool:
     """Whether no number of steps belongs to a task: sums take none, and bounds see all tasks at once."""
-    return run.method in POOLED or str(run.fields.get("model.class_path")).endswith("StatisticsClient")
+    return run.method in POOLED or run.growth is None or run.growth.steps == 0
 
 
 def _trained(variants: Sequence[Variant]) -> list[Variant]:

@@ -38,7 +38,7 @@ class Growth:
         learned: (R,) on all tasks learned so far, that one included.
         chance: what guessing among the mask's classes would give in the place of `new`, and of `learned`.
         steps: optimizer steps that a client takes in a round on the images of the task, mean over clients and tasks:
-            its epochs in batches. Those on images of earlier tasks are not counted.
+            its epochs in batches. Those on images of earlier tasks are not counted; 0 for a client without epochs.
     """
 
     new: Mapping[str, FloatArray]
@@ -55,20 +55,19 @@ def read_growth(summary: Path, fields: Mapping[str, Any]) -> Growth | None:
         fields: its configuration by dotted names, as :func:`fedlscl.run.fields.flat` gives it.
 
     Returns:
-        None where the folder does not tell: the summary alone was kept, or its client has no epochs and batches. With
-        a warning in the log where it should: a file beside the summary is damaged, or of another run.
+        None where the folder does not tell: the summary alone was kept. With a warning in the log where it should: a
+        file beside the summary is damaged, or of another run.
     """
     if summary.name != SUMMARY:  # one of many in a folder
         return None
-    names = ("federation.rounds", "model.epochs", "model.batch_size")
     try:
         metrics, stored = content_of(summary.parent / METRICS), content_of(summary.parent / SPLIT)
-        if not metrics or not stored or b",eval/" not in metrics or not all(fields.get(name) for name in names):
+        if not metrics or not stored or b",eval/" not in metrics:
             return None
-        rounds, epochs, size = (int(fields[name]) for name in names)
         parsed = json.loads(stored)
         split, classes = Split.from_json(json.dumps(parsed["split"])), len(parsed["classes"])
-        accuracy = _accuracy(metrics.decode(), split, rounds)
+        accuracy = _accuracy(metrics.decode(), split, int(fields["federation.rounds"]))
+        epochs, size = (int(fields.get(f"model.{name}", least)) for name, least in (("epochs", 0), ("batch_size", 1)))
     except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
         log.warning("%s: how accuracy grew in this run is left out, for %s", summary.parent, error)
         return None
