@@ -13,7 +13,19 @@ from fedlscl.analysis.comparison import POOLED, Comparison, Variant
 from fedlscl.analysis.drawing import COLOURS, LINES, MARKERS, MAX_BANDS, PAGE, filled, frame, line, over_seeds, within
 from fedlscl.analysis.formats import Cell, Table
 from fedlscl.analysis.results import Run
-from fedlscl.analysis.rows import BELOW, STAR, accuracies, final, number, ordered, seeds, sentences, unnamed
+from fedlscl.analysis.rows import (
+    BELOW,
+    COMPETING,
+    STAR,
+    accuracies,
+    among_methods,
+    final,
+    number,
+    ordered,
+    seeds,
+    sentences,
+    unnamed,
+)
 from fedlscl.evaluation import FloatArray
 from fedlscl.run.growth import Growth
 from fedlscl.run.plots import DPI
@@ -98,8 +110,8 @@ def growth_tables(comparison: Comparison) -> list[Table]:
         if (most := _rounds(trained, mask)) < 2:
             continue
         rows = ordered(grown, final(mask))
-        columns = [accuracies(rows, _after(n, kind, mask), mask) for n in _columns(most)]
-        columns.append(accuracies(rows, _last(kind, mask), mask))
+        values = [*(_after(n, kind, mask) for n in _columns(most)), _last(kind, mask)]
+        columns = [accuracies(rows, value, mask, competing=among_methods(mask)) for value in values]
         guess = float(np.mean([growth.chance[mask][kind == "learned"] for growth in _growths(trained)]))
         what = "the task that is being learned" if kind == "new" else "all tasks learned so far"
         tables.append(
@@ -112,6 +124,7 @@ def growth_tables(comparison: Comparison) -> list[Table]:
                     "a round on the images of the task; methods without train in no steps on a task, or see all tasks "
                     f"at once. A guess would have {guess:.1f}.",
                     f"Rows by their final average under {mask}, {BELOW}",
+                    COMPETING,
                     STAR,
                     unnamed(comparison, rows),
                 ),
