@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedlscl.data.augmentation import crop_flip, draw
 from fedlscl.data.device import CPU, send
 from fedlscl.data.local import LocalData
 from fedlscl.data.source import Part
@@ -35,6 +36,12 @@ class Images(NamedTuple):
     labels: Tensor  # (B,)
 
 
+class Augmented(Images):
+    """Images of which some are shown otherwise than they are, so that no cache knows them."""
+
+    __slots__ = ()
+
+
 class Batch(NamedTuple):
     """One training step's samples."""
 
@@ -54,6 +61,8 @@ class TrainingBatches:
         current: (n,) indices of the training images of the current task.
         observes: which images the snapshot is of, see `Continual`.
         device: where the batches are wanted.
+        augment: for random crops and flips, which are drawn batch by batch; None shows the images as they are. An
+            image that is compared with the snapshot, which is of the image as it is, is always shown so.
     """
 
     def __init__(
@@ -64,9 +73,10 @@ class TrainingBatches:
         current: Tensor,
         observes: str,
         device: torch.device,
+        augment: torch.Generator | None = None,
     ) -> None:
         self.data, self.plan, self.memory, self.current = data, plan, memory, current
-        self.observes, self.device = observes, device
+        self.observes, self.device, self.augment = observes, device, augment
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -83,10 +93,14 @@ class TrainingBatches:
         looked_up = (torch.split(send(t, device), sizes) for t in (torch.where(there, rows, 0), there.float()))
         for (phase, positions), row, observed in zip(self.plan, *looked_up, strict=True):
             images = gather(self.data, "train", samples[positions], device)
+            compared: dict[str, Tensor] = {}
             if snapshot and (phase == "replay") == (self.observes == "buffer"):
-                yield Batch(phase, images, {name: outputs[row] for name, outputs in snapshot.items()}, observed)
+                compared = {name: outputs[row] for name, outputs in snapshot.items()}
             else:
-                yield Batch(phase, images, {}, torch.zeros_like(observed))
+                observed = torch.zeros_like(observed)
+            if self.augment is not None:
+                images = augmented(images, observed > 0, self.augment)
+            yield Batch(phase, images, compared, observed)
 
 
 class ImageBatches:
@@ -104,6 +118,14 @@ class ImageBatches:
     def __iter__(self) -> Iterator[Images]:
         for indices in self.batches:
             yield gather(self.data, self.part, indices, self.device)
+
+
+def augmented(images: Images, kept: Tensor, rng: torch.Generator) -> Images:
+    """Some images cropped and flipped at random, but for those to be kept (B,) as they are."""
+    pixels = images.pixels
+    changed = crop_flip(pixels, *draw((pixels.shape[2], pixels.shape[3]), len(pixels), rng))
+    shown = torch.where(kept[:, None, None, None], pixels, changed)
+    return Augmented(images.indices, shown, images.labels)
 
 
 def gather(data: LocalData, part: Part, indices: Tensor, device: torch.device) -> Images:

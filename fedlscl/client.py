@@ -41,11 +41,17 @@ class Client(InferenceClient):
         selection: which samples those are.
         snapshot: the model whose outputs `continual` preserves: as `deployed` after the last task's last download, or
             `local`, before it.
+        augment: `crop_flip` shows each training image as a random crop, moved by up to an eighth of its size with black
+            around, and flipped in half of the cases; null as it is. Test images, and what is measured between steps,
+            stay as they are, and so do images that `continual` compares with outputs kept of them. What a frozen model
+            makes of an image is then computed in every step and not once.
     """
 
     automatic_optimization = False
     # settings of which the method allows one value, or some: the name, and the words or the classes of the object
     required: ClassVar[tuple[tuple[str, str | type | tuple[str | type, ...]], ...]] = ()
+    # why training images must be shown as they are, if they must
+    unaugmented: ClassVar[str] = ""
     current_mask: Tensor  # (K,) true for the classes of the current task
     learned_mask: Tensor  # (K,) true for the classes of this client's finished tasks
     competing_mask: Tensor  # (K,) true for the classes that compete in the collaborative phase, see `train_mask`
@@ -62,6 +68,7 @@ class Client(InferenceClient):
         buffer_size: int = 20,
         selection: Literal["lowest_loss", "herding", "random"] = "lowest_loss",
         snapshot: Literal["deployed", "local"] = "deployed",
+        augment: Literal["crop_flip"] | None = None,
     ) -> None:
         super().__init__()
         at_least(0, "model", learning_rate=learning_rate, buffer_size=buffer_size)
@@ -74,11 +81,14 @@ class Client(InferenceClient):
                 "model.snapshot is local, but model.continual compares with outputs on images that are not there "
                 "before the next task; take deployed"
             )
+        compared = "model.continual compares with outputs kept of" if continual.observes == "current" else ""
+        if augment is not None and (why := self.unaugmented or compared):
+            raise ValueError(f"model.augment is {augment}, but {why} the images as they are; take null")
         self.continual = continual
         self.learning_rate, self.epochs, self.batch_size = learning_rate, epochs, batch_size
         self.evaluation_batch_size, self.gradient_clip = evaluation_batch_size, gradient_clip
         self.train_mask, self.buffer_size, self.selection = train_mask, buffer_size, selection
-        self.snapshot = snapshot
+        self.snapshot, self.augment = snapshot, augment
         for name, wanted in self.required:
             value = getattr(self, name)
             found = value if isinstance(value, str) else type(value)
@@ -154,7 +164,9 @@ class Client(InferenceClient):
 
     def train_dataloader(self) -> TrainingBatches:
         """The batches of this round, pass after pass."""
-        return TrainingBatches(self.data, self.plan, self.memory, self.current, self.continual.observes, self.device)
+        rng = None if self.augment is None else self.rng("augment")
+        observes = self.continual.observes
+        return TrainingBatches(self.data, self.plan, self.memory, self.current, observes, self.device, rng)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam over all that is trained, fresh in each round."""

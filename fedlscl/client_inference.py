@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlscl.batches import ImageBatches, Images, Output
+from fedlscl.batches import Augmented, ImageBatches, Images, Output
 from fedlscl.client_model import ClientModel
 from fedlscl.data.source import Part
 from fedlscl.evaluation import MaskedAccuracy
@@ -28,8 +28,15 @@ class InferenceClient(ClientModel):
 
     def output(self, images: Images, part: Part = "train") -> Output:
         """The forward pass on images of one part, with what the cache knows of them."""
-        output: Output = self(images.pixels, self.precomputed(part, images.indices, self.device))
+        output: Output = self(images.pixels, self.frozen(images, part))
         return output
+
+    def frozen(self, images: Images, part: Part = "train") -> Mapping[str, Tensor]:
+        """What `precompute` gives for images of one part: from the cache, or computed now for augmented ones."""
+        if not isinstance(images, Augmented):
+            return self.precomputed(part, images.indices, self.device)
+        with torch.no_grad():
+            return self.precompute(images.pixels)
 
     def observe(
         self, indices: Tensor, compute: Callable[[Images], Mapping[str, Tensor]] | None = None

@@ -171,8 +171,8 @@ class Memory:
         return cls(learned, begun, tensors["buffer"], tensors["candidates"], **groups, archive=archive)
 
 
-def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, without it."""
+def below(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
+    """The tensors whose names begin with `prefix`, or what they look like, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 

@@ -20,9 +20,10 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+from fedlscl.analysis.captions import Picture
 from fedlscl.analysis.comparison import Comparison, compare
 from fedlscl.analysis.drawing import MARKERS
-from fedlscl.analysis.figures import Picture, pictures, save
+from fedlscl.analysis.figures import pictures, save
 from fedlscl.analysis.results import Run
 from fedlscl.evaluation import MASKS
 from fedlscl.run.summary import Accuracy

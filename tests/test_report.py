@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 
 from fedlscl import files
 from fedlscl.analysis import report
+from fedlscl.analysis.captions import Picture
 from fedlscl.analysis.comparison import Comparison, compare
 from fedlscl.analysis.deviations import OPEN, POINTS, data_set, differences, texts
-from fedlscl.analysis.figures import Picture
 from fedlscl.analysis.formats import Cell, Table
 from fedlscl.analysis.report import inline_svg, write_report
 from fedlscl.analysis.results import Run

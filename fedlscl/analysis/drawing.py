@@ -65,7 +65,7 @@ def ordered_styles(count: int) -> list[dict[str, Any]]:
 
 
 def line(
-    axes: Axes, x: npt.NDArray[np.int64], values: FloatArray, label: str, style: dict[str, Any], *, band: bool = True
+    axes: Axes, x: npt.NDArray[Any], values: FloatArray, label: str, style: dict[str, Any], *, band: bool = True
 ) -> None:
     """Draw the mean of `values` (seeds, points) with a band of +- the sample deviation, where there is one."""
     mean, deviation = over_seeds(values)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,18 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+from fedlscl.analysis.captions import (
+    Picture,
+    about_seeds,
+    about_stars,
+    among,
+    over_tasks,
+    ranking,
+    star,
+    starred_name,
+)
 from fedlscl.analysis.comparison import POOLED, Comparison, Variant, named
+from fedlscl.analysis.curves import accuracy_by_steps
 from fedlscl.analysis.drawing import (
     COLOURS,
     COLUMN,
@@ -35,30 +45,13 @@ from fedlscl.analysis.drawing import (
     settle,
     within,
 )
-from fedlscl.evaluation import MASKS, FloatArray, measured_mean
+from fedlscl.evaluation import MASKS, measured_mean
 from fedlscl.files import write_atomically
-from fedlscl.run.plots import DPI, MAX_NUMBERED, STYLES, heat_map
+from fedlscl.run.plots import DPI, MAX_NUMBERED, heat_map
 
 METHOD = "fed_lscl"
 """The method whose block, buffer and CNNs vary."""
 _MIB = 2.0**20
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure, drawn but not yet written.
-
-    Args:
-        name: a short name, fit for a file.
-        title: what it shows.
-        caption: what is shown, the mask, units, seeds, and what bands are, in sentences.
-        figure: the figure itself.
-    """
-
-    name: str
-    title: str
-    caption: str
-    figure: Figure
 
 
 def pictures(comparison: Comparison, mask: str = "seen") -> list[Picture]:
@@ -69,8 +62,8 @@ def pictures(comparison: Comparison, mask: str = "seen") -> list[Picture]:
         mask: the classes that a prediction may fall on, one of `MASKS`.
 
     Returns:
-        Accuracy by block (the paper's Fig. 3) and by buffer (Fig. 5), clients by task (Fig. 4), forgetting, and
-        accuracy by bytes, without those that need runs which are not there.
+        Accuracy by block (the paper's Fig. 3) and by buffer (Fig. 5), clients by task (Fig. 4), forgetting,
+        accuracy by bytes, and accuracy by training steps, without those that need runs which are not there.
 
     Raises:
         ValueError: if there is no such mask, or a run has no accuracy under it.
@@ -89,6 +82,7 @@ def pictures(comparison: Comparison, mask: str = "seen") -> list[Picture]:
             _clients_by_task(comparison, mask),
             _forgetting(comparison, mask),
             _by_bytes(comparison, mask),
+            accuracy_by_steps(comparison, mask),
         )
         found = [picture for picture in drawn if picture is not None]
         for picture in found:
@@ -132,7 +126,7 @@ def _by_field(comparison: Comparison, mask: str, field: str, name: str, meaning:
     styles = ordered_styles(len(variants))
     banded = len(variants) <= MAX_BANDS
     for (value, variant), style in zip(variants.items(), styles, strict=True):
-        accuracy = _over_tasks(variant, mask)
+        accuracy = over_tasks(variant, mask)
         line(above, np.arange(1, accuracy.shape[1] + 1), accuracy, str(value), style, band=banded)
         ends.append(over_seeds(accuracy[:, -1]))
     values = list(variants)
@@ -150,7 +144,7 @@ def _by_field(comparison: Comparison, mask: str, field: str, name: str, meaning:
     frame(above)
     frame(below)
     methods = list(variants.values())
-    label = f"{METHOD}{_star(methods[0], mask)}: {meaning}"
+    label = f"{METHOD}{star(methods[0], mask)}: {meaning}"
     above.legend(
         title=label,
         loc="upper center",
@@ -166,7 +160,8 @@ def _by_field(comparison: Comparison, mask: str, field: str, name: str, meaning:
     what = f"Accuracy of {METHOD} by {meaning}"
     caption = (
         f"Above, accuracy in % after each task, as the mean over clients and over the tasks learned so far; below, "
-        f"its value after the last task; {_among(mask)}.{common} {_seeds(methods, spread)} {_starred(methods, mask)}"
+        f"its value after the last task; {among(mask)}.{common} {about_seeds(methods, spread)} "
+        f"{about_stars(methods, mask)}"
     )
     return Picture(name, f"{what}, {comparison.title}", caption.strip(), figure)
 
@@ -195,15 +190,15 @@ def _clients_by_task(comparison: Comparison, mask: str) -> Picture | None:
         for text in axes.texts:
             text.set_fontsize(LABEL_SIZE)
         each = "a CNN of its own on each client" if isinstance(cnn, list) else f"{cnn} on every client"
-        axes.set(title=f"{METHOD}{_star(variant, mask)}, {each}", xlabel="accuracy on task", ylabel="client")
+        axes.set(title=f"{METHOD}{star(variant, mask)}, {each}", xlabel="accuracy on task", ylabel="client")
         axes.title.set_fontsize(mpl.rcParams["axes.titlesize"])
         axes.tick_params(labelsize=TICK_SIZE)
     bar = figure.colorbar(image, ax=list(grid), location="bottom", aspect=30, shrink=0.8)
     bar.set_label("accuracy (%)")
     bar.ax.tick_params(labelsize=TICK_SIZE)
     caption = (
-        f"Accuracy in % of each client's final model on the test images of each task; {_among(mask)}. "
-        f"{_seeds(shown, None)} {_starred(shown, mask)}"
+        f"Accuracy in % of each client's final model on the test images of each task; {among(mask)}. "
+        f"{about_seeds(shown, None)} {about_stars(shown, mask)}"
     )
     title = f"Accuracy of {METHOD}'s final models by client and task, {comparison.title}"
     return Picture("clients_by_task", title, caption.strip(), figure)
@@ -211,7 +206,7 @@ def _clients_by_task(comparison: Comparison, mask: str) -> Picture | None:
 
 def _forgetting(comparison: Comparison, mask: str) -> Picture | None:
     """Accuracy on each task while later ones are learned, a panel for each method."""
-    ranked = _ranked(comparison.usual, mask)
+    ranked = ranking(comparison.usual, mask)
     # (seeds, after task, on task) for each variant
     accuracies = [np.stack([measured_mean(run.accuracy[mask], 0) for run in variant.runs]) for variant in ranked]
     tasks = max((accuracy.shape[1] for accuracy in accuracies), default=0)
@@ -227,8 +222,8 @@ def _forgetting(comparison: Comparison, mask: str) -> Picture | None:
         for task in range(accuracy.shape[1]):
             later = np.arange(task, accuracy.shape[1])
             line(axes, later + 1, accuracy[:, later, task], str(task + 1), {**styles[task], "markersize": 3.2})
-        final = float(over_seeds(_over_tasks(variant, mask)[:, -1])[0])
-        axes.set_title(f"{filled(_name(variant, mask), 26)}  {final:.1f}", pad=3)
+        final = float(over_seeds(over_tasks(variant, mask)[:, -1])[0])
+        axes.set_title(f"{filled(starred_name(variant, mask), 26)}  {final:.1f}", pad=3)
         frame(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     within(grid[0])
@@ -252,19 +247,19 @@ def _forgetting(comparison: Comparison, mask: str) -> Picture | None:
         columnspacing=1.2,
     )
     caption = (
-        f"Accuracy in % on each task after it and after each later task, as the mean over clients; {_among(mask)}; "
-        f"methods by their final average, which is above each panel. {_seeds(ranked)} {_starred(ranked, mask)}"
+        f"Accuracy in % on each task after it and after each later task, as the mean over clients; {among(mask)}; "
+        f"methods by their final average, which is above each panel. {about_seeds(ranked)} {about_stars(ranked, mask)}"
     )
     return Picture("forgetting", f"Accuracy on earlier tasks, {comparison.title}", caption.strip(), figure)
 
 
 def _by_bytes(comparison: Comparison, mask: str) -> Picture | None:
     """Final average against what a client sends and receives in a round, a numbered point for each method."""
-    ranked = _ranked([variant for variant in comparison.usual if variant.method not in POOLED], mask)
+    ranked = ranking([variant for variant in comparison.usual if variant.method not in POOLED], mask)
     if not ranked:
         return None
     sent = [float(np.mean([run.bytes_per_client_round for run in variant.runs])) / _MIB for variant in ranked]
-    names = [filled(_name(variant, mask), 48) for variant in ranked]
+    names = [filled(starred_name(variant, mask), 48) for variant in ranked]
     columns = 1 if max(map(len, names)) > 26 or len(names) < 4 else 2
     lines = sum(name.count("\n") + 1 for name in names) / columns
     figure = Figure(figsize=(COLUMN, 3.0 + 0.14 * lines), dpi=DPI, layout="constrained")
@@ -276,7 +271,7 @@ def _by_bytes(comparison: Comparison, mask: str) -> Picture | None:
     handles: list[Line2D] = []
     points: dict[bool, dict[int, tuple[float, float, float]]] = {silent: {} for silent in kinds}
     for index, (variant, mib) in enumerate(zip(ranked, sent, strict=True)):
-        mean, deviation = (float(value) for value in over_seeds(_over_tasks(variant, mask)[:, -1]))
+        mean, deviation = (float(value) for value in over_seeds(over_tasks(variant, mask)[:, -1]))
         colour, axes = COLOURS[index % len(COLOURS)], panels[mib == 0]
         handles += axes.plot(
             [mib],
@@ -318,27 +313,12 @@ def _by_bytes(comparison: Comparison, mask: str) -> Picture | None:
         number_points(figure, axes, points[silent])
     caption = (
         f"Final average in % against the bytes that a client sends and receives in a round (MiB, logarithmic); "
-        f"{_among(mask)}; methods are numbered by their final average"
+        f"{among(mask)}; methods are numbered by their final average"
         f"{', and those that send nothing stand at the left' if True in panels else ''}. "
-        f"{_seeds(ranked)} {_starred(ranked, mask)}"
+        f"{about_seeds(ranked)} {about_stars(ranked, mask)}"
     )
     title = f"Accuracy against communication, {comparison.title}"
     return Picture("accuracy_by_bytes", title, caption.strip(), figure)
-
-
-def _over_tasks(variant: Variant, mask: str) -> FloatArray:
-    """Mean over clients and learned tasks after each task, (seeds, tasks) in %."""
-    return np.stack([run.over_tasks(mask) for run in variant.runs])
-
-
-def _ranked(variants: Sequence[Variant], mask: str) -> list[Variant]:
-    """The variants by their final average, the best first; those without one come last."""
-
-    def final(variant: Variant) -> float:
-        mean = float(over_seeds(_over_tasks(variant, mask)[:, -1])[0])
-        return -np.inf if np.isnan(mean) else mean
-
-    return sorted(variants, key=final, reverse=True)
 
 
 def _by_method(variants: Sequence[Variant]) -> dict[str, list[Variant]]:
@@ -351,31 +331,3 @@ def _by_method(variants: Sequence[Variant]) -> dict[str, list[Variant]]:
 def _cnn(variant: Variant) -> Any:
     """The CNN of every client: one name, or a list with a name for each."""
     return variant.runs[0].fields.get("cnn.name")
-
-
-def _star(variant: Variant, mask: str) -> str:
-    return "*" if mask in variant.task_aware else ""
-
-
-def _name(variant: Variant, mask: str) -> str:
-    return f"{variant.label}{_star(variant, mask)}"
-
-
-def _starred(variants: Sequence[Variant], mask: str) -> str:
-    return "* is told the task of a test image." if any(_star(variant, mask) for variant in variants) else ""
-
-
-def _among(mask: str) -> str:
-    return f'mask "{mask}", prediction among {STYLES[mask]["label"]}'
-
-
-def _seeds(variants: Sequence[Variant], spread: str | None = "bands and bars are") -> str:
-    """How many seeds there are, and what is drawn of their spread; None if nothing is."""
-    least, most = (pick(len(variant.runs) for variant in variants) for pick in (min, max))
-    count = f"{most} seed{'s' if most > 1 else ''}" if least == most else f"{least} to {most} seeds"
-    if spread is None:
-        return f"Mean over {count}."
-    if most == 1:
-        return "One seed, hence no bands."
-    where = " where there are two or more" if least == 1 else ""
-    return f"Mean over {count}; {spread} ± one sample standard deviation{where}."

@@ -17,6 +17,7 @@ from fedlscl.analysis.formats import in_one_line
 from fedlscl.checks import path as path_of
 from fedlscl.evaluation import MASKS, FloatArray, measured_mean, summarise
 from fedlscl.run.fields import flat
+from fedlscl.run.growth import Growth, read_growth
 from fedlscl.run.summary import NotASummary, Summary, checked
 
 log = logging.getLogger(__name__)
@@ -141,6 +142,11 @@ class Run:
             if name.endswith("class_path") and str(value).startswith("fedlscl."):
                 fields[name] = value.rpartition(".")[2]
         return fields
+
+    @cached_property
+    def growth(self) -> Growth | None:
+        """Its accuracy after each round of a task; None where its folder does not tell."""
+        return read_growth(self.path, self.fields)
 
     def over_tasks(self, mask: str) -> FloatArray:
         """Mean over clients and learned tasks after each task (N,), in %, under a mask."""

@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib.ticker import EngFormatter
 
 from fedlscl.analysis.comparison import POOLED, Comparison, Variant, named
+from fedlscl.analysis.curves import growth_tables
 from fedlscl.analysis.formats import MISSING, Cell, Table
 from fedlscl.analysis.paper_tables import table1, table2
 from fedlscl.analysis.results import Run
@@ -53,7 +54,8 @@ def tables(comparison: Comparison, masks: Sequence[str] = ("task",)) -> list[Tab
 
     Returns:
         Table 1 under each mask, an overview under all masks, Table 2 if there is an ablation, a table for each field of
-        the sensitivity studies that was varied, one of all other variants, and the costs.
+        the sensitivity studies that was varied, one of all other variants, how accuracy grew where the runs' folders
+        tell, and the costs.
 
     Raises:
         ValueError: if a mask is unknown.
@@ -75,6 +77,7 @@ def tables(comparison: Comparison, masks: Sequence[str] = ("task",)) -> list[Tab
     others = [variant for variant in comparison.variants if id(variant) not in shown]
     if others:
         found.append(varied(comparison, others))
+    found += growth_tables(comparison)
     found.append(costs(comparison, [*comparison.usual, *others]))
     return found
 

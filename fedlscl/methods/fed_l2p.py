@@ -78,7 +78,7 @@ class PromptClient(PoolClient):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Those of the phase, and the pull."""
-        frozen = self.precomputed("train", batch.images.indices, self.device)
+        frozen = self.frozen(batch.images)
         terms = self.phase_losses(self(batch.images.pixels, frozen), batch)
         similarity = similarities(frozen["query"], self.keys)
         return {**terms, "pull": -self.pull * chosen_similarity(similarity, self.choose(similarity))}

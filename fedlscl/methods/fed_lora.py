@@ -98,12 +98,15 @@ class FedLoRAClient(Client):
 
     def outgoing(self) -> dict[str, Tensor]:
         """What is trained."""
+        return self._trained()
+
+    def _trained(self) -> dict[str, Tensor]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def upload_schema(self) -> Schema:
         """What is trained."""
-        return schema_of(self.outgoing())
+        return schema_of(self._trained())
 
     def download_schema(self) -> Schema:
         """What is trained."""
-        return schema_of(self.outgoing())
+        return schema_of(self._trained())

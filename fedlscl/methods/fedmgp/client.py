@@ -122,7 +122,7 @@ class FedMGPClient(Client):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy and pull, which move prompt, key and head of the phase, and nothing else."""
-        frozen, labels = self.precomputed("train", batch.images.indices, self.device), batch.images.labels
+        frozen, labels = self.frozen(batch.images), batch.images.labels
         with torch.set_grad_enabled(batch.phase == "global"):
             entering = self.entering(frozen["tokens"], self.prompt)
             features = self.pooled(entering)

@@ -33,6 +33,7 @@ class GLFCClient(FedAvgClient):
     """
 
     required = (("snapshot", "deployed"),)  # the lists of exemplars are shortened after a local one was taken
+    unaugmented = "the teacher was asked once about"
     soft: Tensor  # (n, K) what the teacher says of the samples `asked` about, (n,) ascending; empty without a teacher
 
     def __init__(

@@ -143,7 +143,7 @@ class LoRMClient(Client):
         """The Gram matrices of a batch, (1, ...) each by name."""
         listening = {layer: [Listening(block, layer) for block in range(self.vit.depth)] for layer in LAYERS}
         everyone = [one for ones in listening.values() for one in ones]
-        tokens = self.precomputed("train", images.indices, self.device)["tokens"]
+        tokens = self.frozen(images)["tokens"]
         features = self.lora_features(tokens, 0, lambda: self._deployed(measuring=True), everyone).float()
         with torch.autocast(features.device.type, enabled=False):
             head = features.mT @ features

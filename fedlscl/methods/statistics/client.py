@@ -114,7 +114,7 @@ class StatisticsClient(Client):
 
     def output_features(self, batch: Batch) -> Tensor:
         """(B, d) the frozen features of training images."""
-        return self.precomputed("train", batch.images.indices, self.device)["features"]
+        return self.frozen(batch.images)["features"]
 
     # ---- messages
 

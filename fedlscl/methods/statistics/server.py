@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedlscl.messages import MessageError, Schema, Upload
 from fedlscl.methods.statistics.client import StatisticsClient
-from fedlscl.methods.statistics.heads import added, as_message
+from fedlscl.methods.statistics.heads import ClosedFormHead, added, as_message
 from fedlscl.server import Answer, Answers, Context, Metrics, Server
 
 
@@ -26,7 +26,11 @@ class StatisticsServer(Server):
         super().begin(uploads, downloads, model)
         client = model()
         assert isinstance(client, StatisticsClient)
-        self.head, self.names = client.head, frozenset(uploads)
+        self.expect(client.head, uploads)
+
+    def expect(self, head: ClosedFormHead, uploads: Schema) -> None:
+        """Hear how a head follows from the sums that look like this."""
+        self.head, self.names = head, frozenset(uploads)
         self.sums: dict[int, dict[str, Tensor]] = {}
 
     def check(self, upload: Upload) -> None:
