@@ -181,10 +181,14 @@ def test_what_the_clients_log(finished: tuple[Experiment, Summary]) -> None:
         if row["metric"].startswith("client/") and "bytes" not in row["metric"]:
             logged[int(row["round"])].add(row["metric"])
             assert np.isfinite(float(row["value"]))
-    first = {f"client/{c}/collaborate/cross_entropy" for c in range(3)}
-    replay = {f"client/{c}/replay/{name}" for c in range(3) for name in ("cross_entropy", "features", "weights")}
-    assert logged[1] == logged[2] == first
-    assert logged[3] == logged[4] == first | replay
+    looks = {"feature_distance", "feature_variance", "weight_variance", "product_variance", "qkv_change"}
+    looks = {f"generated/{name}" for name in looks | {"class_token_change"}}
+    looks |= {f"gradient/{part}" for part in ("cnn", "generator", "head")}
+    costs = {"generated/shuffled_cost", "generated/mean_cost"}  # when a task ends
+    first = {"collaborate/cross_entropy"} | looks
+    replay = {f"replay/{name}" for name in ("cross_entropy", "features", "weights")}
+    expected = {1: first, 2: first | costs, 3: first | replay, 4: first | replay | costs}
+    assert logged == {n: {f"client/{c}/{name}" for c in range(3) for name in names} for n, names in expected.items()}
 
 
 def test_the_split_is_kept(finished: tuple[Experiment, Summary]) -> None:
@@ -337,7 +341,7 @@ def test_a_record_of_metrics_that_was_lost_costs_no_checkpoint(
     assert "Continuing after round 2." in text(screen)
     whole, found = lasting_rows(finished[0].run_dir), lasting_rows(folder)
     if damage == "lost":  # what clients logged while they trained is in no checkpoint
-        logged = ("collaborate", "replay")
+        logged = ("collaborate", "replay", "generated", "gradient")
         whole = [row for row in whole if int(row["round"]) > 2 or row["metric"].split("/")[-2] not in logged]
     assert found == whole
 

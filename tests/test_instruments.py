@@ -94,7 +94,7 @@ def test_products_are_those_of_the_formed_matrices() -> None:
 def test_listening_changes_nothing_and_hears_the_projection(vit: FrozenViT) -> None:
     tokens = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0))
     heard = Overheard(1)
-    assert torch.equal(vit.upper(tokens, 1, [heard]), vit.upper(tokens, 1))
+    assert torch.equal(vit.encode(tokens, 1, [heard]), vit.encode(tokens, 1))
     block: Any = vit.vit.blocks[1]
     assert torch.equal(heard.inputs, block.norm1(tokens))
     assert torch.equal(heard.outputs, block.attn.qkv(heard.inputs))
