@@ -1,4 +1,4 @@
-"""Joint training: the small model on all clients' images of all tasks at once, an upper bound for who must not.
+"""Joint training: the small model on all clients' images of all tasks at once, a reference for who must not.
 
 See docs/methods/joint.md. Objective: CE(z, y) over all classes of the federation, on the union of all training images;
 every round goes over it `epochs` times. There is nothing to aggregate and nothing travels, since every client trains a
@@ -54,7 +54,7 @@ class JointClient(Pooled, FedAvgClient):
 
 
 class JointViTClient(Pooled, FrozenViTClient):
-    """A head on the frozen ViT, trained on everything: the upper bound that a frozen ViT has with a linear head."""
+    """A head on the frozen ViT, trained on everything: the reference for a linear head there."""
 
     def on_train_end(self) -> None:
         """No sample needs to be remembered."""

@@ -176,7 +176,7 @@ class LocalStatisticsClient(StatisticsClient):
 
 
 class JointStatisticsClient(Pooled, LocalStatisticsClient):
-    """A head from all images of all clients and tasks: what a frozen ViT can do with these sums, as an upper bound."""
+    """A head from all images of all clients and tasks: what a frozen ViT can do with these sums, as a reference."""
 
     def begin_round(self, round: Round) -> None:
         """All images are there from the first task on."""
