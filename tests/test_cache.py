@@ -64,6 +64,7 @@ def test_whatever_is_asked_for_in_whatever_order_is_what_would_be_computed(
         patch.setattr("fedlscl.models.cache.GROUP", int(rng.integers(1, 9)))
         precomputed = FrozenCache(data, Compute(), limit)
     for _ in range(8):
+        precomputed.begin_task(int(rng.integers(1, 3)))
         part: Part = "train" if rng.random() < 0.5 else "test"
         indices = rng.choice(of_split(data, part), int(rng.integers(1, 40)))
         found = precomputed(part, indices, CPU)
@@ -129,9 +130,28 @@ def test_a_limit_in_between_keeps_whole_groups_within_it(data: FederatedDataModu
         precomputed = FrozenCache(data, compute, room * size / MIB)
         for _ in range(2):
             precomputed("train", first, CPU)
-        kept = sum(len(values) for values in precomputed._kept["first"][None])
-        assert kept == (len(first) if room == len(first) else 0)
+        assert len(precomputed._kept["first"]) == room
         assert set(compute.computed.values()) == {1 if room == len(first) else 2}
+
+
+def test_room_goes_to_the_current_task_and_what_is_still_wanted_stays(data: FederatedDataModule) -> None:
+    """Training images of the task first, then the test images until then: there is room for no more in task 2."""
+    size = 3 * 8 * 8 * 4 + 8  # bytes of one image's outputs
+    tasks = [[client.tasks[number] for client in data.split.clients] for number in range(2)]
+    train = [np.unique(np.concatenate([task.train for task in those])) for those in tasks]
+    test = [np.unique(np.concatenate([task.test for task in those])) for those in tasks]
+    new = np.setdiff1d(test[1], test[0])
+    compute = Compute()
+    precomputed = FrozenCache(data, compute, (len(train[1]) + len(test[0]) + len(new)) * size / MIB)
+    for number in range(2):
+        precomputed.begin_task(number + 1)
+        for _ in range(2):
+            precomputed("train", train[number], CPU)
+            precomputed("test", np.union1d(*test[: number + 1]) if number else test[0], CPU)
+    assert set(compute.computed.values()) == {1}
+    precomputed("train", train[0], CPU)  # these have made room
+    again = Counter(image.numpy().tobytes() for image in data.batch("train", train[0])[0])
+    assert all(compute.computed[image] == 2 for image in again)
 
 
 def test_what_a_too_small_limit_costs_is_said_once(data: FederatedDataModule, caplog: pytest.LogCaptureFixture) -> None:

@@ -18,7 +18,7 @@ PROTOCOL = ("data.", "backbone.", "cnn.", "federation.", "trainer.", "model.epoc
 """Fields, by their beginning, that are not a method's own: what is usual there, is so for all methods together."""
 
 POOLED = ("joint", "joint_ridge", "joint_vit")
-"""Methods that see the images of all clients and tasks at once: references, for which bytes and a buffer mean nothing."""
+"""Methods that see all clients' and tasks' images at once: references, for which bytes and a buffer mean nothing."""
 
 
 @dataclass(frozen=True)

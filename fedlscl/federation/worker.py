@@ -73,6 +73,7 @@ class Worker:
         Raises:
             FloatingPointError: if training diverged.
         """
+        self.precomputed.begin_task(round.task)
         client.begin_round(round)
         with seeds.seeded(self.template.seed, "fit", client.index, round.number):
             try:
@@ -100,6 +101,7 @@ class Worker:
 
     def evaluate(self, client: Client, task: int) -> Accuracy:
         """Test a client that was restored on tasks 1 to `task`."""
+        self.precomputed.begin_task(task)
         client.begin_evaluation(task)
         self._test_trainer().test(client, verbose=False)
         return client.accuracy.compute()

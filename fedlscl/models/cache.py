@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,9 +40,10 @@ class FrozenCache:
     Args:
         data: the images and their split, set up.
         compute: uint8 images (B, 3, H, W) to outputs (B, ...) by name, depending on the images alone.
-        limit_mib: memory that the outputs may take. The images that come first in the split, training before test
-            images and task by task, are kept for good; the others are computed whenever they are asked for, in the
-            batch that asks. Where a limit above 0 is too small for all, the log says so.
+        limit_mib: memory that the outputs may take. Where it is too small for all, it goes to the images that the
+            current task trains on, then to the test images of the tasks until now, then to the others; what has no
+            room is computed whenever it is asked for, in the batch that asks. A limit above 0 that is too small is
+            told of in the log.
     """
 
     def __init__(
@@ -49,29 +51,37 @@ class FrozenCache:
     ) -> None:
         self._data, self._compute, self._limit = data, compute, limit_mib * 2**20
         sizes = {"train": len(data.dataset.train.labels), "test": len(data.dataset.test.labels)}
-        self._rows = {part: np.full(size, -1) for part, size in sizes.items()}
-        self._groups: list[tuple[Part, NDArray[np.int64]]] = []
-        ends = [0]
-        for part, indices in _in_order(data):
-            new = indices[self._rows[part][indices] < 0]  # the test images of a public class are everyone's
-            for group in np.split(new, range(GROUP, len(new), GROUP)) if len(new) else []:
-                self._rows[part][group] = ends[-1] + np.arange(len(group))
-                self._groups.append((part, group))
-                ends.append(ends[-1] + len(group))
-        self._ends = np.array(ends)
+        self._group = {part: np.full(size, -1) for part, size in sizes.items()}  # of each image
+        self._offset = {part: np.zeros(size, dtype=np.int64) for part, size in sizes.items()}  # within its group
+        self._groups: list[_Group] = []
+        for task, tested, part, indices in _in_order(data):
+            new = indices[self._group[part][indices] < 0]  # the test images of a public class are everyone's
+            for images in np.split(new, range(GROUP, len(new), GROUP)) if len(new) else []:
+                self._group[part][images], self._offset[part][images] = len(self._groups), np.arange(len(images))
+                self._groups.append(_Group(task, tested, part, images))
+        self._sizes = np.array([len(group.images) for group in self._groups])
+        self._task = 1
         self._kept: dict[str, Tensor] = {}
         self._belongs_to: object = None
+
+    def begin_task(self, task: int) -> None:
+        """Make room for what a task, from 1, trains and is tested on, where there is not room for all."""
+        if task != self._task:
+            self._task = task
+            if self._kept:
+                self._place()
 
     def __call__(self, part: Part, indices: NDArray[np.int64], device: torch.device) -> dict[str, Tensor]:
         """The outputs for images of one part, (B, ...) each by name, on `device`."""
         self._begin(device)
         if not self._kept:
             return {}
-        rows = self._rows[part][indices]
-        beyond = (rows < 0) | (rows >= self._capacity)
-        for number in np.unique(np.searchsorted(self._ends, rows[~beyond], side="right") - 1):
+        groups = self._group[part][indices]
+        beyond = (groups < 0) | (self._start[groups] < 0)
+        for number in np.unique(groups[~beyond]):
             if not self._done[number]:
                 self._fill(number, device)
+        rows = self._start[groups] + self._offset[part][indices]
         place = send(torch.from_numpy(rows[~beyond]), device)
         found = {name: kept[place] for name, kept in self._kept.items()}
         if not beyond.any():
@@ -87,11 +97,9 @@ class FrozenCache:
         if belongs_to == self._belongs_to:
             return
         self._belongs_to, self._kept = belongs_to, {}
-        part, group = self._groups[0]
-        like = self._outputs(part, group[:1], device)
-        size = max(1, sum(outputs[0].nbytes for outputs in like.values()))
-        whole = self._ends[self._ends * size <= self._limit]  # groups are kept as a whole
-        self._capacity, images = int(whole[-1]), int(self._ends[-1])
+        like = self._outputs(self._groups[0].part, self._groups[0].images[:1], device)
+        size, images = max(1, sum(outputs[0].nbytes for outputs in like.values())), int(self._sizes.sum())
+        self._capacity = min(images, int(self._limit / size))
         if self._capacity < images and self._limit:
             log.warning(
                 "backbone.cache_mib is %g, enough for %d of %d images: what the frozen blocks make of the others is "
@@ -101,15 +109,35 @@ class FrozenCache:
                 images,
                 math.ceil(images * size / 2**20),
             )
-        self._done = np.zeros(len(self._groups), dtype=bool)
         with torch.inference_mode(False):  # training uses what a test has computed
             self._kept = {
                 name: outputs.new_empty((self._capacity, *outputs.shape[1:])) for name, outputs in like.items()
             }
+        self._start = np.full(len(self._groups), -1)  # the row of each group's first image; below 0 it has no room
+        self._done = np.zeros(len(self._groups), dtype=bool)
+        self._place()
+
+    def _place(self) -> None:
+        """Choose the groups that have room, each as a whole; those that had it and are computed move up."""
+        ranks = np.array([group.rank(self._task) for group in self._groups])
+        order = np.argsort(ranks, kind="stable")
+        chosen = np.zeros(len(order), dtype=bool)
+        chosen[order] = np.cumsum(self._sizes[order]) <= self._capacity
+        self._done &= chosen
+        before, self._start = self._start, np.full(len(order), -1)
+        end = 0
+        there = np.flatnonzero(self._done)
+        for number in [*there[np.argsort(before[there])], *np.flatnonzero(chosen & ~self._done)]:
+            size = int(self._sizes[number])
+            if self._done[number] and before[number] != end:
+                for kept in self._kept.values():
+                    kept[end : end + size] = kept[before[number] : before[number] + size].clone()  # they may overlap
+            self._start[number], end = end, end + size
 
     def _fill(self, number: int, device: torch.device) -> None:
-        for name, outputs in self._outputs(*self._groups[number], device).items():
-            self._kept[name][self._ends[number] : self._ends[number + 1]] = outputs
+        group, start = self._groups[number], self._start[number]
+        for name, outputs in self._outputs(group.part, group.images, device).items():
+            self._kept[name][start : start + len(outputs)] = outputs
         self._done[number] = True
 
     def _outputs(self, part: Part, indices: NDArray[np.int64], device: torch.device) -> dict[str, Tensor]:
@@ -118,14 +146,31 @@ class FrozenCache:
             return self._compute(images)
 
 
-def _in_order(data: FederatedDataModule) -> Iterator[tuple[Part, NDArray[np.int64]]]:
-    """All images of a split in the order in which a federation comes to them, those for training first."""
+class _Group(NamedTuple):
+    """Images whose outputs are computed and kept together."""
+
+    task: int  # the first that has use for them, from 1
+    tested: bool  # whether they are for the test
+    part: Part
+    images: NDArray[np.int64]
+
+    def rank(self, now: int) -> int:
+        """How soon these images are wanted while a task is learned, 0 first."""
+        if self.tested:
+            return 1 if self.task <= now else 3
+        return 0 if self.task == now else 2
+
+
+def _in_order(data: FederatedDataModule) -> Iterator[tuple[int, bool, Part, NDArray[np.int64]]]:
+    """All images of a split: the task, from 1, whether they are tested on, and the part that they are of."""
     split = data.split
-    tasks = [task for by_client in zip(*(c.tasks for c in split.present), strict=True) for task in by_client]
-    yield from (("train", task.train) for task in tasks)
+    by_task = list(enumerate(zip(*(client.tasks for client in split.present), strict=True), 1))
+    tasks = [(number, task) for number, by_client in by_task for task in by_client]
+    yield from ((number, False, "train", task.train) for number, task in tasks)
     labels = (data.dataset.test if split.evaluate_on == "test" else data.dataset.train).labels
-    for task in tasks:
-        yield from ((split.evaluate_on, task.test[labels[task.test] == label]) for label in task.classes)
+    for number, task in tasks:
+        for label in task.classes:
+            yield number, True, split.evaluate_on, task.test[labels[task.test] == label]
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
