@@ -145,18 +145,30 @@ def test_a_file_that_was_just_written_is_not_remembered(tmp_path: Path, cache: P
     assert before == [module.xxhash.xxh3_128_hexdigest(path.read_bytes())]
 
 
-@pytest.mark.parametrize("record", ["", "[]", "{", '{"train/ant/0.png": 5}', '{"train/ant/0.png": [1, 2, 3, 4, 5]}'])
+@pytest.mark.parametrize("damage", [(".*", ""), (".*\n", ""), ("a", "b"), ("0", "1"), ("(.*)\n(.*)", r"\2\n\1")])
 def test_a_damaged_record_of_hashes_is_none(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, record: str
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, damage: tuple[str, str]
 ) -> None:
     monkeypatch.setattr(module, "_TICK", -(10**12))
     root = write_folder(tmp_path / "pets")
     first = load(root, cache)
-    (kept,) = cache.glob("contents-*.json")
+    (kept,) = cache.glob("contents-*")
     good = kept.read_text()
-    kept.write_text(record)
+    kept.write_text(re.sub(*damage, good, count=1, flags=re.DOTALL))
+    assert kept.read_text() != good
     assert load(root, cache).sha256 == first.sha256
     assert kept.read_text() == good
+
+
+@pytest.mark.parametrize("kept", range(0, 128, 9))
+def test_decoded_images_whose_file_is_damaged_are_decoded_anew(tmp_path: Path, cache: Path, kept: int) -> None:
+    """Whatever of the header is left, from which on all is zero."""
+    root = write_folder(tmp_path / "pets")
+    first = load(root, cache)
+    for path in cache.glob("*.npy"):
+        content = path.read_bytes()
+        path.write_bytes(content[:kept] + bytes(len(content) - kept))
+    assert load(root, cache).sha256 == first.sha256
 
 
 def test_a_hash_that_is_not_that_of_the_content_is_found_out(
@@ -165,10 +177,11 @@ def test_a_hash_that_is_not_that_of_the_content_is_found_out(
     monkeypatch.setattr(module, "_TICK", -(10**12))
     root = write_folder(tmp_path / "pets")
     load(root, cache)
-    (kept,) = cache.glob("contents-*.json")
-    content = json.loads(kept.read_text())
+    (kept,) = cache.glob("contents-*")
+    content = json.loads(kept.read_text().partition("\n")[2])
     content["train/ant/0.png"][-1] = "0" * 32
-    kept.write_text(json.dumps(content))
+    text = json.dumps(content)
+    kept.write_text(f"{module.xxhash.xxh3_128_hexdigest(text.encode())}\n{text}")
     with pytest.raises(ValueError, match=r"ant.0\.png changed while it was read; start again"):
         load(root, cache)
     load(root, cache)  # the record is gone

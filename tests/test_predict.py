@@ -218,6 +218,11 @@ def test_a_damaged_run_is_told(run_dir: Path, tmp_path: Path, capsys: pytest.Cap
         path.write_bytes(content)
         assert text in answer()
         path.write_bytes(before)
+    manifest = run_dir / "checkpoint" / "state.json"
+    before = manifest.read_bytes()
+    manifest.unlink()
+    assert f"'{manifest}' is missing, which says what 'client-0" in answer()
+    manifest.write_bytes(before)
 
 
 def test_which_files_are_taken(tmp_path: Path) -> None:

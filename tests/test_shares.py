@@ -18,6 +18,7 @@ from fedlscl.cli import main
 from fedlscl.data.module import FederatedDataModule
 from fedlscl.data.splits import Split, SplitSpec, TaskSplit
 from fedlscl.deployment.shares import LocalShare, deal
+from fedlscl.files import Damaged
 
 OTHER_SPLITS: list[dict[str, Any]] = [
     {},
@@ -132,6 +133,7 @@ def test_a_share_written_by_hand_as_the_documentation_says(tmp_path: Path) -> No
     ("change", "complaint"),
     [
         (lambda share, _: share.pop("classes"), r"share.json: it lacks \['classes'\]"),
+        (lambda share, _: share.update(files=3), "share.json: files is 3, must be the checksum of each array"),
         (lambda share, _: share["split"].pop("seed"), r"share.json: not a split .*\['clients', 'federation', 'spec'\]"),
         (lambda _, tasks: tasks[1].update(classes=[0, 1]), "share.json: not a split .*client 0: classes of all tasks"),
         (lambda _, tasks: tasks[0]["train"].append(5000), "task 1 has position 5000 in train-images of"),
@@ -148,6 +150,30 @@ def test_a_share_that_is_wrong_is_refused(
     (folder / "share.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=complaint):
         opened(folder)
+
+
+@pytest.mark.parametrize("name", ["train-images.npy", "train-labels.npy", "test-images.npy", "test-labels.npy"])
+@pytest.mark.parametrize("at", [3, 20, -1])
+def test_a_damaged_array_is_named(cache: Path, tmp_path: Path, name: str, at: int) -> None:
+    folder = next(deal(make_data(cache), 0, tmp_path))
+    content = bytearray((folder / name).read_bytes())
+    content[at] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(Damaged, match=f"{name}' is damaged: put back a copy, or deal the data again"):
+        opened(folder)
+
+
+def test_what_is_no_array_is_told(cache: Path, tmp_path: Path) -> None:
+    """In a share that somebody else has written, of which nobody knows the checksums."""
+    folder = next(deal(make_data(cache), 0, tmp_path))
+    content = json.loads((folder / "share.json").read_text())
+    del content["files"]
+    (folder / "share.json").write_text(json.dumps(content))
+    good = (folder / "train-images.npy").read_bytes()
+    for bad in (b"", b"text", good[:30] + bytes(len(good) - 30)):
+        (folder / "train-images.npy").write_bytes(bad)
+        with pytest.raises(ValueError, match=r"train-images.npy' is not an array of NumPy"):
+            opened(folder)
 
 
 @pytest.mark.usefixtures("command_line")

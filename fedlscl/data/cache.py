@@ -49,11 +49,12 @@ class Contents:
 
     def __init__(self, root: Path, cache_dir: Path) -> None:
         self._prefix = f"{root.as_posix()}/"
-        self._path = cache_dir / f"contents-{key(str(root.resolve()))}.json"
+        self._path = cache_dir / f"contents-{key(str(root.resolve()))}"  # a checksum in a line, and JSON
         self._known: dict[str, list[Any]] = {}
         with suppress(OSError, ValueError):
-            found = json.loads(self._path.read_text(encoding="utf-8"))
-            self._known = found if isinstance(found, dict) else {}
+            checksum, _, content = self._path.read_bytes().partition(b"\n")
+            if checksum == xxhash.xxh3_128_hexdigest(content).encode():
+                self._known = json.loads(content)
         self._now: dict[str, list[Any]] = {}
 
     def of(self, paths: Sequence[Path], limit: int | None = None) -> list[str]:
@@ -74,9 +75,9 @@ class Contents:
     def _of(self, path: Path, limit: int | None) -> str:
         name, begun, before = path.as_posix().removeprefix(self._prefix), time.time_ns(), _state(path)
         known = self._known.get(name)
-        if isinstance(known, list) and known[:-1] == before and isinstance(known[-1], str):
+        if known is not None and known[:-1] == before:
             self._now[name] = known
-            return known[-1]
+            return str(known[-1])
         if limit is not None and before[0] > limit:
             return ""
         digest = xxhash.xxh3_128()
@@ -91,7 +92,8 @@ class Contents:
         """Remember what was found, and nothing else."""
         if self._now != self._known:
             with suppress(OSError):  # a cache that may only be read is one, too
-                write_atomically(self._path, json.dumps(self._now, sort_keys=True).encode())
+                content = json.dumps(self._now, sort_keys=True).encode()
+                write_atomically(self._path, xxhash.xxh3_128_hexdigest(content).encode() + b"\n" + content)
 
     def forget(self) -> None:
         """Have every file read again at the next start."""
@@ -275,7 +277,7 @@ def _opened(path: Path, shape: tuple[int, ...]) -> tuple[NDArray[np.uint8], str]
             file.seek(images.offset)
             digest = _digest(file, images.nbytes)
             return (images, digest.hex()) if file.read() == digest else None
-    except (OSError, ValueError):
+    except Exception:  # a damaged header ends in any error of numpy's
         return None
 
 

@@ -6,11 +6,12 @@ A folder holds ``share.json`` and, as NumPy arrays, ``train-images``, ``train-la
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +20,14 @@ from torch import Tensor
 from fedlscl.data.module import FederatedDataModule
 from fedlscl.data.source import Dataset, ImageSet, Source
 from fedlscl.data.splits import ClientSplit, Split, TaskSplit
-from fedlscl.files import replacing, sync, write_atomically
+from fedlscl.files import Damaged, replacing, sync, write_atomically
 
 PARTS = ("train", "test")
 FIELDS = {"data", "classes", "sha256", "server_images", "split"}
-"""What `share.json` holds; the server's also has `samples`, each client's number of training images in each task."""
+"""What `share.json` holds; also `files`, the checksum of each array, unless somebody else than `deal` has written it.
+
+The server's has `samples`, each client's number of training images in each task.
+"""
 
 
 class LocalShare(FederatedDataModule):
@@ -35,7 +39,7 @@ class LocalShare(FederatedDataModule):
 
     Raises:
         FileNotFoundError: if there is no share in `folder`.
-        ValueError: if `share.json` is not what `deal` writes; `samples` may be missing.
+        ValueError: if `share.json` is not what `deal` writes; `samples` and `files` may be missing.
     """
 
     def __init__(self, folder: Path, device_mib: float = 8192) -> None:
@@ -46,6 +50,8 @@ class LocalShare(FederatedDataModule):
             self._content = json.loads(path.read_text())
             if missing := FIELDS - set(self._content):
                 raise ValueError(f"it lacks {sorted(missing)}")
+            if not isinstance(self._content.get("files", {}), dict):
+                raise ValueError(f"files is {self._content['files']}, must be the checksum of each array by file name")
             share = Split.from_json(json.dumps(self._content["split"]))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
@@ -60,6 +66,7 @@ class LocalShare(FederatedDataModule):
         """Open the images, which are read when they are needed.
 
         Raises:
+            Damaged: if an array is not the one that was dealt.
             ValueError: if they are not those that the tasks name; a share need not have been made by `deal`.
         """
         self.dataset = self.source.load(self.folder)
@@ -107,14 +114,29 @@ class _Arrays(Source):
 
     def load(self, cache_dir: Path) -> Dataset:
         content = json.loads((self.folder / "share.json").read_text())
+        for name, stated in content.get("files", {}).items():
+            if _checksum(self.folder / name) != stated:
+                raise Damaged(f"'{self.folder / name}' is damaged: put back a copy, or deal the data again")
         train, test = (
-            ImageSet(
-                np.load(self.folder / f"{part}-images.npy", mmap_mode="r", allow_pickle=False),
-                np.load(self.folder / f"{part}-labels.npy", allow_pickle=False),
-            )
+            ImageSet(_array(self.folder / f"{part}-images.npy", "r"), _array(self.folder / f"{part}-labels.npy"))
             for part in PARTS
         )
         return Dataset(content["data"], train, test, tuple(content["classes"]), complete=False)
+
+
+def _array(path: Path, mode: Literal["r"] | None = None) -> NDArray[Any]:
+    try:
+        found: NDArray[Any] = np.load(path, mmap_mode=mode, allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header ends in any error of numpy's
+        raise ValueError(f"'{path}' is not an array of NumPy ({type(error).__name__}: {error})") from error
+    return found
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def deal(data: FederatedDataModule, per_class: int, folder: Path) -> Iterator[Path]:
@@ -180,14 +202,16 @@ def _write(
     more: Mapping[str, Any] | None = None,
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    for part, images in sets.items():
-        _save(folder / f"{part}-images.npy", images.images)
-        _save(folder / f"{part}-labels.npy", images.labels)
+    arrays: dict[str, NDArray[Any]] = {f"{part}-images.npy": images.images for part, images in sets.items()}
+    arrays |= {f"{part}-labels.npy": images.labels for part, images in sets.items()}
+    for name, array in arrays.items():
+        _save(folder / name, array)
     content = {
         "data": data.dataset.name,
         "classes": list(data.class_names),
         "sha256": data.split_sha256,
         "server_images": per_class,
+        "files": {name: _checksum(folder / name) for name in arrays},
         "split": json.loads(split.to_json()),
         **(more or {}),
     }

@@ -39,6 +39,8 @@ def read(folder: Path, name: str) -> dict[str, Tensor]:
         ValueError: if another version of fedlscl has written the folder.
     """
     state = _manifest(folder)
+    if state is None:
+        _check_states(folder)
     return _load(folder, (state or _EMPTY)["files"][name])
 
 
@@ -78,6 +80,12 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     if not right:
         raise _damaged(folder, [f"'{path}' is damaged"])
     return state
+
+
+def _check_states(folder: Path) -> None:
+    """Refuse a folder with states and without a manifest, which says whose they are."""
+    if states := sorted(path.name for path in folder.glob("*.safetensors") if _TENSORS.fullmatch(path.name)):
+        raise _damaged(folder, [f"'{folder / MANIFEST}' is missing, which says what '{states[0]}' is"])
 
 
 def _sum(state: Mapping[str, Any]) -> str:
@@ -141,9 +149,8 @@ class Store:
 
     def _check_empty(self) -> None:
         """Without a manifest there must be nothing but what a killed process leaves behind of writing the first one."""
+        _check_states(self.folder)
         for name in sorted(path.name for path in self.folder.iterdir() if not is_temporary(path.name)):
-            if _TENSORS.fullmatch(name):
-                raise _damaged(self.folder, [f"'{self.folder / MANIFEST}' is missing, which says what '{name}' is"])
             raise ValueError(f"'{self.folder}' holds other files ({name}); a checkpoint needs a folder of its own")
 
     def _current(self) -> Iterator[tuple[str, str]]:
