@@ -23,6 +23,9 @@ from fedlscl.data.splits import ClientSplit, Split, TaskSplit
 from fedlscl.files import Damaged, replacing, sync, write_atomically
 
 PARTS = ("train", "test")
+ARRAYS = {f"{part}-{what}.npy": (part, what) for part in PARTS for what in ("images", "labels")}
+"""The files of the arrays, and what each holds of which part."""
+
 FIELDS = {"data", "classes", "sha256", "server_images", "split"}
 """What `share.json` holds; also `files`, the checksum of each array, unless somebody else than `deal` has written it.
 
@@ -151,7 +154,7 @@ def deal(data: FederatedDataModule, per_class: int, folder: Path) -> Iterator[Pa
         The folder of each share, once it is complete.
     """
     # of shares dealt before none must count while its images are replaced, and none of its images must be left
-    for name in ("share.json", *(f"{part}-{what}.npy" for part in PARTS for what in ("images", "labels"))):
+    for name in ("share.json", *ARRAYS):
         for path in folder.glob(f"*/{name}"):
             if re.fullmatch(r"client-\d+|server", path.parent.name):
                 path.unlink()
@@ -202,16 +205,14 @@ def _write(
     more: Mapping[str, Any] | None = None,
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, NDArray[Any]] = {f"{part}-images.npy": images.images for part, images in sets.items()}
-    arrays |= {f"{part}-labels.npy": images.labels for part, images in sets.items()}
-    for name, array in arrays.items():
-        _save(folder / name, array)
+    for name, (part, what) in ARRAYS.items():
+        _save(folder / name, getattr(sets[part], what))
     content = {
         "data": data.dataset.name,
         "classes": list(data.class_names),
         "sha256": data.split_sha256,
         "server_images": per_class,
-        "files": {name: _checksum(folder / name) for name in arrays},
+        "files": {name: _checksum(folder / name) for name in ARRAYS},
         "split": json.loads(split.to_json()),
         **(more or {}),
     }

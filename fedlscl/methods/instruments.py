@@ -170,7 +170,7 @@ class Generating(Client):
 
     def _with_and_without(self, images: Images) -> dict[str, Tensor]:
         """E, W and logits of some images, and how far the LoRA moves (B,) `qkv` and `class_token`."""
-        tokens = self.precomputed("train", images.indices, self.device)["tokens"]
+        tokens = self.frozen(images)["tokens"]
         generated, heard = self.generate(images.pixels), Overheard(self.block)
         frozen = self.vit.upper(tokens, self.block, [heard])
         pair = self.pair(generated["weights"])
@@ -188,7 +188,7 @@ class Generating(Client):
         given = iter(torch.split(weights, self.evaluation_batch_size))
 
         def compute(batch: Images) -> dict[str, Tensor]:
-            tokens = self.precomputed("train", batch.indices, self.device)["tokens"]
+            tokens = self.frozen(batch)["tokens"]
             adapted = self.vit.upper(tokens, self.block, [self.pair(next(given).to(self.device))])
             return {"logits": self.head(adapted)}
 
