@@ -17,7 +17,7 @@ from fedlscl.data.augmentation import crop_flip, draw
 from fedlscl.data.device import CPU, send
 from fedlscl.data.local import LocalData
 from fedlscl.data.source import Part
-from fedlscl.memory import Memory
+from fedlscl.memory import Memory, above, below
 
 
 class Output(NamedTuple):
@@ -34,6 +34,7 @@ class Images(NamedTuple):
     indices: NDArray[np.int64]  # (B,); an array, which stays on the CPU when the tensors go to a device
     pixels: Tensor  # (B, 3, H, W) uint8
     labels: Tensor  # (B,)
+    frozen: Mapping[str, Tensor] | None = None  # (B, ...) by name what `precompute` gives, where that is there already
 
 
 class Augmented(Images):
@@ -49,6 +50,18 @@ class Batch(NamedTuple):
     images: Images
     snapshot: dict[str, Tensor]  # (B, ...) each, arbitrary where not observed
     observed: Tensor  # (B,) 1.0 for samples with a row in the snapshot
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it that is on the device, by name."""
+        own = {"pixels": self.images.pixels, "labels": self.images.labels, "observed": self.observed}
+        return {**own, **above(self.images.frozen or {}, "frozen."), **above(self.snapshot, "snapshot.")}
+
+    @classmethod
+    def of(cls, phase: str, tensors: Mapping[str, Tensor]) -> Batch:
+        """The reverse of `tensors`, for images of which nobody knows which they are."""
+        nowhere = np.full(len(tensors["labels"]), -1)
+        images = Images(nowhere, tensors["pixels"], tensors["labels"], below(tensors, "frozen."))
+        return cls(phase, images, below(tensors, "snapshot."), tensors["observed"])
 
 
 class TrainingBatches:

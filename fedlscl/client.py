@@ -5,8 +5,8 @@ Shapes: B batch, K classes of the whole federation, m buffered samples, n sample
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -52,6 +52,9 @@ class Client(InferenceClient):
     required: ClassVar[tuple[tuple[str, str | type | tuple[str | type, ...]], ...]] = ()
     # why training images must be shown as they are, if they must
     unaugmented: ClassVar[str] = ""
+    # why the training step does more than what can be recorded on a GPU and repeated, if it does: it looks at which
+    # images those of a batch are, draws from a generator of its own, or waits for a number
+    uncapturable: ClassVar[str] = ""
     current_mask: Tensor  # (K,) true for the classes of the current task
     learned_mask: Tensor  # (K,) true for the classes of this client's finished tasks
     competing_mask: Tensor  # (K,) true for the classes that compete in the collaborative phase, see `train_mask`
@@ -185,6 +188,7 @@ class Client(InferenceClient):
         if memory.learned and len(observed) and not memory.snapshot:
             memory.snapshot = self.observe(observed, lambda images: self.continual.preserved(self.output(images)))
         self.kept = {name: tensor.to(self.device) for name, tensor in memory.kept.items()}
+        self._tallies: dict[tuple[str, ...], Tensor] = {}
         self.train()
 
     def _finished_losses(self) -> Iterator[Tensor]:
@@ -194,6 +198,13 @@ class Client(InferenceClient):
         with self.trainer.precision_plugin.forward_context():
             for image in ImageBatches(self.data, "train", order, 1, self.device):
                 yield masked_cross_entropy(self.output(image).logits, image.labels, classes)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Look up what the frozen model makes of the images of a training step; all else is on the device already."""
+        if not isinstance(batch, Batch):
+            return batch
+        with self.trainer.precision_plugin.forward_context():
+            return batch._replace(images=batch.images._replace(frozen=self.frozen(batch.images)))
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One step of manual optimization, in the phase to which the batch belongs."""
@@ -207,8 +218,18 @@ class Client(InferenceClient):
                 scaler.unscale_(optimizer.optimizer)
             nn.utils.clip_grad_norm_(self.parameters(), self.gradient_clip)
         optimizer.step()
-        logged = {f"{batch.phase}/{name}": term.detach() for name, term in terms.items()}
-        self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(batch.images.labels))
+        self.tally({f"{batch.phase}/{name}": term for name, term in terms.items()}, len(batch.images.labels))
+
+    def tally(self, values: Mapping[str, Tensor], weight: int = 1) -> None:
+        """Note numbers of a training step, scalars by name; their weighted means are logged when the fit ends.
+
+        Unlike `log` it does the same in every step, and so can be recorded.
+        """
+        new = torch.stack([*(value.detach().float() for value in values.values())]) * weight
+        names = tuple(values)
+        if names not in self._tallies:
+            self._tallies[names] = new.new_zeros(2, len(new))
+        self._tallies[names] += torch.stack([new, torch.full_like(new, weight)])
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The terms whose sum a step minimises, by name."""
@@ -249,7 +270,12 @@ class Client(InferenceClient):
         return {}
 
     def on_train_epoch_end(self) -> None:
-        """Log what `diagnose` finds: the last hook in which Lightning lets a model log."""
+        """Log what was tallied, and what `diagnose` finds: the last hook in which Lightning lets a model log."""
+        sums: dict[str, Tensor] = {}
+        for names, tallies in self._tallies.items():
+            for name, tally in zip(names, tallies.unbind(1), strict=True):
+                sums[name] = sums[name] + tally if name in sums else tally
+        self.log_dict({name: total / weight for name, (total, weight) in sums.items()})
         if found := self.diagnose():
             self.log_dict(found)
             self.train()

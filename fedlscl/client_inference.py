@@ -33,6 +33,8 @@ class InferenceClient(ClientModel):
 
     def frozen(self, images: Images, part: Part = "train") -> Mapping[str, Tensor]:
         """What `precompute` gives for images of one part: from the cache, or computed now for augmented ones."""
+        if images.frozen is not None:
+            return images.frozen
         if not isinstance(images, Augmented):
             return self.precomputed(part, images.indices, self.device)
         with torch.no_grad():

@@ -375,7 +375,7 @@ class Phases(FedAvgClient):
 def test_a_method_may_have_phases_of_its_own(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     federation = make(client=make_client(Phases, continual=NoReplay()), server=FedAvg())
     body, logged, before = restore_client(federation, 0), [], {}
-    monkeypatch.setattr(Phases, "log_dict", lambda self, terms, **_: logged.append(list(terms)))
+    monkeypatch.setattr(Phases, "tally", lambda self, terms, weight: logged.append((list(terms), weight)))
     body.begin_round(Round(1, 1, False, 0))
     steps = [phase for phase, _ in body.plan]
     assert steps == sorted(steps, reverse=True)
@@ -385,7 +385,7 @@ def test_a_method_may_have_phases_of_its_own(make: Make, monkeypatch: pytest.Mon
     make_trainer().fit(body)
     moved = {name for name, parameter in body.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == {"head.weight", "head.bias"}
-    assert logged == [["head/own"]] * len(body.plan)
+    assert logged == [(["head/own"], len(samples)) for _, samples in body.plan]
 
 
 # ------------------------------------------------------------------ images that a server holds

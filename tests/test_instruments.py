@@ -190,17 +190,15 @@ def test_weights_of_others_reach_their_images(body: FedLSCL, size: int) -> None:
 
 
 def test_lengths_of_gradients_are_those_of_the_steps(body: FedLSCL, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mean over the steps, before they are clipped."""
+    """The mean over the steps, after they are clipped."""
     seen: list[dict[str, float]] = []
-    backward = FedLSCL.manual_backward
 
-    def spy(self: FedLSCL, loss: Tensor) -> None:
-        backward(self, loss)
+    def spy(self: FedLSCL, _: Any) -> None:
         parts: Mapping[str, Any] = {"cnn": self.cnn, "generator": self.generator, "head": self.head}
         squares = {n: sum(p.grad.square().sum() for p in part.parameters()) for n, part in parts.items()}
         seen.append({name: float(square) ** 0.5 for name, square in squares.items()})
 
-    monkeypatch.setattr(FedLSCL, "manual_backward", spy)
+    monkeypatch.setattr(FedLSCL, "on_before_optimizer_step", spy)
     monkeypatch.setattr(instruments, "EVERY", 2)
     body.gradient_clip, body.epochs = 1e-3, 3
     values = fit(body, 1, 1)
@@ -223,7 +221,7 @@ def test_looking_changes_nothing(make: Callable[..., Federation], monkeypatch: p
 
     states, drawn = whole()
     monkeypatch.setattr(Generating, "diagnose", lambda self: {})
-    monkeypatch.setattr(Generating, "on_after_backward", lambda self: None)
+    monkeypatch.setattr(Generating, "on_train_batch_end", lambda self, *_: None)
     without, drawn_without = whole()
     assert torch.equal(drawn, drawn_without)
     for one, other in zip(states, without, strict=True):

@@ -10,11 +10,12 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedlscl.batches import Images
+from fedlscl.batches import Batch, Images
 from fedlscl.client import Client
 from fedlscl.models.adapters import LoRA, LowRank, ParameterGenerator
 
@@ -117,17 +118,15 @@ class Generating(Client):
         """W (B, P) as the LoRA that adapts the ViT."""
         return LowRank(self.block, self.generator.split(weights), scale=self.scale)
 
-    def on_after_backward(self) -> None:
-        """Log the length of the gradient of each part (cnn, generator, head) in some steps, before it is clipped."""
-        if self.trainer.global_step % EVERY:
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Note the length of the gradient of each part (cnn, generator, head) in some steps, as Adam was given it."""
+        if batch_idx % EVERY:
             return
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of 16-mixed
-        scale = scaler.get_scale() if scaler else 1.0
         lengths = {}
         for name, part in self.named_children():
             if gradients := [p.grad for p in part.parameters() if p.grad is not None]:
-                lengths[f"gradient/{name}"] = nn.utils.get_total_norm(gradients) / scale
-        self.log_dict(lengths, on_step=False, on_epoch=True, batch_size=1)
+                lengths[f"gradient/{name}"] = nn.utils.get_total_norm(gradients)
+        self.tally(lengths)
 
     def diagnose(self) -> dict[str, float]:
         """How much E and W differ between images, what the LoRA changes, and what it costs to mix W up.

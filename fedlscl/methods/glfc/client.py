@@ -32,6 +32,8 @@ class GLFCClient(FedAvgClient):
         **kwargs: settings of every client, see `Client`.
     """
 
+    uncapturable = "it looks up what the teacher said of these very images"
+
     required = (("snapshot", "deployed"),)  # the lists of exemplars are shortened after a local one was taken
     unaugmented = "the teacher was asked once about"
     soft: Tensor  # (n, K) what the teacher says of the samples `asked` about, (n,) ascending; empty without a teacher

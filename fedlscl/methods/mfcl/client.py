@@ -41,6 +41,8 @@ class MFCLClient(DataFreeClient):
         **kwargs: settings of every client, see `Client`.
     """
 
+    uncapturable = "it draws what the generator is given on the CPU"
+
     def __init__(
         self, head_weight: float = 1.0, distillation_weight: float = 0.1, samples: int = 128, **kwargs: Any
     ) -> None:

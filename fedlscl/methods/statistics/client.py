@@ -37,6 +37,8 @@ class StatisticsClient(Client):
         evaluation_batch_size: largest batch; the larger, the more memory and, on a GPU, speed.
     """
 
+    uncapturable = "it adds up on the CPU and trains nothing"
+
     seed: Tensor  # () of R
     collected: Tensor  # () the last task whose images are in a sum
 

@@ -25,6 +25,8 @@ class TARGETClient(DataFreeClient):
         **kwargs: settings of every client, see `Client`.
     """
 
+    uncapturable = "it draws synthetic images on the CPU"
+
     def __init__(self, strength: float = 25.0, temperature: float = 2.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         checks.at_least(0, "model", strength=strength)

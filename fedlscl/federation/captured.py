@@ -1,0 +1,180 @@
+"""A fit on an NVIDIA GPU: a step is recorded once of each kind, as a CUDA graph, and repeated as a whole from then on.
+
+A step of a small batch is a thousand short kernels, and it takes longer to start them one by one than to run them. What
+`training_step` does is recorded: the forward and the backward pass, clipping, the optimizer's step, the sums of what is
+logged. Of the same kind are the batches of a fit that are in the same phase and have the same shapes.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor
+
+from fedlscl.batches import Batch
+from fedlscl.client import Client
+
+log = logging.getLogger(__name__)
+
+WORTH = 8
+"""How many more steps a fit must have for one to be recorded, which costs about as much as one that is not."""
+
+Replay = Callable[[], None]
+Record = Callable[[Callable[[], object]], Replay]
+"""Records what a function makes a device do, without its being done, and returns what has it done."""
+
+
+class Recorded(NamedTuple):
+    """A kind of step."""
+
+    inputs: Mapping[str, Tensor]  # where the step reads its batch
+    replay: Replay
+    gradients: Sequence[Tensor | None]  # of all parameters, where the step leaves them
+    optimizer_steps: int
+
+
+class CapturingStrategy(SingleDeviceStrategy):
+    """One device, on which the steps of a client's fit are recorded and repeated.
+
+    The first batch of a kind is trained on as it always is, whereby whatever is made once is made; the second is
+    recorded. Not recorded are fits of others than clients, those with a gradient scaler (16-mixed), those of clients
+    that say why (`Client.uncapturable`), and steps with which it fails, of which the log tells.
+
+    Args:
+        device: the GPU.
+        record: how it is done.
+    """
+
+    def __init__(self, device: torch.device, record: Record) -> None:
+        super().__init__(device=device)
+        self._record = record
+        self._seen: Counter[Hashable] = Counter()
+        self._recorded: dict[Hashable, Recorded | None] = {}
+        self._last: Recorded | None = None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Train on a batch."""
+        client = self.lightning_module
+        scaled = getattr(self.precision_plugin, "scaler", None) is not None
+        if not isinstance(client, Client) or client.uncapturable or scaled:
+            return super().training_step(*args, **kwargs)
+        batch, number = args
+        assert isinstance(batch, Batch)
+        tensors = batch.tensors()
+        kind = batch.phase, *((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
+        self._seen[kind] += 1
+        if self._seen[kind] == 2 and client.trainer.num_training_batches - number > WORTH:
+            self._recorded[kind] = self._try(client, batch.phase, tensors)
+        if (step := self._recorded.get(kind)) is None:
+            self._last = None
+            return super().training_step(*args, **kwargs)
+        for name, tensor in tensors.items():
+            step.inputs[name].copy_(tensor, non_blocking=True)
+        step.replay()
+        if step is not self._last:
+            self._last = step
+            for parameter, gradient in zip(client.parameters(), step.gradients, strict=True):
+                parameter.grad = gradient
+        progress = _progress(client)
+        for _ in range(step.optimizer_steps):
+            progress.increment_ready()
+            progress.increment_completed()
+        return None
+
+    def _try(self, client: Client, phase: str, tensors: Mapping[str, Tensor]) -> Recorded | None:
+        """Record a step on a batch like this; None where that fails."""
+        inputs = {name: tensor.clone() for name, tensor in tensors.items()}
+        batch, progress = Batch.of(phase, inputs), _progress(client)
+        before = copy.deepcopy((progress.total, progress.current))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["capturable"] = True  # torch asks for the word; a fused step's numbers do not depend on it
+        try:
+            with _no_logging(client):
+                replay = self._record(lambda: super(CapturingStrategy, self).training_step(batch, 0))
+        except Exception as error:  # whatever a device refuses to record, or a method does that is not for it
+            log.warning(
+                "the training step of %s cannot be recorded, so that a GPU waits for it more than it need (%s: %s)",
+                type(client).__name__,
+                type(error).__name__,
+                str(error).partition("\n")[0],
+            )
+            return None
+        finally:  # nothing has been done yet
+            steps = progress.total.completed - before[0].completed
+            progress.total, progress.current = before
+        return Recorded(inputs, replay, [parameter.grad for parameter in client.parameters()], steps)
+
+    def teardown(self) -> None:
+        """Let go of what a fit or test leaves on the device; the client's networks go to the CPU, as Lightning has it.
+
+        Lightning would also copy the moments of the optimizer, which end here, and give the device's memory back, which
+        the next fit asks for a moment later.
+        """
+        self._recorded.clear()
+        self._last = None
+        self.optimizers = []
+        if self.lightning_module is not None:
+            self.lightning_module.zero_grad()
+            self.lightning_module.cpu()
+        self.precision_plugin.teardown()
+        self.checkpoint_io.teardown()
+
+
+def _progress(client: Client) -> Any:
+    """Lightning's count of the optimizer's steps, which makes `Trainer.global_step`."""
+    return client.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+
+
+@contextmanager
+def _no_logging(client: Client) -> Iterator[None]:
+    """Inside, `log` and `log_dict` raise: Lightning would note the value of one batch for all."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise TypeError("it calls log or log_dict, whose place `tally` takes in a training step")
+
+    names = ("log", "log_dict")
+    client.__dict__.update(dict.fromkeys(names, refuse))
+    try:
+        yield
+    finally:
+        for name in names:
+            del client.__dict__[name]
+
+
+def cuda_graph(step: Callable[[], object]) -> Replay:
+    """Record what a function makes the current CUDA device do."""
+    stream, pool, _ = _place()
+    return _graph(step, stream, pool).replay
+
+
+@cache
+def _place() -> tuple[torch.cuda.Stream, Any, torch.cuda.CUDAGraph]:
+    """The stream to record on, and the memory of all graphs, which lasts as long as one of them: the third."""
+    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+    return stream, pool, _graph(lambda: torch.zeros(1, device="cuda"), stream, pool)
+
+
+def _graph(step: Callable[[], object], stream: torch.cuda.Stream, pool: Any) -> torch.cuda.CUDAGraph:
+    # not by torch.cuda.graph, which also waits for the device and gives all its memory back
+    graph = torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            step()
+        except BaseException:
+            with suppress(RuntimeError):  # the first error says more
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph
