@@ -9,8 +9,8 @@ methods  whether the states of all clients of a small federation are, recorded a
 runs     experiments/cifar100.yaml with all images, 5 rounds of 5 epochs each; needs --images and --weights
 
 Each part prints a table and writes it to FOLDER/PART.json. Images of the first two are noise and the ViTs untrained,
-which changes no time. `runs` goes on where an earlier call with the same --out has stopped; it stops when --minutes are over,
-counted from the start of the command, and copies the summaries of finished runs to FOLDER/summaries.
+which changes no time. `runs` goes on where an earlier call with the same --out has stopped; it stops when --minutes are
+over, counted from the start of the command, and copies the summaries of finished runs to FOLDER/summaries.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from fedlscl.federation.store import client_name
 
 START = time.monotonic()
 PAPER = [
-    *("--backbone.image_size=224", "--cnn.image_size=224", "--cnn.model_args=null", "--model.epochs=20"),
+    *("--backbone.image_size=224", "--cnn.image_size=224", "--cnn.model_args=null", "--model.epochs=8"),
     *("--data.source.train=40", "--data.split.train_per_class=40", "--model.buffer_size=20"),
     "--model.continual.init_args.passes=5",
 ]
