@@ -5,10 +5,11 @@ python experiments/gpu.py [PART ...] [--minutes M] [--out FOLDER] [--jobs N] [--
 
 speed    images a second in the steps of a client, recorded and not, with ViT-Tiny, -Small and -Base; whether the states
          after them are equal to the last bit; the share of a large matrix product
+beside   a round of five clients, so many side by side; all that belongs to a fit is in the time
 methods  whether the states of all clients of a small federation are, recorded and not, with every kind of client
 runs     experiments/cifar100.yaml with all images, 5 rounds of 5 epochs each; needs --images and --weights
 
-Each part prints a table and writes it to FOLDER/PART.json. Images of the first two are noise and the ViTs untrained,
+Each part prints a table and writes it to FOLDER/PART.json. Images of all others are noise and the ViTs untrained,
 which changes no time. `runs` goes on where an earlier call with the same --out has stopped; it stops when --minutes are
 over, counted from the start of the command, and copies the summaries of finished runs to FOLDER/summaries.
 """
@@ -36,7 +37,9 @@ from bench import CIFAR, HERE, TINY, Bench, Row, experiment, flops, matmul_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from fedlscl.client import Client
 from fedlscl.federation import captured, trainer
+from fedlscl.federation.algorithm import Federation
 from fedlscl.federation.store import client_name
 
 START = time.monotonic()
@@ -51,6 +54,7 @@ VITS = {"ViT-Tiny/16": "vit_tiny_patch16_224", "ViT-Small/16": "vit_small_patch1
 VITS["ViT-Base/16"] = "vit_base_patch16_224"
 FIRST = ("fed_lscl", "fed_lscl_without_o2d", "local_vit", "fed_ridge", "joint_vit")
 State = dict[str, Tensor]
+DRAW = Client.draw_plan
 
 
 class Clock(Callback):
@@ -110,6 +114,41 @@ def speed() -> Iterator[Row]:
         }
 
 
+def beside() -> Iterator[Row]:
+    """The second task's round of the same federation."""
+    cases = itertools.product(("ViT-Tiny/16", "ViT-Base/16"), (1, 2, 3, 5))
+    first: list[State] = []
+    for vit, together in itertools.islice(cases, 2 if bench.scale is TINY else None):
+        words = [*TINY.words, *TINY.federation] if bench.scale is TINY else [*PAPER, f"--backbone.name={VITS[vit]}"]
+        words = [*words, "--trainer.precision=bf16-mixed", f"--federation.side_by_side={together}"]
+        drawn: list[int] = []  # images that a client goes over in a round
+
+        def count(client: Client, drawn: list[int] = drawn) -> None:
+            DRAW(client)
+            drawn.append(sum(len(samples) for _, samples in client.plan))
+
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(Client, "draw_plan", count):
+            federation = experiment([*CIFAR, *words], folder).federation()
+            *_, result = federation.run()
+            found = states_of(federation)
+        first, images = found if together == 1 else first, sum(drawn[federation.clients :])
+        yield {
+            "ViT": vit,
+            "side by side": together,
+            "images": images,
+            **{f"s {phase}": result.seconds[phase] for phase in ("fit", "aggregate", "download", "evaluate")},
+            "images/s": images / result.seconds["fit"],
+            "GiB": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0,
+            "equal states": all(same(one, other) for one, other in zip(first, found, strict=True)),
+        }
+
+
+def states_of(federation: Federation) -> list[State]:
+    """Of all clients."""
+    found = [federation.store.read(client_name(index)) for index in range(federation.clients)]
+    return [{name: tensor.clone() for name, tensor in (state or {}).items()} for state in found]
+
+
 def kinds_of_clients() -> list[str]:
     """A method for each class of clients."""
     found: dict[str, str] = {}
@@ -138,9 +177,9 @@ def states(method: str, capture: bool) -> tuple[list[State], int, list[str]]:
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(trainer, "cuda_graph", count):
         federation = experiment(words, folder).federation()
         list(federation.run())
-        found = [federation.store.read(client_name(index)) for index in range(federation.clients)]
+        found = states_of(federation)
     captured.log.removeHandler(handler)
-    return [{name: tensor.clone() for name, tensor in (state or {}).items()} for state in found], recorded, told
+    return found, recorded, told
 
 
 def one_method(method: str) -> Row:
@@ -183,6 +222,7 @@ class Runs:
                 else ["--backbone.pretrained=false"]
             ),
             *("--model.evaluation_batch_size=512", "--backbone.cache_mib=40000", "--threads=2"),
+            f"--federation.side_by_side={self.options.beside}",
             *(small if bench.scale is TINY else []),
             f"--run_dir={self.folder / f'{method}-{seed}'}",
         ]
@@ -221,10 +261,12 @@ class Runs:
         metrics, summary = run / "metrics.csv", run / "summary.json"
         rounds = len(metrics.read_text().splitlines()) - 1 if metrics.exists() else 0
         found: Row = {"method": method, "seed": seed, "s": seconds, "lines of metrics.csv": rounds, "finished": False}
+        kept = self.options.out / "summaries"
+        kept.mkdir(parents=True, exist_ok=True)
+        if metrics.exists():
+            shutil.copy(metrics, kept / f"{run.name}.csv")
         if summary.exists():
-            kept = self.options.out / "summaries" / f"{run.name}.json"
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(summary, kept)
+            shutil.copy(summary, kept / f"{run.name}.json")
             found |= {"finished": True, "seen": json.loads(summary.read_text())["accuracy"]["seen"]["final_average"]}
         return found
 
@@ -232,10 +274,13 @@ class Runs:
 def run(words: list[str] | None = None) -> None:
     """Run the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="speed, methods or runs; the first two by default")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help="speed, beside, methods, runs; all but runs by default"
+    )
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--out", type=Path, default=Path("gpu"))
     parser.add_argument("--jobs", type=int, default=2, help="how many runs at a time")
+    parser.add_argument("--beside", type=int, default=5, help="how many clients of a run at a time")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1999, 2024])
     parser.add_argument("--methods", nargs="+", default=list(FIRST))
     parser.add_argument("--vit", default="vit_tiny_patch16_224.augreg_in21k_ft_in1k")
@@ -243,7 +288,7 @@ def run(words: list[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, help="of the ViT, as safetensors; untrained without")
     parser.add_argument("--tiny", action="store_true", help="everything as small as it can be, to see that it runs")
     options = parser.parse_args(words)
-    parts = {"speed": speed, "methods": methods, "runs": Runs(options)}
+    parts = {"speed": speed, "beside": beside, "methods": methods, "runs": Runs(options)}
     if unknown := set(options.parts) - set(parts):
         parser.error(f"no part {', '.join(sorted(unknown))}; parts: {', '.join(parts)}")
     if "runs" in options.parts and options.images is None:
@@ -255,7 +300,7 @@ def run(words: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"{machine}, torch {torch.__version__}\n", flush=True)
-    for name in options.parts or ["speed", "methods"]:
+    for name in options.parts or ["speed", "beside", "methods"]:
         rows: list[Row] = []
         for row in cast(Any, parts[name])():
             rows.append(row)

@@ -22,6 +22,9 @@ from fedlscl.memory import SELECTIONS, select
 from fedlscl.messages import Upload
 from fedlscl.schedule import Round
 
+TALLIES = 64
+"""How many numbers of its steps a fit can note."""
+
 
 class Client(InferenceClient):
     """What the clients of all methods have in common: two phases and a buffer.
@@ -188,7 +191,8 @@ class Client(InferenceClient):
         if memory.learned and len(observed) and not memory.snapshot:
             memory.snapshot = self.observe(observed, lambda images: self.continual.preserved(self.output(images)))
         self.kept = {name: tensor.to(self.device) for name, tensor in memory.kept.items()}
-        self._tallies: dict[tuple[str, ...], Tensor] = {}
+        self._tallies = torch.zeros(2, TALLIES, device=self.device)  # weighted sums, and the sums of the weights
+        self._columns: dict[tuple[str, ...], slice] = {}
         self.train()
 
     def _finished_losses(self) -> Iterator[Tensor]:
@@ -223,13 +227,19 @@ class Client(InferenceClient):
     def tally(self, values: Mapping[str, Tensor], weight: int = 1) -> None:
         """Note numbers of a training step, scalars by name; their weighted means are logged when the fit ends.
 
-        Unlike `log` it does the same in every step, and so can be recorded.
+        Unlike `log` it does the same in every step, in one place of the device's memory, and so can be recorded.
+
+        Raises:
+            ValueError: for more names in a fit than there is room for.
         """
-        new = torch.stack([*(value.detach().float() for value in values.values())]) * weight
         names = tuple(values)
-        if names not in self._tallies:
-            self._tallies[names] = new.new_zeros(2, len(new))
-        self._tallies[names] += torch.stack([new, torch.full_like(new, weight)])
+        if names not in self._columns:
+            start = sum(map(len, self._columns))
+            if start + len(names) > TALLIES:
+                raise ValueError(f"a fit notes {start + len(names)} numbers, there is room for {TALLIES}")
+            self._columns[names] = slice(start, start + len(names))
+        new = torch.stack([value.detach().float() for value in values.values()]) * weight
+        self._tallies[:, self._columns[names]] += torch.stack([new, torch.full_like(new, weight)])
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The terms whose sum a step minimises, by name."""
@@ -272,8 +282,8 @@ class Client(InferenceClient):
     def on_train_epoch_end(self) -> None:
         """Log what was tallied, and what `diagnose` finds: the last hook in which Lightning lets a model log."""
         sums: dict[str, Tensor] = {}
-        for names, tallies in self._tallies.items():
-            for name, tally in zip(names, tallies.unbind(1), strict=True):
+        for names, columns in self._columns.items():
+            for name, tally in zip(names, self._tallies[:, columns].unbind(1), strict=True):
                 sums[name] = sums[name] + tally if name in sums else tally
         self.log_dict({name: total / weight for name, (total, weight) in sums.items()})
         if found := self.diagnose():

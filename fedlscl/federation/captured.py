@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from fedlscl.batches import Batch
 from fedlscl.client import Client
+from fedlscl.federation import turns
 
 log = logging.getLogger(__name__)
 
@@ -44,20 +44,25 @@ class Recorded(NamedTuple):
 class CapturingStrategy(SingleDeviceStrategy):
     """One device, on which the steps of a client's fit are recorded and repeated.
 
-    The first batch of a kind is trained on as it always is, whereby whatever is made once is made; the second is
-    recorded. Not recorded are fits of others than clients, those with a gradient scaler (16-mixed), those of clients
-    that say why (`Client.uncapturable`), and steps with which it fails, of which the log tells.
+    A step is recorded once another of its kind has been trained on as always, whereby is made whatever is made once,
+    and once a step of any kind in this fit, which makes the moments of the optimizer. Not recorded are fits of others
+    than clients, those with a gradient scaler (16-mixed), those of clients that say why (`Client.uncapturable`), and
+    steps with which it fails, of which the log tells. Where clients train side by side, another has its turn after
+    each repeated step.
 
     Args:
         device: the GPU.
         record: how it is done.
     """
 
+    known: ClassVar[set[Hashable]] = set()  # kinds of which there was one in this process
+
     def __init__(self, device: torch.device, record: Record) -> None:
         super().__init__(device=device)
         self._record = record
-        self._seen: Counter[Hashable] = Counter()
-        self._recorded: dict[Hashable, Recorded | None] = {}
+        self._begun = False
+        self._recorded: dict[Hashable, Recorded] = {}
+        self._refused: set[Hashable] = set()
         self._last: Recorded | None = None
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -69,16 +74,19 @@ class CapturingStrategy(SingleDeviceStrategy):
         batch, number = args
         assert isinstance(batch, Batch)
         tensors = batch.tensors()
-        kind = batch.phase, *((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
-        self._seen[kind] += 1
-        if self._seen[kind] == 2 and client.trainer.num_training_batches - number > WORTH:
-            self._recorded[kind] = self._try(client, batch.phase, tensors)
+        shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
+        kind = type(client), self.precision_plugin.precision, batch.phase, shapes
+        left = client.trainer.num_training_batches - number
+        if kind not in self._recorded and self._begun and left > WORTH and kind in self.known - self._refused:
+            self._try(client, kind, batch.phase, tensors)
         if (step := self._recorded.get(kind)) is None:
-            self._last = None
+            self._last, self._begun = None, True
+            self.known.add(kind)
             return super().training_step(*args, **kwargs)
         for name, tensor in tensors.items():
             step.inputs[name].copy_(tensor, non_blocking=True)
-        step.replay()
+        with turns.passed():
+            step.replay()
         if step is not self._last:
             self._last = step
             for parameter, gradient in zip(client.parameters(), step.gradients, strict=True):
@@ -89,11 +97,12 @@ class CapturingStrategy(SingleDeviceStrategy):
             progress.increment_completed()
         return None
 
-    def _try(self, client: Client, phase: str, tensors: Mapping[str, Tensor]) -> Recorded | None:
-        """Record a step on a batch like this; None where that fails."""
+    def _try(self, client: Client, kind: Hashable, phase: str, tensors: Mapping[str, Tensor]) -> None:
+        """Record a step on a batch like this."""
         inputs = {name: tensor.clone() for name, tensor in tensors.items()}
         batch, progress = Batch.of(phase, inputs), _progress(client)
         before = copy.deepcopy((progress.total, progress.current))
+        moved = [set(optimizer.state) for optimizer in self.optimizers]
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["capturable"] = True  # torch asks for the word; a fused step's numbers do not depend on it
@@ -101,17 +110,25 @@ class CapturingStrategy(SingleDeviceStrategy):
             with _no_logging(client):
                 replay = self._record(lambda: super(CapturingStrategy, self).training_step(batch, 0))
         except Exception as error:  # whatever a device refuses to record, or a method does that is not for it
+            self._refused.add(kind)
             log.warning(
                 "the training step of %s cannot be recorded, so that a GPU waits for it more than it need (%s: %s)",
                 type(client).__name__,
                 type(error).__name__,
                 str(error).partition("\n")[0],
             )
-            return None
+            return
         finally:  # nothing has been done yet
             steps = progress.total.completed - before[0].completed
             progress.total, progress.current = before
-        return Recorded(inputs, replay, [parameter.grad for parameter in client.parameters()], steps)
+        first = [state.keys() - known for state, known in zip((o.state for o in self.optimizers), moved, strict=True)]
+        if any(first):  # it moves what no step has moved before: their moments would begin anew with each repetition
+            for optimizer, parameters in zip(self.optimizers, first, strict=True):
+                for parameter in parameters:
+                    del optimizer.state[parameter]
+            self.known.discard(kind)
+            return
+        self._recorded[kind] = Recorded(inputs, replay, [parameter.grad for parameter in client.parameters()], steps)
 
     def teardown(self) -> None:
         """Let go of what a fit or test leaves on the device; the client's networks go to the CPU, as Lightning has it.
@@ -152,13 +169,17 @@ def _no_logging(client: Client) -> Iterator[None]:
 
 def cuda_graph(step: Callable[[], object]) -> Replay:
     """Record what a function makes the current CUDA device do."""
-    stream, pool, _ = _place()
+    stream, pool, _ = _place(torch.cuda.current_stream())
     return _graph(step, stream, pool).replay
 
 
 @cache
-def _place() -> tuple[torch.cuda.Stream, Any, torch.cuda.CUDAGraph]:
-    """The stream to record on, and the memory of all graphs, which lasts as long as one of them: the third."""
+def _place(of: torch.cuda.Stream) -> tuple[torch.cuda.Stream, Any, torch.cuda.CUDAGraph]:
+    """Where to record what will be repeated on a stream.
+
+    Returns:
+        A stream, and the memory that all graphs share, which lasts as long as one of them: the third.
+    """
     stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
     return stream, pool, _graph(lambda: torch.zeros(1, device="cuda"), stream, pool)
 

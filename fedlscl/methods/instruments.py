@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 SAMPLE = 32
 """How many images are looked at, at most."""
 
-EVERY = 4
+EVERY = 16
 """Of how many steps one has its gradient measured."""
 
 ALIKE = 0.02

@@ -217,7 +217,8 @@ class Experiment:
 
     def template(self) -> Template:
         """What all clients are like."""
-        return Template(self.client, self.data, self.vit, self.cnn, self.seed, self.trainer)
+        settings = self.client, self.data, self.vit, self.cnn, self.seed, self.trainer
+        return Template(*settings, self.schedule.side_by_side)
 
     def _tracker(self, progress: Mapping[str, Any]) -> Tracker:
         size = progress.get("metrics_bytes")
