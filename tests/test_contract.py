@@ -24,6 +24,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from made_runs import make_summary
 from PIL import Image
+from tape import recording
 from torch import Tensor
 
 from fedlscl import methods
@@ -37,7 +38,7 @@ from fedlscl.methods.joint import Pooled
 from fedlscl.run.experiment import Experiment
 from fedlscl.run.folder import RunFolder
 from fedlscl.run.predict import Prediction, predict, predictions
-from fedlscl.schedule import Schedule
+from fedlscl.schedule import Round, Schedule
 
 PARTS = [(client, task) for client in range(3) for task in range(2)]
 METHODS = sorted((Path(__file__).parent.parent / "experiments" / "methods").glob("*.yaml"))
@@ -430,6 +431,17 @@ def test_another_seed_is_another_run(described: Experiment, tmp_path: Path) -> N
         federation = federation_of(replace(experiment, seed=seed), tmp_path / str(seed), {})
         states.append(copy_of(restore_client(federation, 0).state()))
     assert not same(*states)
+
+
+@pytest.mark.parametrize("method", OF_A_KIND, ids=lambda path: path.stem, indirect=True)
+def test_its_training_step_can_be_recorded_or_says_why_not(whole: tuple[Experiment, Run]) -> None:
+    federation = fresh(whole[0]).federation()
+    client = restore_client(federation, 0)
+    client.epochs = 3
+    with recording() as tape:
+        federation.transport.worker.fit(client, Round(2, 5, False, federation.template.seed), None)
+    assert not tape.differences
+    assert (tape.replays > 0) != bool(client.uncapturable)
 
 
 def test_there_are_methods() -> None:

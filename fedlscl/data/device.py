@@ -47,15 +47,15 @@ class DeviceImages:
     def __call__(self, part: str, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in uint8 and labels (B,) of one part, on the device."""
         rows = self._rows[part]
-        new = np.unique(positions[rows[positions] < 0])[: self._room - self._used]
-        if len(new):
+        if (missing := rows[positions] < 0).any():
+            new = np.unique(positions[missing])[: self._room - self._used]
             end = self._used + len(new)
             for kept, sent in zip((self._images, self._labels), self._fetch(part, new), strict=True):
                 kept[self._used : end] = send(sent, self.device)
             rows[new] = np.arange(self._used, end)
             self._used = end
-        if (rows[positions] < 0).any():
-            images, labels = self._fetch(part, positions)
-            return send(images, self.device), send(labels, self.device)
+            if (rows[positions] < 0).any():
+                images, labels = self._fetch(part, positions)
+                return send(images, self.device), send(labels, self.device)
         place = send(torch.from_numpy(rows[positions]), self.device)
         return self._images[place], self._labels[place]

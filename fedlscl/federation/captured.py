@@ -65,6 +65,12 @@ class CapturingStrategy(SingleDeviceStrategy):
         self._refused: set[Hashable] = set()
         self._last: Recorded | None = None
 
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """As the client does it; Lightning asks three hooks, which takes half as long as a short step."""
+        if isinstance(batch, Batch) and isinstance(client := self.lightning_module, Client):
+            return client.transfer_batch_to_device(batch, self.root_device, dataloader_idx)
+        return super().batch_to_device(batch, device, dataloader_idx)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Train on a batch."""
         client = self.lightning_module

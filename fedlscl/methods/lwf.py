@@ -95,6 +95,8 @@ def softened_cross_entropy(now: Tensor, before: Tensor, classes: Tensor, known: 
     Returns:
         A scalar, 0 if no class counts or no sample is known.
     """
-    wanted = (before.detach()[:, classes].float() / temperature).softmax(dim=1)
-    losses = -(wanted * (now[:, classes].float() / temperature).log_softmax(dim=1)).sum(dim=1)
+    # not by `now[:, classes]`: how many that are a GPU would be asked in every step
+    lowest = torch.finfo(torch.float32).min
+    softened, wanted = ((x.float() / temperature).masked_fill(~classes, lowest) for x in (now, before.detach()))
+    losses = -(wanted.softmax(dim=1) * softened.log_softmax(dim=1)).masked_fill(~classes, 0.0).sum(dim=1)
     return torch.where(known > 0, losses, 0.0).sum() / known.sum().clamp(min=1)

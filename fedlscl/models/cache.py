@@ -78,13 +78,15 @@ class FrozenCache:
             return {}
         groups = self._group[part][indices]
         beyond = (groups < 0) | (self._start[groups] < 0)
-        for number in np.unique(groups[~beyond]):
-            if not self._done[number]:
-                self._fill(number, device)
         rows = self._start[groups] + self._offset[part][indices]
-        place = send(torch.from_numpy(rows[~beyond]), device)
+        if not (whole := not beyond.any()):
+            groups, rows = groups[~beyond], rows[~beyond]
+        if not self._done[groups].all():
+            for number in np.unique(groups[~self._done[groups]]):
+                self._fill(number, device)
+        place = send(torch.from_numpy(rows), device)
         found = {name: kept[place] for name, kept in self._kept.items()}
-        if not beyond.any():
+        if whole:
             return found
         fresh = self._outputs(part, indices[beyond], device)
         # gathered, not written by index: on a GPU that would wait for the indices to be checked
