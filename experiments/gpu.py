@@ -5,7 +5,7 @@ python experiments/gpu.py [PART ...] [--minutes M] [--out FOLDER] [--jobs N] [--
 
 speed    images a second in the steps of a client, recorded and not, with ViT-Tiny, -Small and -Base; whether the states
          after them are equal to the last bit; the share of a large matrix product
-beside   a round of five clients, so many side by side; all that belongs to a fit is in the time
+round    a round of five clients, with all that belongs to it
 methods  whether the states of all clients of a small federation are, recorded and not, with every kind of client
 runs     experiments/cifar100.yaml with all images, 5 rounds of 5 epochs each; needs --images and --weights
 
@@ -60,17 +60,16 @@ DRAW = Client.draw_plan
 class Clock(Callback):
     """Time of the steps of a fit's first phase, but for those in which is made whatever is made once."""
 
-    SKIPPED = 20
-
     def __init__(self) -> None:
+        self.skipped = 2 if bench.scale is TINY else 20
         self.images = self.steps = 0
         self.seconds = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start, count, and stop, once all is done that a device was given."""
-        if batch_idx == self.SKIPPED:
+        if batch_idx == self.skipped:
             self.phase, self.start = batch.phase, now()
-        if batch_idx >= self.SKIPPED and not self.seconds:
+        if batch_idx >= self.skipped and not self.seconds:
             if batch.phase != self.phase:
                 self.seconds = now() - self.start
             else:
@@ -84,7 +83,7 @@ def same(one: State, other: State) -> bool:
 
 def trained(vit: str, precision: str, capture: bool) -> tuple[Bench, Clock, State]:
     """A client that has had a round of each of two tasks, the clock of the second, and its state after it."""
-    words = ["--model.epochs=30"] if bench.scale is TINY else [*PAPER, f"--backbone.name={VITS[vit]}"]
+    words = ["--model.epochs=4"] if bench.scale is TINY else [*PAPER, f"--backbone.name={VITS[vit]}"]
     made, clock = Bench(*words, f"--trainer.precision={precision}", f"--trainer.capture={capture}"), Clock()
     made.begin()
     made.fit(clock)
@@ -120,14 +119,12 @@ def speed() -> Iterator[Row]:
         }
 
 
-def beside() -> Iterator[Row]:
-    """The second task's round of the same federation."""
-    cases = itertools.product(("ViT-Base/16", "ViT-Tiny/16"), (1, 3))
-    first: list[State] = []
-    for vit, together in itertools.islice(cases, 2 if bench.scale is TINY else None):
-        words = [*TINY.words, *TINY.federation] if bench.scale is TINY else [*PAPER, f"--backbone.name={VITS[vit]}"]
-        words = [*words, "--trainer.precision=bf16-mixed", f"--federation.side_by_side={together}"]
-        words += [] if bench.scale is TINY else ["--model.epochs=30"]
+def round_() -> Iterator[Row]:
+    """The second task's round."""
+    for vit in itertools.islice(("ViT-Tiny/16", "ViT-Base/16"), bench.scale.models):
+        tiny = bench.scale is TINY
+        words = [*TINY.words, *TINY.federation] if tiny else [*PAPER, f"--backbone.name={VITS[vit]}"]
+        words += ["--trainer.precision=bf16-mixed", *([] if tiny else ["--model.epochs=30"])]
         drawn: list[int] = []  # images that a client goes over in a round
 
         def count(client: Client, drawn: list[int] = drawn) -> None:
@@ -137,16 +134,13 @@ def beside() -> Iterator[Row]:
         with tempfile.TemporaryDirectory() as folder, mock.patch.object(Client, "draw_plan", count):
             federation = experiment([*CIFAR, *words], folder).federation()
             *_, result = federation.run()
-            found = states_of(federation)
-        first, images = found if together == 1 else first, sum(drawn[federation.clients :])
+        images = sum(drawn[federation.clients :])
         yield {
             "ViT": vit,
-            "side by side": together,
             "images": images,
             **{f"s {phase}": result.seconds[phase] for phase in ("fit", "aggregate", "download", "evaluate")},
-            "images/s": images / result.seconds["fit"],
+            "images/s of the fits": images / result.seconds["fit"],
             "GiB": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0,
-            "equal states": all(same(one, other) for one, other in zip(first, found, strict=True)),
         }
 
 
@@ -229,7 +223,6 @@ class Runs:
                 else ["--backbone.pretrained=false"]
             ),
             *("--model.evaluation_batch_size=512", "--backbone.cache_mib=40000", "--threads=2"),
-            f"--federation.side_by_side={self.options.beside}",
             *(small if bench.scale is TINY else []),
             f"--run_dir={self.folder / f'{method}-{seed}'}",
         ]
@@ -282,12 +275,11 @@ def run(words: list[str] | None = None) -> None:
     """Run the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help="speed, beside, methods, runs; all but runs by default"
+        "parts", nargs="*", metavar="PART", help="speed, round, methods, runs; all but runs by default"
     )
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--out", type=Path, default=Path("gpu"))
     parser.add_argument("--jobs", type=int, default=2, help="how many runs at a time")
-    parser.add_argument("--beside", type=int, default=5, help="how many clients of a run at a time")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1999, 2024])
     parser.add_argument("--methods", nargs="+", default=list(FIRST))
     parser.add_argument("--vit", default="vit_tiny_patch16_224.augreg_in21k_ft_in1k")
@@ -295,7 +287,7 @@ def run(words: list[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, help="of the ViT, as safetensors; untrained without")
     parser.add_argument("--tiny", action="store_true", help="everything as small as it can be, to see that it runs")
     options = parser.parse_args(words)
-    parts = {"speed": speed, "beside": beside, "methods": methods, "runs": Runs(options)}
+    parts = {"speed": speed, "round": round_, "methods": methods, "runs": Runs(options)}
     if unknown := set(options.parts) - set(parts):
         parser.error(f"no part {', '.join(sorted(unknown))}; parts: {', '.join(parts)}")
     if "runs" in options.parts and options.images is None:
@@ -307,7 +299,7 @@ def run(words: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"{machine}, torch {torch.__version__}\n", flush=True)
-    for name in options.parts or ["speed", "beside", "methods"]:
+    for name in options.parts or ["speed", "round", "methods"]:
         rows: list[Row] = []
         for row in cast(Any, parts[name])():
             rows.append(row)

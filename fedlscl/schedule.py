@@ -35,13 +35,11 @@ class Schedule:
         rounds: R, communication rounds for each task.
         clients_per_round: how many clients, drawn anew, take part in each round; all of them by default. A client
             that was absent trains on all it has missed when it is drawn again.
-        side_by_side: how many clients of one process train at the same time, where an NVIDIA GPU has room for more than
-            one keeps it busy with. Each takes memory for networks and a training step; the numbers are the same.
     """
 
-    def __init__(self, rounds: int = 5, clients_per_round: int | None = None, side_by_side: int = 1) -> None:
-        at_least(1, "federation", rounds=rounds, side_by_side=side_by_side)
-        self.rounds, self.clients_per_round, self.side_by_side = rounds, clients_per_round, side_by_side
+    def __init__(self, rounds: int = 5, clients_per_round: int | None = None) -> None:
+        at_least(1, "federation", rounds=rounds)
+        self.rounds, self.clients_per_round = rounds, clients_per_round
 
     def check(self, clients: int) -> None:
         """Raise ValueError if the schedule does not fit the number of clients."""

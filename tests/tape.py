@@ -118,4 +118,5 @@ def recording() -> Iterator[Tape]:
         patch.setattr(trainer, "_strategy", tape.strategy)
         patch.setattr(captured, "WORTH", 0)
         patch.setattr(CapturingStrategy, "known", set())
+        patch.setattr(CapturingStrategy, "refused", set())
         yield tape

@@ -35,3 +35,22 @@ def test_every_part_runs(
         untouched = ("moves of the ViT", "tensors of it elsewhere", "copies of its weights", "waits in steps")
         assert [row[name] for name in untouched] == [0, 0, 0, 0]
     assert "| ViT | block |" in capsys.readouterr().out
+
+
+def test_what_a_gpu_is_measured_with_runs(
+    command_line: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+    gpu = importlib.import_module("gpu")
+    gpu.run(["speed", "round", "--tiny", "--out", str(tmp_path)])
+    (speed,) = json.loads((tmp_path / "speed.json").read_text())["speed"]
+    assert speed["equal states after them"]
+    (found,) = json.loads((tmp_path / "round.json").read_text())["round"]
+    assert found["images"] > 0
+    assert "| ViT | precision |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        gpu.run(["runs", "--tiny"])
+    assert "runs needs --images" in capsys.readouterr().err
+    one = gpu.one_method("fedavg")
+    assert one["equal states"]
+    assert one["why not"] == ""

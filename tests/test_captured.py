@@ -140,7 +140,7 @@ def test_a_step_that_logs_is_not_recorded(body: Callable[..., Any], caplog: pyte
 def test_what_cannot_be_recorded_is_trained_as_always(
     body: Callable[..., Any], why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kind = Refusing if why == "said" else FedAvgClient
+    kind, tried = Refusing if why == "said" else FedAvgClient, list[str]()
     wanted = two_rounds(body(kind, epochs=3, continual=NoReplay()))
     with recording() as tape, caplog.at_level(logging.WARNING, "fedlscl"):
         if why == "scaler":
@@ -148,12 +148,14 @@ def test_what_cannot_be_recorded_is_trained_as_always(
         if why == "device":
 
             def refuse(*_: Any) -> None:
+                tried.append(why)
                 raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
             monkeypatch.setattr(tape, "record", refuse)
         found = two_rounds(body(kind, epochs=3, continual=NoReplay()))
     assert same(wanted, found)
     assert tape.replays == 0
+    assert tried == (["device"] if why == "device" else [])  # and not again with clients of this class
     assert ("(RuntimeError: operation not permitted when stream is capturing)" in caplog.text) == (why == "device")
 
 
@@ -193,7 +195,7 @@ def test_the_tape_notices_what_a_graph_would_lose(body: Callable[..., Any]) -> N
 
 def test_a_whole_federation_is_the_same(tmp_path: Path, data: FederatedDataModule, vit: FrozenViT) -> None:
     def states(name: str) -> list[dict[str, Tensor]]:
-        federation = make_federation(tmp_path / name, data, vit, make_client(epochs=3), rounds=2)
+        federation = make_federation(tmp_path / name, data, vit, make_client(epochs=3))
         run(federation)
         return [copy_of(restore_client(federation, index).state()) for index in range(3)]
 

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from fedlscl.batches import Batch
 from fedlscl.client import Client
-from fedlscl.federation import turns
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +46,7 @@ class CapturingStrategy(SingleDeviceStrategy):
     A step is recorded once another of its kind has been trained on as always, whereby is made whatever is made once,
     and once a step of any kind in this fit, which makes the moments of the optimizer. Not recorded are fits of others
     than clients, those with a gradient scaler (16-mixed), those of clients that say why (`Client.uncapturable`), and
-    steps with which it fails, of which the log tells. Where clients train side by side, another has its turn after
-    each repeated step.
+    those of a class with which it has failed, of which the log tells.
 
     Args:
         device: the GPU.
@@ -56,13 +54,13 @@ class CapturingStrategy(SingleDeviceStrategy):
     """
 
     known: ClassVar[set[Hashable]] = set()  # kinds of which there was one in this process
+    refused: ClassVar[set[type[Client]]] = set()  # those with which recording has failed in this process
 
     def __init__(self, device: torch.device, record: Record) -> None:
         super().__init__(device=device)
         self._record = record
         self._begun = False
         self._recorded: dict[Hashable, Recorded] = {}
-        self._refused: set[Hashable] = set()
         self._last: Recorded | None = None
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
@@ -75,7 +73,7 @@ class CapturingStrategy(SingleDeviceStrategy):
         """Train on a batch."""
         client = self.lightning_module
         scaled = getattr(self.precision_plugin, "scaler", None) is not None
-        if not isinstance(client, Client) or client.uncapturable or scaled:
+        if not isinstance(client, Client) or client.uncapturable or scaled or type(client) in self.refused:
             return super().training_step(*args, **kwargs)
         batch, number = args
         assert isinstance(batch, Batch)
@@ -83,7 +81,7 @@ class CapturingStrategy(SingleDeviceStrategy):
         shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
         kind = type(client), self.precision_plugin.precision, batch.phase, shapes
         left = client.trainer.num_training_batches - number
-        if kind not in self._recorded and self._begun and left > WORTH and kind in self.known - self._refused:
+        if kind not in self._recorded and self._begun and left > WORTH and kind in self.known:
             self._try(client, kind, batch.phase, tensors)
         if (step := self._recorded.get(kind)) is None:
             self._last, self._begun = None, True
@@ -91,8 +89,7 @@ class CapturingStrategy(SingleDeviceStrategy):
             return super().training_step(*args, **kwargs)
         for name, tensor in tensors.items():
             step.inputs[name].copy_(tensor, non_blocking=True)
-        with turns.passed():
-            step.replay()
+        step.replay()
         if step is not self._last:
             self._last = step
             for parameter, gradient in zip(client.parameters(), step.gradients, strict=True):
@@ -116,7 +113,8 @@ class CapturingStrategy(SingleDeviceStrategy):
             with _no_logging(client):
                 replay = self._record(lambda: super(CapturingStrategy, self).training_step(batch, 0))
         except Exception as error:  # whatever a device refuses to record, or a method does that is not for it
-            self._refused.add(kind)
+            self.refused.add(type(client))
+            self._recorded.clear()
             log.warning(
                 "the training step of %s cannot be recorded, so that a GPU waits for it more than it need (%s: %s)",
                 type(client).__name__,
@@ -175,24 +173,21 @@ def _no_logging(client: Client) -> Iterator[None]:
 
 def cuda_graph(step: Callable[[], object]) -> Replay:
     """Record what a function makes the current CUDA device do."""
-    stream, pool, _ = _place(torch.cuda.current_stream())
+    stream, pool, _ = _place()
     return _graph(step, stream, pool).replay
 
 
 @cache
-def _place(of: torch.cuda.Stream) -> tuple[torch.cuda.Stream, Any, torch.cuda.CUDAGraph]:
-    """Where to record what will be repeated on a stream.
-
-    Returns:
-        A stream, and the memory that all graphs share, which lasts as long as one of them: the third.
-    """
+def _place() -> tuple[torch.cuda.Stream, Any, torch.cuda.CUDAGraph]:
+    """A stream to record on, and the memory that all graphs share, which lasts as long as one of them: the third."""
     stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
     return stream, pool, _graph(lambda: torch.zeros(1, device="cuda"), stream, pool)
 
 
 def _graph(step: Callable[[], object], stream: torch.cuda.Stream, pool: Any) -> torch.cuda.CUDAGraph:
     # not by torch.cuda.graph, which also waits for the device and gives all its memory back
-    graph = torch.cuda.CUDAGraph()
+    graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[torch.cuda.current_device()]
+    drawn = generator.clone_state()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
@@ -201,6 +196,8 @@ def _graph(step: Callable[[], object], stream: torch.cuda.Stream, pool: Any) -> 
         except BaseException:
             with suppress(RuntimeError):  # the first error says more
                 graph.capture_end()
+            generator.graphsafe_set_state(drawn)  # the other one goes on waiting for the end
+            _place.cache_clear()  # and so does this memory
             raise
         graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)

@@ -30,7 +30,6 @@ class Template:
         cnn: which client has which small model.
         seed: of the run.
         trainer: makes a fresh Trainer whose metrics go to a logger.
-        side_by_side: how many clients may train at the same time in a process.
     """
 
     client: Client
@@ -39,7 +38,6 @@ class Template:
     cnn: SmallModelSpec
     seed: int
     trainer: MakeTrainer
-    side_by_side: int = 1
 
     def __post_init__(self) -> None:
         """Build a model for each architecture, and the tensors with which all clients start.

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from lightning.pytorch.loggers import Logger
 
 from fedlscl.client import Client
-from fedlscl.federation import turns
 from fedlscl.federation.callback import FederationCallback
 from fedlscl.federation.store import Store, client_name
 from fedlscl.federation.template import Template
@@ -84,31 +82,8 @@ class Transport(Protocol):
         """See `Worker.cost`; empty if the client does not say."""
 
 
-class Later(Logger):
-    """Keeps what a fit logs for a logger, if there is one, until it is to hear it."""
-
-    name, version = "later", 0
-
-    def __init__(self, logger: Logger | None) -> None:
-        super().__init__()
-        self._logger, self._heard = logger, list[dict[str, float]]()
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Keep them."""
-        self._heard.append(metrics)
-
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """Keep nothing: a fit has no configuration of its own."""
-
-    def say(self) -> None:
-        """Tell the logger."""
-        if self._logger:
-            for metrics in self._heard:
-                self._logger.log_metrics(metrics)
-
-
 class InProcess:
-    """Clients of this process, their states in the federation's own store.
+    """Clients of this process, one after another, their states in the federation's own store.
 
     Args:
         template: what they are like.
@@ -122,36 +97,20 @@ class InProcess:
         if LEDGER in store.files:
             raise ValueError(f"{store.folder} holds a run on Flower; go on with `flwr run`, or give another run_dir")
         self.worker, self.store = Worker(template), store
-        self._workers = [self.worker]
         self._accuracy: dict[int, Accuracy] = {}
 
     def fit(
         self, round: Round, clients: Sequence[int], uploads: bool, callback: FederationCallback
     ) -> Iterator[Fitted]:
-        """Train them in turn, or some side by side."""
-        most = self.worker.template.side_by_side if turns.pays() else 1
-        while len(self._workers) < min(most, len(clients)):
-            self._workers.append(Worker(self.worker.template, self.worker))
-        for together in (clients[start : start + most] for start in range(0, len(clients), most)):
-            loggers = [callback.on_fit_start(round.task, round.number, index) for index in together]
-            if len(together) == 1:
-                yield self._fit(self.worker, together[0], round, uploads, loggers[0])
-                callback.on_fit_end()
-                continue
-            logged = [Later(logger) for logger in loggers]
-            jobs = [
-                partial(self._fit, worker, index, round, uploads, later)
-                for worker, index, later in zip(self._workers, together, logged, strict=False)
-            ]
-            for later, fitted in zip(logged, turns.side_by_side(jobs), strict=True):
-                later.say()
-                yield fitted
-                callback.on_fit_end()
+        """Train them in turn."""
+        for index in clients:
+            yield self._fit(index, round, uploads, callback.on_fit_start(round.task, round.number, index))
+            callback.on_fit_end()
 
-    def _fit(self, worker: Worker, index: int, round: Round, uploads: bool, logger: Logger | None) -> Fitted:
-        client = self._restore(index, worker)
+    def _fit(self, index: int, round: Round, uploads: bool, logger: Logger | None) -> Fitted:
+        client = self._restore(index)
         try:
-            state = worker.fit(client, round, logger)
+            state = self.worker.fit(client, round, logger)
             message = client.upload().to_bytes() if uploads else None
         except CLIENTS_FAULT as error:
             if is_the_machines(error):
@@ -192,7 +151,7 @@ class InProcess:
         """Count it here."""
         return self.worker.cost(self._restore(client))
 
-    def _restore(self, index: int, worker: Worker | None = None) -> Client:
+    def _restore(self, index: int) -> Client:
         """The client in its last state.
 
         Raises:
@@ -205,8 +164,7 @@ class InProcess:
                 f"'{self.store.folder}' lacks the state of client {index}, which had a part in earlier rounds: put "
                 "back a copy of the folder, or delete it to start anew"
             )
-        worker = worker or self.worker
-        return worker.restore(index, state, worker.template.start_message(index) if state is None else None)
+        return self.worker.restore(index, state, self.worker.template.start_message(index) if state is None else None)
 
 
 def _fitted(index: int) -> str:

@@ -35,18 +35,11 @@ class Worker:
 
     Args:
         template: what all clients are like.
-        beside: a worker of this process that trains other clients at the same time, and has the cache; without one this
-            one uses the template's own models.
     """
 
-    def __init__(self, template: Template, beside: Worker | None = None) -> None:
+    def __init__(self, template: Template) -> None:
         self.template = template
-        if beside is None:
-            self.models = template.models
-            self.precomputed = FrozenCache(template.data, template.first.precompute, template.vit.cache_mib)
-        else:
-            self.models = {name: template.new_model(name) for name in template.models}
-            self.precomputed = beside.precomputed
+        self.precomputed = FrozenCache(template.data, template.first.precompute, template.vit.cache_mib)
         self._tester: Trainer | None = None
 
     def restore(self, index: int, state: Mapping[str, Tensor] | None, start: bytes | None) -> Client:
@@ -60,7 +53,7 @@ class Worker:
         Raises:
             ValueError: if it has neither.
         """
-        client, data = self.models[self.template.cnn.name_of(index)], self.template.data
+        client, data = self.template.model_of(index), self.template.data
         if state is not None:
             client.restore(index, data, self.precomputed, state)
         elif start is not None:

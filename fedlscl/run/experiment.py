@@ -217,8 +217,7 @@ class Experiment:
 
     def template(self) -> Template:
         """What all clients are like."""
-        settings = self.client, self.data, self.vit, self.cnn, self.seed, self.trainer
-        return Template(*settings, self.schedule.side_by_side)
+        return Template(self.client, self.data, self.vit, self.cnn, self.seed, self.trainer)
 
     def _tracker(self, progress: Mapping[str, Any]) -> Tracker:
         size = progress.get("metrics_bytes")
