@@ -274,9 +274,7 @@ class Runs:
 def run(words: list[str] | None = None) -> None:
     """Run the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "parts", nargs="*", metavar="PART", help="speed, round, methods, runs; all but runs by default"
-    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help="speed, round, methods, runs; all but runs by default")
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--out", type=Path, default=Path("gpu"))
     parser.add_argument("--jobs", type=int, default=2, help="how many runs at a time")

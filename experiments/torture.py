@@ -20,9 +20,11 @@ from pathlib import Path
 PARTS = ("kills", "disks", "damage", "messages", "values", "images", "fields")
 
 
-def section(name: str, text: str, seed: int, count: int | None, seconds: float) -> str:
+def section(name: str, text: str, options: argparse.Namespace, seconds: float) -> str:
     """A part's findings under its heading, with what is needed to do it again."""
-    command = f"python experiments/torture.py {name} --seed {seed}" + (f" --count {count}" if count else "")
+    command = f"python experiments/torture.py {name} --seed {options.seed}"
+    command += f" --count {options.count}" if options.count else ""
+    command += f" --methods {' '.join(options.methods)}" if options.methods and name == "values" else ""
     return f"## {name}\n\n{text.strip()}\n\n`{command}`, {seconds:.0f} s, Python {platform.python_version()}.\n"
 
 
@@ -39,6 +41,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, help="how many cases, where a part draws them; by default its own")
+    parser.add_argument("--methods", nargs="+", help="the methods that `values` attacks; by default all that send")
     parser.add_argument("--out", type=Path, help="the document that the sections are part of")
     options = parser.parse_args()
     faults = 0
@@ -46,9 +49,11 @@ def main() -> None:
         since = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="torture-") as folder:
             part = importlib.import_module(f"reliability.{name}")
+            if name == "values":
+                part.METHODS = options.methods
             text, found = part.run(Path(folder), options.seed, options.count or part.COUNT)
         faults += found
-        new = section(name, text, options.seed, options.count, time.monotonic() - since)
+        new = section(name, text, options, time.monotonic() - since)
         print(new, flush=True)
         if options.out is not None:
             before = options.out.read_text() if options.out.exists() else ""

@@ -26,6 +26,7 @@ from fedlscl.server import Server
 from reliability.small import Change, attacked, exchanging, experiment, quiet
 
 COUNT = 10**6  # all
+METHODS: list[str] | None = None  # or these alone
 ATTACKER = 1
 AVERAGES = ("clip", "median", "trimmed_mean")
 ALIKE = (  # what makes FedAvg learn: clients with the same classes, for longer
@@ -208,7 +209,7 @@ def with_average(described: Experiment, average: str) -> Experiment:
 @quiet()
 def run(folder: Path, seed: int, count: int) -> tuple[str, int]:
     """Do all, or `count` drawn by `seed`; the findings, and how many runs came to no end or left out another client."""
-    cases = [(name, attack) for name in exchanging() for attack in ATTACKS]
+    cases = [(name, attack) for name in METHODS or exchanging() for attack in ATTACKS]
     if count < len(cases):
         cases = sorted(random.Random(seed).sample(cases, count))
     by_method: dict[str, list[str]] = defaultdict(list)
@@ -238,9 +239,7 @@ def run(folder: Path, seed: int, count: int) -> tuple[str, int]:
                 found[name, average, attack] = outcome(described, folder / "run", ATTACKS[attack])
     text, faults = report(honest, found, ratios)
     alike, more = among_alike(folder)
-    drawn = (
-        f"{len(cases)} of {len(exchanging()) * len(ATTACKS)} cases (`--count`), and these again with robust averages."
-    )
+    drawn = f"{len(cases)} of {len(METHODS or exchanging()) * len(ATTACKS)} cases (`--count`), and these again with robust averages."
     return f"{drawn} {text}\n\n{alike}", faults + more
 
 
