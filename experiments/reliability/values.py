@@ -239,7 +239,8 @@ def run(folder: Path, seed: int, count: int) -> tuple[str, int]:
                 found[name, average, attack] = outcome(described, folder / "run", ATTACKS[attack])
     text, faults = report(honest, found, ratios)
     alike, more = among_alike(folder)
-    drawn = f"{len(cases)} of {len(METHODS or exchanging()) * len(ATTACKS)} cases (`--count`), and these again with robust averages."
+    every = len(METHODS or exchanging()) * len(ATTACKS)
+    drawn = f"{len(cases)} of {every} cases (`--count`), and these again with robust averages."
     return f"{drawn} {text}\n\n{alike}", faults + more
 
 
