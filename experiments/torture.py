@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 PARTS = ("kills", "disks", "damage", "messages", "values", "images", "fields")
 
@@ -48,7 +49,7 @@ def main() -> None:
     for name in options.parts:
         since = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="torture-") as folder:
-            part = importlib.import_module(f"reliability.{name}")
+            part: Any = importlib.import_module(f"reliability.{name}")
             if name == "values":
                 part.METHODS = options.methods
             text, found = part.run(Path(folder), options.seed, options.count or part.COUNT)

@@ -17,7 +17,7 @@ from fedlscl import seeds
 from fedlscl.federation.algorithm import Federation
 from fedlscl.methods import instruments
 from fedlscl.methods.fed_lscl import FedLSCL
-from fedlscl.methods.instruments import Generating, Overheard
+from fedlscl.methods.instruments import Generating
 from fedlscl.models.adapters import LoRA, LowRank
 from fedlscl.models.vit import FrozenViT
 from fedlscl.schedule import Round
@@ -91,16 +91,6 @@ def test_products_are_those_of_the_formed_matrices() -> None:
     assert torch.allclose(instruments.products(lora), instruments.inner(formed))
 
 
-def test_listening_changes_nothing_and_hears_the_projection(vit: FrozenViT) -> None:
-    tokens = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0))
-    heard = Overheard(1)
-    assert torch.equal(vit.encode(tokens, 1, [heard]), vit.encode(tokens, 1))
-    block: Any = vit.vit.blocks[1]
-    assert torch.equal(heard.inputs, block.norm1(tokens))
-    assert torch.equal(heard.outputs, block.attn.qkv(heard.inputs))
-    assert not block.attn.qkv._forward_hooks
-
-
 def test_what_is_said_of_a_model_is_what_its_networks_give(body: FedLSCL, vit: FrozenViT) -> None:
     values = generated(fit(body, 1, 1))
     images, _ = train_images(body, instruments.evenly(task_images(body, 1)))
@@ -125,7 +115,10 @@ def test_what_is_said_of_a_model_is_what_its_networks_give(body: FedLSCL, vit: F
     assert values["qkv_change"] == pytest.approx(
         float((added.flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)).mean()), rel=1e-4
     )
-    change = (adapted - frozen).norm(dim=1) / frozen.norm(dim=1)
+    change = ((adapted - frozen).norm(dim=1) / frozen.norm(dim=1))[
+        instruments.evenly(torch.arange(len(images)), instruments.THROUGH)
+    ]
+    assert len(change) == instruments.THROUGH
     assert values["class_token_change"] == pytest.approx(float(change.mean()), rel=1e-3)
     assert values.keys().isdisjoint({"shuffled_cost", "mean_cost"})  # only after a task's last round
 
@@ -159,15 +152,17 @@ def test_mixing_up_costs_all_where_the_lora_alone_tells_the_classes_apart(
         logits[:, first], logits[:, second] = weights[:, 0], -weights[:, 0]
         return logits
 
-    def with_and_without(images: Any) -> dict[str, Tensor]:
-        out = body.generate(images.pixels)
-        norms = torch.ones(len(images.pixels))
-        return {**out, "logits": logits_under(out["weights"], images.labels), "qkv": norms, "class_token": norms}
+    def looked_at(images: Any) -> dict[str, Tensor]:
+        return {**body.generate(images.pixels), "qkv": torch.ones(len(images.pixels))}
 
+    def with_and_without(weights: Tensor) -> Callable[[Any], dict[str, Tensor]]:
+        return lambda images: {"logits": logits_under(weights, images.labels), "class_token": torch.ones(len(weights))}
+
+    monkeypatch.setattr(body, "_generated", looked_at)
     monkeypatch.setattr(body, "_with_and_without", with_and_without)
     monkeypatch.setattr(body, "_logits_under", logits_under)
     values = generated(body.diagnose())
-    labels = body.data.labels(instruments.evenly(body.current))
+    labels = body.data.labels(instruments.evenly(instruments.evenly(body.current), 2 * instruments.THROUGH))
     order = torch.randperm(len(labels), generator=body.rng("diagnosis"))
     assert values["shuffled_cost"] == pytest.approx(100 * float((labels[order] != labels).double().mean()))
     assert 0 < values["shuffled_cost"] < 100
@@ -181,9 +176,11 @@ def test_weights_of_others_reach_their_images(body: FedLSCL, size: int) -> None:
     fit(body, 1, 1)
     body.evaluation_batch_size = size
     images = task_images(body, 1)
-    seen = body.observe(images, body._with_and_without)
-    assert torch.allclose(body._logits_under(seen["weights"], images), seen["logits"], atol=1e-5)
-    turned = seen["weights"].flip(0)
+    weights = body.observe(images, body._generated)["weights"]
+    logits = body.observe(images, body._with_and_without(weights))["logits"]
+    assert torch.equal(body._logits_under(weights, images), logits)
+    assert torch.allclose(body.observe(images)["logits"], logits, atol=1e-5)
+    turned = weights.flip(0)
     assert torch.allclose(
         body._logits_under(turned, images.flip(0)).flip(0), body._logits_under(turned.flip(0), images)
     )

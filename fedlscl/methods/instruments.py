@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +20,10 @@ from fedlscl.models.adapters import LoRA, LowRank, ParameterGenerator
 log = logging.getLogger(__name__)
 
 SAMPLE = 32
-"""How many images are looked at, at most."""
+"""How many images the small model is shown to be looked at, at most."""
+
+THROUGH = 8
+"""How many of these the ViT is shown, of which a pass takes long; twice as many after a task's last round."""
 
 EVERY = 16
 """Of how many steps one has its gradient measured."""
@@ -75,32 +76,6 @@ def relative(change: Tensor, to: Tensor) -> Tensor:
     return found
 
 
-@dataclass
-class Overheard:
-    """Injected into a block, it changes nothing and keeps what goes into the qkv projection and what comes out.
-
-    Args:
-        block: index of the block.
-    """
-
-    block: int
-    inputs: Tensor = field(init=False)  # (n, T, d)
-    outputs: Tensor = field(init=False)  # (n, T, 3d)
-
-    @contextmanager
-    def into(self, block: nn.Module) -> Iterator[None]:
-        """Listen inside the context."""
-
-        def listen(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            self.inputs, self.outputs = inputs[0], output
-
-        handle = block.get_submodule("attn.qkv").register_forward_hook(listen)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-
 class Generating(Client):
     """A client whose small model generates the LoRA weights of every image, and what is looked at in it."""
 
@@ -138,49 +113,57 @@ class Generating(Client):
             weight_variance      the same of W
             product_variance     the same of the LoRA's product B A
             qkv_change           mean over images of ||(alpha / r) B A h|| / ||W h + c||, over all tokens h
-            class_token_change   mean over images of ||f - f_0|| / ||f_0||, f_0 the frozen ViT's feature
+            class_token_change   mean over 8 of them of ||f - f_0|| / ||f_0||, f_0 the frozen ViT's feature
 
-        and after a task's last round, in points of accuracy among the classes seen, on the same images:
+        and after a task's last round, in points of accuracy among the classes seen, on 16 of them, on which
+        `class_token_change` is taken then:
 
-            shuffled_cost        when the images' W are shuffled among them
-            mean_cost            when every image is given the mean W
+            shuffled_cost        when these images' W are shuffled among them
+            mean_cost            when every image is given their mean W
         """
         images = evenly(torch.cat([self.memory.buffer, self.current]))
         if len(images) < 2:
             return {}
-        seen = self.observe(images, self._with_and_without)
+        seen = self.observe(images, self._generated)
         features, weights = seen["features"], seen["weights"]
+        rows = evenly(torch.arange(len(images)), 2 * THROUGH if self.round.ends_task else THROUGH)
+        few, own = images[rows], weights[rows]
+        through = self.observe(few, self._with_and_without(own))
         found = {
             "feature_distance": distance(features),
             "feature_variance": varying(inner(features)),
             "weight_variance": varying(inner(weights)),
             "product_variance": varying(products(self.generator.split(weights))),
             "qkv_change": float(seen["qkv"].mean()),
-            "class_token_change": float(seen["class_token"].mean()),
+            "class_token_change": float(through["class_token"].mean()),
         }
         if self.round.ends_task:
-            own = self._accuracy(seen["logits"], images)
-            shuffled = weights[torch.randperm(len(images), generator=self.rng("diagnosis"))]
-            found["shuffled_cost"] = own - self._accuracy(self._logits_under(shuffled, images), images)
-            mean = weights.mean(0).expand_as(weights)
-            found["mean_cost"] = own - self._accuracy(self._logits_under(mean, images), images)
+            accuracy = self._accuracy(through["logits"], few)
+            shuffled = own[torch.randperm(len(own), generator=self.rng("diagnosis"))]
+            found["shuffled_cost"] = accuracy - self._accuracy(self._logits_under(shuffled, few), few)
+            mean = own.mean(0).expand_as(own)
+            found["mean_cost"] = accuracy - self._accuracy(self._logits_under(mean, few), few)
             self._warn_if_alike(found["feature_distance"])
         return {f"generated/{name}": value for name, value in found.items()}
 
-    def _with_and_without(self, images: Images) -> dict[str, Tensor]:
-        """E, W and logits of some images, and how far the LoRA moves (B,) `qkv` and `class_token`."""
-        tokens = self.frozen(images)["tokens"]
-        generated, heard = self.generate(images.pixels), Overheard(self.block)
-        frozen = self.vit.upper(tokens, self.block, [heard])
-        pair = self.pair(generated["weights"])
-        adapted = self.vit.upper(tokens, self.block, [pair])
-        added = self.scale * (heard.inputs @ pair.lora.a.mT @ pair.lora.b.mT)
-        return {
-            **generated,
-            "logits": self.head(adapted),
-            "qkv": relative(added, heard.outputs),
-            "class_token": relative(adapted - frozen, frozen),
-        }
+    def _generated(self, images: Images) -> dict[str, Tensor]:
+        """E and W of some images, and how far the LoRA moves (B,) the `qkv` projection."""
+        generated = self.generate(images.pixels)
+        given, before = self.vit.projected(self.frozen(images)["tokens"], self.block)
+        lora = self.pair(generated["weights"]).lora
+        return {**generated, "qkv": relative(self.scale * (given @ lora.a.mT @ lora.b.mT), before)}
+
+    def _with_and_without(self, weights: Tensor) -> Callable[[Images], dict[str, Tensor]]:
+        """What says, with W (n, P), of n images, batch by batch: logits, and how far the `class_token` (B,) moves."""
+        given = iter(torch.split(weights, self.evaluation_batch_size))
+
+        def compute(batch: Images) -> dict[str, Tensor]:
+            tokens = self.frozen(batch)["tokens"]
+            adapted = self.vit.upper(tokens, self.block, [self.pair(next(given).to(self.device))])
+            frozen = self.vit.upper(tokens, self.block)
+            return {"logits": self.head(adapted), "class_token": relative(adapted - frozen, frozen)}
+
+        return compute
 
     def _logits_under(self, weights: Tensor, images: Tensor) -> Tensor:
         """Logits (n, K) of training images (n,) with W (n, P) of others in the place of their own."""

@@ -166,6 +166,12 @@ class FrozenViT(nn.Module):
             entering: Tensor = vit.blocks[:block](tokens)
         return entering
 
+    def projected(self, tokens: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """What a block's qkv projection is given (B, T, d) and gives (B, T, 3 d), for tokens that enter the block."""
+        inside = self._model().blocks[block]
+        given = inside.norm1(tokens)
+        return given, inside.attn.qkv(given)
+
     def prompted(self, tokens: Tensor, prompts: Tensor) -> Tensor:
         """Tokens (B, T + L, d) that enter block 0, with prompts (B, L, d) right behind the class token.
 
