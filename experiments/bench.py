@@ -417,9 +417,10 @@ def bare(described: Experiment, clients: list[Client]) -> dict[str, list[list[fl
 def framework() -> Iterator[Row]:
     """The command with tracking and files, beside the bare loop; imports are common to both and not counted."""
     threads = torch.get_num_threads()
-    yield compare("quickstart", [*DIGITS, CPU])
-    torch.set_num_threads(threads)  # the quickstart has set its own
-    yield compare("CIFAR", [*CIFAR, CPU, "--federation.rounds=2"])
+    settings = {"CIFAR": [*CIFAR, CPU, "--federation.rounds=2"], "quickstart": [*DIGITS, CPU]}
+    for setting, words in itertools.islice(settings.items(), scale.models):
+        yield compare(setting, words)
+        torch.set_num_threads(threads)  # the quickstart has set its own
 
 
 def compare(setting: str, words: list[str]) -> Row:
@@ -575,7 +576,7 @@ def ancestors(event: Any) -> set[str]:
 
 def device() -> Iterator[Row]:
     """The second round of all clients; the smallest models, since numbers of operations do not depend on the size."""
-    for precision in ("32-true", "bf16-mixed"):
+    for precision in itertools.islice(("bf16-mixed", "32-true"), scale.models):
         with tempfile.TemporaryDirectory() as folder:
             words = [
                 *CIFAR,

@@ -25,7 +25,7 @@ def test_every_part_runs(
     # what does not depend on time
     ratios = [row["FLOP ratio"] for row in found["prefix"]]
     assert ratios[1] > ratios[0] > 1.05  # blocks 11 and 3
-    assert [row["same accuracies"] for row in found["framework"]] == [True, True]
+    assert [row["same accuracies"] for row in found["framework"]] == [True]
     exact, iterative, *sizes = found["distillation"]
     assert exact["objective before"] == iterative["objective before"]
     assert exact["after"] <= iterative["after"]

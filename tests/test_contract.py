@@ -437,7 +437,7 @@ def test_another_seed_is_another_run(described: Experiment, tmp_path: Path) -> N
 def test_its_training_step_can_be_recorded_or_says_why_not(whole: tuple[Experiment, Run]) -> None:
     federation = fresh(whole[0]).federation()
     client = restore_client(federation, 0)
-    client.epochs = 3
+    client.epochs = 2
     with recording() as tape:
         federation.transport.worker.fit(client, Round(2, 5, False, federation.template.seed), None)
     assert not tape.differences
