@@ -184,7 +184,7 @@ def test_keys_are_moved_by_the_pull_and_prompts_by_the_cross_entropy(body: Any) 
     assert moved_by(terms["cross_entropy"]) == {"prompts", "head.weight", "head.bias"}
     chosen = set(body.choose(similarities(body.vit(batch.images.pixels[:1]), body.keys))[0].tolist())
     one = batch._replace(
-        images=batch.images._replace(**{n: getattr(batch.images, n)[:1] for n in batch.images._fields})
+        images=batch.images._replace(**{n: getattr(batch.images, n)[:1] for n in ("indices", "pixels", "labels")})
     )
     torch.stack(list(body.losses(one).values())).sum().backward()
     for tensor in (body.keys, body.prompts):
