@@ -5,6 +5,7 @@ python experiments/gpu.py [PART ...] [--minutes M] [--out FOLDER] [--jobs N] [--
 
 speed    images a second in the steps of a client, recorded and not, with ViT-Tiny, -Small and -Base; whether the states
          after them are equal to the last bit; the share of a large matrix product
+profile  kernels of a recorded step, read off torch's profiler
 round    a round of five clients, with all that belongs to it
 methods  whether the states of all clients of a small federation are, recorded and not, with every kind of client
 runs     experiments/cifar100.yaml with all images, 5 rounds of 5 epochs each; needs --images and --weights
@@ -116,6 +117,42 @@ def speed() -> Iterator[Row]:
             "share": rate / peak,
             "steps": steps,
             "equal states after them": same(wanted, found),
+        }
+
+
+class Profiled(Callback):
+    """Profiles some steps of a fit's first phase."""
+
+    def __init__(self) -> None:
+        self.first, self.last = (2, 4) if bench.scale is TINY else (25, 55)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start before the first of them, stop before the one behind the last."""
+        if batch_idx == self.first:
+            now()
+            self.profile = torch.profiler.profile()
+            self.profile.start()
+            self.start = now()
+        if batch_idx == self.last:
+            self.seconds = now() - self.start
+            self.profile.stop()
+
+
+def profile() -> Iterator[Row]:
+    """Kernels of a recorded step, and for how much of it one of them runs."""
+    for vit in itertools.islice(("ViT-Tiny/16", "ViT-Base/16"), bench.scale.models):
+        words = [] if bench.scale is TINY else [*PAPER, f"--backbone.name={VITS[vit]}"]
+        made, recorded = Bench(*words, "--model.epochs=12", "--trainer.precision=bf16-mixed"), Profiled()
+        made.begin()
+        made.fit(recorded)
+        everything: Any = recorded.profile.events()  # type: ignore[no-untyped-call]
+        events = [event for event in everything if event.device_type.name == "CUDA"]
+        steps = recorded.last - recorded.first
+        yield {
+            "ViT": vit,
+            "kernels a step": len(events) / steps,
+            "ms of kernels": sum(event.device_time for event in events) / steps / 1e3,
+            "ms a step": 1e3 * recorded.seconds / steps,
         }
 
 
@@ -274,7 +311,9 @@ class Runs:
 def run(words: list[str] | None = None) -> None:
     """Run the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="speed, round, methods, runs; all but runs by default")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help="speed, profile, round, methods, runs; all but runs by default"
+    )
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--out", type=Path, default=Path("gpu"))
     parser.add_argument("--jobs", type=int, default=2, help="how many runs at a time")
@@ -285,7 +324,7 @@ def run(words: list[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, help="of the ViT, as safetensors; untrained without")
     parser.add_argument("--tiny", action="store_true", help="everything as small as it can be, to see that it runs")
     options = parser.parse_args(words)
-    parts = {"speed": speed, "round": round_, "methods": methods, "runs": Runs(options)}
+    parts = {"speed": speed, "profile": profile, "round": round_, "methods": methods, "runs": Runs(options)}
     if unknown := set(options.parts) - set(parts):
         parser.error(f"no part {', '.join(sorted(unknown))}; parts: {', '.join(parts)}")
     if "runs" in options.parts and options.images is None:
@@ -297,7 +336,7 @@ def run(words: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"{machine}, torch {torch.__version__}\n", flush=True)
-    for name in options.parts or ["speed", "round", "methods"]:
+    for name in options.parts or ["speed", "profile", "round", "methods"]:
         rows: list[Row] = []
         for row in cast(Any, parts[name])():
             rows.append(row)

@@ -42,7 +42,7 @@ def test_what_a_gpu_is_measured_with_runs(
 ) -> None:
     monkeypatch.syspath_prepend(EXPERIMENTS)
     gpu = importlib.import_module("gpu")
-    gpu.run(["speed", "round", "--tiny", "--out", str(tmp_path)])
+    gpu.run(["speed", "profile", "round", "--tiny", "--out", str(tmp_path)])
     (speed,) = json.loads((tmp_path / "speed.json").read_text())["speed"]
     assert speed["equal states after them"]
     (found,) = json.loads((tmp_path / "round.json").read_text())["round"]
