@@ -49,11 +49,12 @@ class DeviceImages:
         rows = self._rows[part]
         if (missing := rows[positions] < 0).any():
             new = np.unique(positions[missing])[: self._room - self._used]
-            end = self._used + len(new)
-            for kept, sent in zip((self._images, self._labels), self._fetch(part, new), strict=True):
-                kept[self._used : end] = send(sent, self.device)
-            rows[new] = np.arange(self._used, end)
-            self._used = end
+            if len(new):
+                end = self._used + len(new)
+                for kept, sent in zip((self._images, self._labels), self._fetch(part, new), strict=True):
+                    kept[self._used : end] = send(sent, self.device)
+                rows[new] = np.arange(self._used, end)
+                self._used = end
             if (rows[positions] < 0).any():
                 images, labels = self._fetch(part, positions)
                 return send(images, self.device), send(labels, self.device)
