@@ -17,7 +17,7 @@ from fedlscl.federation.algorithm import Federation
 from fedlscl.federation.callback import FederationCallback, RoundResult
 from fedlscl.federation.transport import Fitted, Transport
 from fedlscl.federation.worker import Accuracy
-from fedlscl.messages import Upload
+from fedlscl.messages import MessageError, Upload
 from fedlscl.run.configuration import Configuration
 from fedlscl.run.experiment import Experiment
 from fedlscl.schedule import Round
@@ -130,7 +130,11 @@ class Hostile:
                 yield fitted
                 continue
             schema = self.federation.template.model_of(fitted.client).upload_schema()
-            upload = self.sent[fitted.client] = Upload.from_bytes(fitted.upload, schema)
+            try:
+                upload = self.sent[fitted.client] = Upload.from_bytes(fitted.upload, schema)
+            except MessageError:  # the federation's to say; what an attack has led to, perhaps
+                yield fitted
+                continue
             if fitted.client != self.client:
                 yield fitted
                 continue
