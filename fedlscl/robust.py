@@ -23,7 +23,7 @@ Model = tuple[Mapping[str, Tensor], int]
 Sizes = Mapping[str, float]
 """How large what a client sent is: by name the root mean square of a tensor's values, see `sizes`."""
 
-ALL, SAMPLES = "all of it", "the number of samples"
+ALL, CHANGE, SAMPLES = "all of it", "the change", "the number of samples"
 
 
 class Averaging:
@@ -141,6 +141,8 @@ def average(models: Iterable[Model]) -> dict[str, Tensor]:
 
 # ---- uploads beside each other
 
+_IN_WORDS = {SAMPLES: SAMPLES, CHANGE: "the root mean square of what it changed of the common model"}
+
 
 def sizes(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     """The root mean square of each floating-point tensor's values, by name, and under `ALL` of all of them together."""
@@ -152,15 +154,40 @@ def sizes(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     return found
 
 
+def change(tensors: Mapping[str, Tensor], common: Mapping[str, Tensor]) -> dict[str, float]:
+    """How far what a client sent is from what all had in common: the root mean square of the differences, as `CHANGE`.
+
+    It is bounded as well as sizes, since a mean that one client makes larger by the same factor in each round grows
+    without end, though no upload is far larger than the others.
+
+    Args:
+        tensors: what it sent.
+        common: what all clients had last; only what is in both, with the same shape and floating point, is compared.
+
+    Returns:
+        Nothing, where there is nothing to compare.
+    """
+    both = [
+        (tensor, common[name])
+        for name, tensor in tensors.items()
+        if name in common and tensor.is_floating_point() and tensor.shape == common[name].shape
+    ]
+    count = sum(tensor.numel() for tensor, _ in both)
+    if not count:
+        return {}
+    return {CHANGE: math.sqrt(sum(float((t.double() - c.double()).square().sum()) for t, c in both) / count)}
+
+
 def outliers(found: Mapping[int, Sizes], before: Sizes, factor: float) -> dict[int, str]:
-    """Who sent a tensor that is more than `factor` times as large as is usual, and which.
+    """Who sent a tensor, or a change, that is more than `factor` times as large as is usual, and which.
 
     Usual is the median over the clients that sent it. Of fewer than three values nobody can say which is wrong: then
     `before` stands in for the third, and a single client is compared with that. Where this gives nothing, or zero, and
     there are two clients at least, `ALL` of what they sent is taken for it.
 
     Args:
-        found: of each client what `sizes` gives; under `SAMPLES` its number of images, where nobody knows that.
+        found: of each client what `sizes` and `change` give; under `SAMPLES` its number of images, where nobody knows
+            that.
         before: the medians of the last round with at least three clients, or sizes of what all clients start with.
         factor: how many times.
 
@@ -184,7 +211,7 @@ def outliers(found: Mapping[int, Sizes], before: Sizes, factor: float) -> dict[i
                 instead = usual(ALL) if len(found) > 1 and name != SAMPLES else 0.0
                 limits[name] = factor * (usual(name) or instead)
             if name != ALL and size > limits[name] > 0:
-                what = name if name == SAMPLES else f"the root mean square of '{name}'"
+                what = _IN_WORDS.get(name, f"the root mean square of '{name}'")
                 reasons[client] = (
                     f"{what} is {size:.3g}, more than {factor:g} times the {limits[name] / factor:.3g} that is usual"
                 )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedlscl.messages import TensorSpec, Upload
-from fedlscl.robust import ALL, SAMPLES, Averaging, average, medians, outliers, sizes
+from fedlscl.robust import ALL, CHANGE, SAMPLES, Averaging, average, change, medians, outliers, sizes
 from fedlscl.schedule import Round
 from fedlscl.server import Context, FedAvg
 
@@ -161,6 +161,31 @@ def test_a_number_of_samples_that_nobody_knows_is_compared_as_well() -> None:
     for client, samples in enumerate((40.0, 1e17, 60.0)):
         found[client][SAMPLES] = samples
     assert outliers(found, {}, 100) == {1: "the number of samples is 1e+17, more than 100 times the 60 that is usual"}
+
+
+def test_a_change_is_that_of_what_both_have() -> None:
+    sent = {"x": torch.tensor([4.0, 6.0]), "n": torch.tensor([9]), "other shape": torch.ones(3), "own": torch.ones(1)}
+    common = {"x": torch.tensor([1.0, 2.0]), "n": torch.tensor([1]), "other shape": torch.ones(2)}
+    assert change(sent, common) == {CHANGE: pytest.approx(math.sqrt(12.5))}
+    assert change(sent, {}) == {}
+
+
+def test_one_client_cannot_make_a_plain_mean_grow_without_end() -> None:
+    """Each upload is 50 times what its client was given, so below 100 times the median, and the mean grows 17 times."""
+    common: dict[str, torch.Tensor] = {"x": torch.ones(4)}
+    said: list[str] = []
+    for _ in range(20):
+        sent = {n: {"x": common["x"] + 0.1 * (-1) ** n} for n in range(3)}
+        sent[1] = {"x": 50 * common["x"]}
+        found = {n: {**sizes(tensors), **change(tensors, common)} for n, tensors in sent.items()}
+        assert outliers({n: sizes(tensors) for n, tensors in sent.items()}, {}, 100) == {}
+        reasons = outliers(found, {}, 100)
+        assert set(reasons) == {1}
+        said += reasons.values()
+        common = average((tensors, 1) for n, tensors in sent.items() if n not in reasons)
+    assert said[0] == (
+        "the root mean square of what it changed of the common model is 49, more than 100 times the 0.1 that is usual"
+    )
 
 
 def test_medians_are_those_of_who_sent_it() -> None:

@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 USUAL = "usual"
 """The name under which the store holds how large uploads are, see `fedlscl.robust.medians`."""
 
+COMMON = "common"
+"""The name under which the store holds the model that all clients were answered with last, as far as they send it."""
+
 IMPOSSIBLE = (ArithmeticError, torch.linalg.LinAlgError, MessageError)  # type: ignore[attr-defined]
 """What a server raises that cannot go on with the numbers that it was sent."""
 
@@ -207,8 +210,9 @@ class Federation:
     def _compare(self, uploads: Received, result: RoundResult) -> None:
         """Leave out by name whose upload the server finds out of place among the others."""
         found: dict[int, robust.Sizes] = {}
+        common = {**self.template.common_start, **(self.store.read(COMMON) or {})}
         for client, upload in uploads.items():
-            found[client] = robust.sizes(upload.tensors)
+            found[client] = {**robust.sizes(upload.tensors), **robust.change(upload.tensors, common)}
             if self._agreed(client, result.task) is None:
                 found[client] = {**found[client], robust.SAMPLES: upload.samples}
         stored = self.store.read(USUAL)
@@ -266,6 +270,11 @@ class Federation:
             raise
         if state:
             self.store.write("server", state)
+        if not isinstance(answers, OnDemand) and len(answers) == self.clients and len(different) == 1:
+            sent = self.template.first.upload_schema()
+            common = {name: tensor for name, tensor in answers[0].tensors.items() if name in sent}
+            if common:
+                self.store.write(COMMON, common)
         return answers, metrics
 
     def cost(self) -> dict[str, dict[str, int]]:
