@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from PIL import Image
 
@@ -151,7 +152,27 @@ def test_what_has_no_runs_is_left_out() -> None:
     assert set(usual) == {"clients_by_task", "forgetting", "accuracy_by_bytes"}
     # No block is the usual one here, so no heat map is the method's.
     blocks = drawn([run("fed_lscl", 1, level(50, 60, 40), block=block) for block in (0, 1)])
-    assert set(blocks) == {"accuracy_by_block", "forgetting", "accuracy_by_bytes"}
+    assert set(blocks) == {"accuracy_by_method", "accuracy_by_block", "forgetting", "accuracy_by_bytes"}
+
+
+def test_methods_stand_by_their_final_average_with_what_sees_all_images_below() -> None:
+    unmeasured = Accuracy((), np.nan, np.nan, None, None, (((None, None), (None, None)),))
+    runs = [
+        run("joint", 1, level(1, 99, 99)),
+        run("lorm", 1, level(1, 40, 30)),
+        *BLOCKS[:2],  # 75 and 81
+        make_run("nothing", accuracy=dict.fromkeys(MASKS, unmeasured), setting="made", backbone="vit"),
+    ]
+    picture = drawn(runs)["accuracy_by_method"]
+    (axes,) = picture.figure.axes
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["fed_lscl", "lorm", "joint"]
+    assert [patch.get_width() for patch in axes.patches if isinstance(patch, Rectangle)] == [78, 35, 99]
+    assert [text.get_text() for text in axes.texts] == ["78.0 ± 4.2", "35.0", "99.0"]
+    assert len({patch.get_facecolor() for patch in axes.patches[:2]}) == 1
+    assert axes.patches[2].get_facecolor() != axes.patches[0].get_facecolor()
+    low, high = axes.get_ylim()
+    assert low > high  # the best is above
+    assert picture.caption.endswith("Grey: sees the images of all clients and tasks at once.")
 
 
 def test_the_heat_maps_are_means_over_seeds_of_the_final_model_with_each_clients_cnn() -> None:
@@ -338,14 +359,21 @@ def test_twelve_blocks_are_told_apart_by_shape_and_dash_and_get_lighter(all_pict
 
 
 def test_every_axis_says_what_it_shows_and_in_which_unit(all_pictures: dict[str, Picture]) -> None:
-    order = ["accuracy_by_block", "accuracy_by_buffer", "clients_by_task", "forgetting", "accuracy_by_bytes"]
+    order = [
+        "accuracy_by_method",
+        "accuracy_by_block",
+        "accuracy_by_buffer",
+        "clients_by_task",
+        "forgetting",
+        "accuracy_by_bytes",
+    ]
     assert list(all_pictures) == order
     for name, picture in all_pictures.items():
         assert "made (vit; test images)" in picture.title
         assert "%" in picture.caption
         labels = [axes.get_ylabel() + axes.get_xlabel() for axes in picture.figure.axes]
         assert any("(%)" in label for label in labels), name
-        if name not in ("forgetting", "accuracy_by_bytes"):  # their axes share labels
+        if name not in ("accuracy_by_method", "forgetting", "accuracy_by_bytes"):  # names, and axes that share labels
             assert all(labels), name
 
 
@@ -368,7 +396,7 @@ def test_files_are_named_after_the_picture_and_the_same_each_time(
         words = {"".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text")}
         assert any("(%)" in word for word in words)
         assert b"<dc:date>" not in before[1]
-    assert len(list(tmp_path.iterdir())) == 10
+    assert len(list(tmp_path.iterdir())) == 12
     assert not pyplot.get_fignums()
 
 

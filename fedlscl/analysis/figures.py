@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+from fedlscl.analysis.by_method import accuracy_by_method
 from fedlscl.analysis.captions import (
     Picture,
     about_seeds,
@@ -62,7 +63,7 @@ def pictures(comparison: Comparison, mask: str = "seen") -> list[Picture]:
         mask: the classes that a prediction may fall on, one of `MASKS`.
 
     Returns:
-        Accuracy by block (the paper's Fig. 3) and by buffer (Fig. 5), clients by task (Fig. 4), forgetting,
+        Accuracy by method, by block (the paper's Fig. 3) and by buffer (Fig. 5), clients by task (Fig. 4), forgetting,
         accuracy by bytes, and accuracy by training steps, without those that need runs which are not there.
 
     Raises:
@@ -75,6 +76,7 @@ def pictures(comparison: Comparison, mask: str = "seen") -> list[Picture]:
             raise ValueError(f"mask is {mask!r}, under which {run.path} has no accuracy; take another, or run it again")
     with mpl.rc_context(TYPE):
         drawn = (
+            accuracy_by_method(comparison, mask),
             _by_field(comparison, mask, "model.block", "accuracy_by_block", "block of the ViT", log=False),
             _by_field(
                 comparison, mask, "model.buffer_size", "accuracy_by_buffer", "images kept of each class", log=True
