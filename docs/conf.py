@@ -1,6 +1,6 @@
 """The documentation as pages: `sphinx-build -W -c docs . build/docs` in the root of the repository.
 
-The root is the source folder, so that a link means the same here and in a file browser, and that the measured results in
+The root is the source folder, so that a link means the same here and in a file browser, and the measured results in
 experiments/ are pages too. Needs the dependency group `docs`.
 """
 

@@ -50,7 +50,11 @@ def write(path: Path) -> None:
         lines.append(f"## {title}: `{prefix}`\n")
         for one in classes:
             found = rows(one)
-            own = [row for row in found if one in (Client, FederatedDataModule) or prefix != "model" or row[0] not in common]
+            own = [
+                row
+                for row in found
+                if one in (Client, FederatedDataModule) or prefix != "model" or row[0] not in common
+            ]
             if len(classes) > 1:
                 lines.append(f"### `{one.__name__}`\n\n{summary(one)}\n")
             lines.append(table(own) if own else "No field of its own.\n")
@@ -61,7 +65,9 @@ def write(path: Path) -> None:
 
 def below(every: list[Any], base: type) -> list[Any]:
     """The classes below another that one can choose, by name."""
-    found = {c for c in every if inspect.isclass(c) and issubclass(c, base) and not inspect.isabstract(c) and c is not Client}
+    found = {
+        c for c in every if inspect.isclass(c) and issubclass(c, base) and not inspect.isabstract(c) and c is not Client
+    }
     return sorted(found, key=lambda c: c.__name__)
 
 

@@ -1,4 +1,4 @@
-"""What the documents show as an example runs as shown: the method in docs/examples, the Python lines of README."""
+"""What the documents show as an example runs as shown: the method in docs/examples, the lines of docs/python.md."""
 
 from __future__ import annotations
 
@@ -67,8 +67,10 @@ def test_fedper_averages_the_body_alone(fedper: Any, make: Callable[..., Federat
     assert torch.equal(after["head.bias"], before["head.bias"])
 
 
-def test_the_python_lines_of_the_readme(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+def test_the_python_lines_of_the_documents(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / "python.md").read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
     (lines,) = [block for block in blocks if "simulate(" in block]
     rounds: list[fedlscl.RoundResult] = []
     simulate, split = fedlscl.simulate, fedlscl.SplitSpec
@@ -81,7 +83,7 @@ def test_the_python_lines_of_the_readme(capsys: pytest.CaptureFixture[str], monk
     monkeypatch.setattr(fedlscl, "simulate", listening)
     fewer = {"train_per_class": 12, "test_per_class": 6}  # images, as nobody looks at how good the models become
     monkeypatch.setattr(fedlscl, "SplitSpec", lambda **fields: split(**fields | fewer))
-    exec(compile(lines, "README.md", "exec"), {})
+    exec(compile(lines, "python.md", "exec"), {})
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("task ")]
     assert len(printed) == len(rounds) > 1
     for line, result in zip(printed, rounds, strict=True):
