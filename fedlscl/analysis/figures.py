@@ -262,9 +262,11 @@ def _by_bytes(comparison: Comparison, mask: str) -> Picture | None:
         return None
     sent = [float(np.mean([run.bytes_per_client_round for run in variant.runs])) / _MIB for variant in ranked]
     names = [filled(starred_name(variant, mask), 48) for variant in ranked]
-    columns = 1 if max(map(len, names)) > 26 or len(names) < 4 else 2
-    lines = sum(name.count("\n") + 1 for name in names) / columns
-    figure = Figure(figsize=(COLUMN, 3.0 + 0.14 * lines), dpi=DPI, layout="constrained")
+    beside = len(names) > 8  # a key of so many lines takes the place beside the picture, not below it
+    columns = 1 if beside or max(map(len, names)) > 26 or len(names) < 4 else 2
+    height = 0.14 * sum(name.count("\n") + 1 for name in names) / columns
+    size = (PAGE, max(3.2, 0.3 + height)) if beside else (COLUMN, 3.0 + height)
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     # Zero has no place on a logarithmic axis: methods that send nothing get an axis of their own, left of it.
     kinds = [kind for kind in (True, False) if kind in {mib == 0 for mib in sent}]
     widths = [1.0 if silent else 6.0 for silent in kinds]
@@ -309,7 +311,13 @@ def _by_bytes(comparison: Comparison, mask: str) -> Picture | None:
             axes.minorticks_off()
     row[0].set_ylabel("final average (%)")
     within(row[0])
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, handletextpad=0.4)
+    figure.legend(
+        handles=handles,
+        loc="outside right upper" if beside else "outside lower center",
+        ncols=columns,
+        frameon=False,
+        handletextpad=0.4,
+    )
     settle(figure)
     for silent, axes in panels.items():
         number_points(figure, axes, points[silent])

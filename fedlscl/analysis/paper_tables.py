@@ -36,7 +36,7 @@ from fedlscl.analysis.rows import (
 )
 
 COMPARED = tuple(paper.TABLE1["CIFAR-100"])
-"""Rows of Table 1, shown as missing where there is no run."""
+"""Rows of Table 1, on the paper's data shown as missing where there is no run."""
 
 
 def table1(comparison: Comparison, mask: str = "task") -> Table:
@@ -47,8 +47,8 @@ def table1(comparison: Comparison, mask: str = "task") -> Table:
         mask: the classes that compete.
 
     Returns:
-        A row for each method by its mean over the tasks, see `ordered`; those of the paper that were not run are shown
-        as missing. On the paper's data and under its mask the paper's numbers follow in columns of their own, see
+        A row for each method by its mean over the tasks, see `ordered`. On the paper's data those of the paper that
+        were not run are shown as missing, and under its mask the paper's numbers follow in columns of their own, see
         :func:`_beside`.
     """
 
@@ -56,7 +56,8 @@ def table1(comparison: Comparison, mask: str = "task") -> Table:
         return statistics.mean(run.summary.under(mask).table1)
 
     shown = [variant for variant in comparison.usual if variant.method not in ABLATIONS]
-    variants = ordered(shown, average, COMPARED)
+    papers_data = any(data_set(variant) in paper.TABLE1 for variant in shown)
+    variants = ordered(shown, average, COMPARED if papers_data else ())
     reported, note = _beside(comparison, paper.TABLE1, variants) if mask == "task" else ({}, "")
     tasks, papers_tasks = number_of_tasks(comparison), max(map(len, reported.values()), default=0)
 

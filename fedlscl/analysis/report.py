@@ -21,9 +21,10 @@ from matplotlib.figure import Figure
 
 import fedlscl
 from fedlscl.analysis.comparison import Comparison
-from fedlscl.analysis.deviations import OPEN, POINTS, differences, in_words, plural, texts
+from fedlscl.analysis.deviations import OPEN, POINTS, data_set, differences, in_words, plural, texts
 from fedlscl.analysis.figures import pictures
 from fedlscl.analysis.formats import Table
+from fedlscl.analysis.paper import TABLE1
 from fedlscl.analysis.results import Run
 from fedlscl.analysis.rows import MASK_NAMES
 from fedlscl.analysis.tables import tables
@@ -32,6 +33,8 @@ from fedlscl.files import write_atomically
 from fedlscl.run.console import human_bytes
 
 TEMPLATE = "report.html.jinja"
+ANSWERS = ("accuracy_by_method", "accuracy_by_bytes")
+"""The figures that stand before all tables: which method is best, and what it costs."""
 NUMBER = re.compile(r"[-+]?\d|[-–—]?$")
 """How the text of a cell begins that belongs to a column of numbers; it may be missing."""
 
@@ -126,11 +129,13 @@ def _setting(comparison: Comparison, every: Sequence[Comparison], key: str, name
     for run in runs:
         for package, version in run.summary.versions.items():
             versions.setdefault(package, []).append(version)
-    figures = []
+    first: list[dict[str, Any]] = []
+    later: list[dict[str, Any]] = []
     for n, picture in enumerate(pictures(comparison), 1):
         figure_key = f"{key}-figure{n}"
         title = picture.title.removesuffix(f", {comparison.title}")  # the section's heading says it
         svg = inline_svg(picture.figure, f"{figure_key}-", title, f"{figure_key}-caption")
+        figures = first if picture.name in ANSWERS else later
         figures.append({"key": figure_key, "title": title, "caption": picture.caption, "svg": svg})
     different, same = differences(comparison.variants)
     return {
@@ -142,6 +147,8 @@ def _setting(comparison: Comparison, every: Sequence[Comparison], key: str, name
             "Accuracies on": comparison.evaluated_on,
             "Runs": f"{plural(len(runs), 'run')} of {plural(len(methods), 'method')}",
             "Seeds": ", ".join(map(str, sorted({run.seed for run in runs}))),
+        },
+        "machines": {
             "Machines": "; ".join(dict.fromkeys(run.summary.machine for run in runs)),
             "Versions": ", ".join(
                 f"{package} {' and '.join(dict.fromkeys(each))}" for package, each in versions.items()
@@ -152,7 +159,9 @@ def _setting(comparison: Comparison, every: Sequence[Comparison], key: str, name
             _table(table, f"{key}-table{n}")
             for n, table in enumerate([*tables(comparison), *tuning(comparison, every)], 1)
         ],
-        "figures": figures,
+        "first": first,
+        "figures": later,
+        "papers": any(data_set(variant) in TABLE1 for variant in comparison.variants),
         "differences": different,
         "same": same,
         "open": texts(OPEN, comparison.variants),
