@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from fedlscl.continual import NoReplay
+from fedlscl.memory import above, below
 from fedlscl.messages import MessageError, Schema, TensorSpec, Upload, not_negative, schema_of
 from fedlscl.methods.frozen_vit import FrozenViTClient
-from fedlscl.server import Answer, Answers, Context, FedAvg, Metrics
+from fedlscl.server import Answer, Answers, Context, FedAvg, Metrics, Total
 
 COUNTS = "class_counts"
 
@@ -75,6 +76,21 @@ class RowAverage(FedAvg):
         answers, metrics = super().aggregate(uploads, context)
         mean = dict(answers[0].tensors)
         mean |= row_means({name: mean[name] for name in self.rows}, [upload.tensors for upload in uploads.values()])
+        return dict.fromkeys(answers, Answer(mean)), metrics
+
+    def terms(self, upload: Upload) -> Mapping[str, Tensor]:
+        """What FedAvg adds up, n_ic, and n_ic w_ic."""
+        counts = upload.tensors[COUNTS].double()
+        rows = {name: (counts * upload.tensors[name].double().mT).mT for name in self.rows}
+        return {**super().terms(upload), COUNTS: counts, **above(rows, "rows.")}
+
+    def from_sums(self, total: Total, context: Context) -> tuple[Answers, Metrics]:
+        """One mean for all clients, from sums alone."""
+        answers, metrics = super().from_sums(total, context)
+        mean, counts = dict(answers[0].tensors), total.tensors[COUNTS]
+        for name, rows in below(total.tensors, "rows.").items():
+            of_class = (rows.mT / counts.clamp(min=1)).mT.to(mean[name].dtype)
+            mean[name] = torch.where((counts > 0).reshape(-1, *[1] * (rows.ndim - 1)), of_class, mean[name])
         return dict.fromkeys(answers, Answer(mean)), metrics
 
 

@@ -6,6 +6,7 @@ A value x is round(x 2^bits), negative ones from 2^64 downwards. With n clients 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 
@@ -47,6 +48,11 @@ def encode(tensors: Mapping[str, Tensor], bits: int, clients: int) -> Words:
     values = torch.cat([tensor.detach().cpu().double().flatten() for tensor in tensors.values()]).numpy()
     words: Words = np.rint(values * 2.0**bits).astype(np.int64).view(np.uint64)
     return words
+
+
+def layout(shapes: Shapes) -> bytes:
+    """32 bytes that tell apart what is behind one another."""
+    return hashlib.sha256(repr([(name, *shape) for name, shape in shapes.items()]).encode()).digest()
 
 
 def decode(words: Words, bits: int, shapes: Shapes) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from cryptography.exceptions import InvalidTag
 from torch import Tensor
 
 from fedlscl.federation.secure import masks, shamir, words
-from fedlscl.federation.secure.fixed_point import encode
+from fedlscl.federation.secure.fixed_point import encode, layout
 from fedlscl.messages import MessageError, Schema
 from fedlscl.schedule import Round
 
@@ -47,12 +47,16 @@ class Party:
         party._done = int(party._kept.pop("done"))
         return party
 
-    def advertise(self, message: bytes) -> bytes:
-        """Draw secrets, and tell what everybody may know of them.
+    def reply(self, step: str, message: bytes) -> bytes:
+        """Take a step in which the client has nothing to add of its own.
 
         Raises:
             MessageError: if the server's message does not fit this step; likewise in all others.
         """
+        return {words.ADVERTISE: self.advertise, words.SHARE: self.share, words.UNMASK: self.unmask}[step](message)
+
+    def advertise(self, message: bytes) -> bytes:
+        """Draw secrets, and tell what everybody may know of them."""
         session = words.to_bytes(self._read(words.ADVERTISE, message, words.INVITATION)["session"])
         channel, mask, seed = (secrets.token_bytes(masks.KEY) for _ in range(3))
         public = words.of_bytes(masks.public_of(channel), masks.public_of(mask), masks.commitment(seed))
@@ -75,7 +79,7 @@ class Party:
         if not 1 <= bits <= 52:
             raise MessageError(f"{bits} bits behind the point, must be from 1 to 52")
         dealt = [shamir.split(self._secret(n), clients, threshold) for n in (1, 2)]
-        self._kept |= {name: roster[name] for name in ("clients", "keys", "threshold", "bits")}
+        self._kept |= {name: roster[name] for name in ("clients", "keys", "threshold", "bits", "layout")}
         pairs = zip(clients, *dealt, strict=True)
         return self._write(
             {
@@ -102,6 +106,8 @@ class Party:
             raise MessageError("what was sealed for this client is not of clients that it knows")
         if self.client not in clients or len(clients) < int(self._kept["threshold"]):
             raise MessageError(f"{len(clients)} clients are left, of whom this must be one; too few, or it is not")
+        if layout({name: tensor.shape for name, tensor in tensors.items()}) != words.to_bytes(self._kept["layout"]):
+            raise MessageError("the server adds up tensors of other names or shapes than this client has")
         vector = masks.checked(encode(tensors, int(self._kept["bits"]), len(clients)))
         masks.add_mask(vector, masks.own_key(self._secret(2), session), 1)
         for other in clients:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedlscl.federation.secure import masks, shamir, words
-from fedlscl.federation.secure.fixed_point import Words
+from fedlscl.federation.secure.fixed_point import Shapes, decode, layout
 from fedlscl.messages import MessageError, Schema
 from fedlscl.schedule import Round
 
@@ -38,16 +38,17 @@ class Session:
         round: the round.
         threshold: how many of them must get to the end.
         bits: behind the point, see `fixed_point`.
-        size: how many values each sends.
+        shapes: of the tensors that each adds, by name and in this order.
     """
 
-    def __init__(self, clients: Sequence[int], round: Round, threshold: int, bits: int, size: int) -> None:
-        self.clients, self.round, self.threshold, self.bits, self.size = list(clients), round, threshold, bits, size
+    def __init__(self, clients: Sequence[int], round: Round, threshold: int, bits: int, shapes: Shapes) -> None:
+        self.clients, self.round, self.threshold, self.bits, self.shapes = list(clients), round, threshold, bits, shapes
+        self.size = sum(shape.numel() for shape in shapes.values())
         self._id = secrets.token_bytes(words.SESSION)
         self._keys: dict[int, Tensor] = {}  # (3, 32) of each client
         self._seen: set[bytes] = set()
         self._sealed: dict[int, Tensor] = {}  # by sender the rows for all of `_keys`
-        self._sum = np.zeros(masks.length(size), np.uint64)
+        self._sum = np.zeros(masks.length(self.size), np.uint64)
         self._arrived: set[int] = set()
         self._shares: dict[int, dict[int, bytes]] = {}  # by the client whose secret it is and by who gave it
         self._gave: set[int] = set()
@@ -77,6 +78,7 @@ class Session:
             "keys": torch.stack([self._keys[client] for client in clients]),
             "threshold": torch.tensor(self.threshold),
             "bits": torch.tensor(self.bits),
+            "layout": words.of_bytes(layout(self.shapes)),
         }
         return {client: self._write(client, **roster) for client in clients}
 
@@ -120,11 +122,8 @@ class Session:
                 self._shares.setdefault(owner, {})[client] = words.to_bytes(share)
         self._gave.add(client)
 
-    def total(self) -> Words:
-        """The sum of all values that have arrived.
-
-        Returns:
-            As many words as each client's values.
+    def total(self) -> dict[str, Tensor]:
+        """The sums of all values that have arrived, in float64 by name.
 
         Raises:
             NoSum: if there are too few shares or wrong ones, or some masks are still on the sum.
@@ -141,7 +140,7 @@ class Session:
                 masks.add_mask(self._sum, key, -1 if other < owner else 1)
         if not masks.holds(self._sum):
             raise NoSum("the masks do not cancel: a client has masked its values with other keys than it advertised")
-        return self._sum[: self.size]
+        return decode(self._sum[: self.size], self.bits, self.shapes)
 
     @property
     def survivors(self) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ Each bears client, task and round, and the session, which the server draws anew 
 
     step         from the server                                from a client
     ADVERTISE    nothing else                                   its two public keys, and a commitment to its seed
-    SHARE        the keys of all, threshold, bits               for each client a sealed pair of shares
+    SHARE        the keys of all, threshold, bits, layout       for each client a sealed pair of shares
     MASK         the pairs that were sealed for it              its values under masks
     UNMASK       whose values have arrived                      of each client one of the two shares
 """
@@ -37,6 +37,7 @@ ROSTER: Schema = {
     "keys": TensorSpec((_ALL, 3, KEY), _BYTES),
     "threshold": TensorSpec((), torch.int64),
     "bits": TensorSpec((), torch.int64),
+    "layout": TensorSpec((KEY,), _BYTES),
 }
 DELIVERY: Schema = {
     **_SESSION,
