@@ -370,7 +370,7 @@ def test_the_keys_of_another_are_refused() -> None:
 
 def test_keys_that_are_not_the_client_s_own_leave_it_out_by_itself() -> None:
     """As a server would that gives it, and others, keys of its own."""
-    stranger = words.of_bytes(*(masks.public_of(bytes([n] * 32)) for n in (8, 9)), bytes(32))
+    stranger = words.rows_of([masks.public_of(bytes([8] * 32)), masks.public_of(bytes([9] * 32)), bytes(32)])
     run = Run(changes={(2, "advertise"): lambda message: changed(message, keys=stranger)})
     check(run.total(), (0, 1, 4, 7))
     assert run.left_out[2] == "the list of clients has other keys of this client than its own"

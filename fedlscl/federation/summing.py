@@ -67,12 +67,12 @@ class SecureSums:
         ) -> None:
             sent.update({client: len(message) for client, message in messages.items()})
             for client, message, problem in replies(messages):
-                result.bytes_up[client] = result.bytes_up.get(client, 0) + len(message or b"")
-                try:
-                    if problem is None:
-                        take(client, message or b"")
-                except MessageError as error:
-                    problem = f"{type(error).__name__}: {error}"
+                if message is not None and problem is None:
+                    result.bytes_up[client] = result.bytes_up.get(client, 0) + len(message)
+                    try:
+                        take(client, message)
+                    except MessageError as error:
+                        problem = f"{type(error).__name__}: {error}"
                 if problem is not None:
                     skipped[client] = in_a_line(problem)
                     log.warning("client %d, in the secure sum of round %d: %s", client, round.number, skipped[client])

@@ -38,8 +38,7 @@ def agreed_key(private: bytes, public: bytes, session: bytes, purpose: bytes) ->
         ValueError: if the public key is none.
     """
     secret = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
-    pair = b"".join(sorted((public_of(private), public)))
-    return _derived(secret, session, purpose + pair)
+    return _derived(secret, session, purpose)
 
 
 def own_key(seed: bytes, session: bytes) -> bytes:

@@ -59,8 +59,8 @@ class Party:
         """Draw secrets, and tell what everybody may know of them."""
         session = words.to_bytes(self._read(words.ADVERTISE, message, words.INVITATION)["session"])
         channel, mask, seed = (secrets.token_bytes(masks.KEY) for _ in range(3))
-        public = words.of_bytes(masks.public_of(channel), masks.public_of(mask), masks.commitment(seed))
-        self._kept = {"session": words.of_bytes(session), "secrets": words.of_bytes(channel, mask, seed)}
+        public = words.rows_of([masks.public_of(channel), masks.public_of(mask), masks.commitment(seed)])
+        self._kept = {"session": words.of_bytes(session), "secrets": words.rows_of([channel, mask, seed])}
         return self._write({"keys": public})
 
     def share(self, message: bytes) -> bytes:
@@ -70,7 +70,7 @@ class Party:
         threshold, bits = int(roster["threshold"]), int(roster["bits"])
         if len(keys) != len(clients) or len(set(clients)) != len(clients) or self.client not in clients:
             raise MessageError("the list of clients is not one with this client in it and a key for each")
-        own = words.of_bytes(*(masks.public_of(self._secret(n)) for n in (0, 1)))
+        own = words.rows_of(masks.public_of(self._secret(n)) for n in (0, 1))
         if not torch.equal(keys[clients.index(self.client)][:2], own):
             raise MessageError("the list of clients has other keys of this client than its own")
         if not len(clients) >= threshold > len(clients) // 2:

@@ -102,14 +102,13 @@ def read(message: bytes, schema: Schema, client: int, round: Round, session: byt
     return found.tensors
 
 
-def of_bytes(*parts: bytes) -> Tensor:
-    """(n,) uint8 of bytes, or (k, n) of k of the same length."""
-    rows = [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts]
-    return rows[0] if len(rows) == 1 else torch.stack(rows)
+def of_bytes(content: bytes) -> Tensor:
+    """(n,) uint8."""
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def rows_of(parts: Iterable[bytes]) -> Tensor:
-    """(k, n) uint8, k not 0."""
+    """(k, n) uint8 of k bytes of the same length, one or more."""
     return torch.stack([of_bytes(part) for part in parts])
 
 
