@@ -81,7 +81,7 @@ class RowAverage(FedAvg):
     def terms(self, upload: Upload) -> Mapping[str, Tensor]:
         """What FedAvg adds up, n_ic, and n_ic w_ic."""
         counts = upload.tensors[COUNTS].double()
-        rows = {name: (counts * upload.tensors[name].double().mT).mT for name in self.rows}
+        rows = {name: _by_row(counts, upload.tensors[name]) * upload.tensors[name].double() for name in self.rows}
         return {**super().terms(upload), COUNTS: counts, **above(rows, "rows.")}
 
     def from_sums(self, total: Total, context: Context) -> tuple[Answers, Metrics]:
@@ -89,9 +89,14 @@ class RowAverage(FedAvg):
         answers, metrics = super().from_sums(total, context)
         mean, counts = dict(answers[0].tensors), total.tensors[COUNTS]
         for name, rows in below(total.tensors, "rows.").items():
-            of_class = (rows.mT / counts.clamp(min=1)).mT.to(mean[name].dtype)
-            mean[name] = torch.where((counts > 0).reshape(-1, *[1] * (rows.ndim - 1)), of_class, mean[name])
+            of_class = (rows / _by_row(counts.clamp(min=1), rows)).to(mean[name].dtype)
+            mean[name] = torch.where(_by_row(counts > 0, rows), of_class, mean[name])
         return dict.fromkeys(answers, Answer(mean)), metrics
+
+
+def _by_row(values: Tensor, rows: Tensor) -> Tensor:
+    """Values (K,), one for each row of `rows` (K, ...), so that they can be multiplied."""
+    return values.reshape(-1, *[1] * (rows.ndim - 1))
 
 
 def row_means(plain: Mapping[str, Tensor], models: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
