@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, NamedTuple
 
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from fedlscl.messages import Schema, Upload
+from fedlscl.messages import MessageError, Schema, Upload
 from fedlscl.robust import Averaging, Robust, Sizes, outliers
 from fedlscl.schedule import Round
 
@@ -24,6 +25,19 @@ class Answer(NamedTuple):
 
 Answers = Mapping[int, Answer]
 """By client; each is asked for once."""
+
+
+class Total(NamedTuple):
+    """What the server knows of a round whose sums are secure, in the place of uploads.
+
+    `tensors` are the sums, in float64, of what `Server.terms` gave for each of `clients`; `samples` is that of their
+    training images.
+    """
+
+    clients: tuple[int, ...]
+    samples: int
+    tensors: Mapping[str, Tensor]
+
 
 Metrics = Mapping[str, float]
 """Of one aggregation, by name, for the record."""
@@ -161,6 +175,31 @@ class Server(ABC):
             The answer to each client that gets one, and metrics of the aggregation.
         """
 
+    # ---- secure sums
+
+    def beyond_sums(self) -> str | None:
+        """What this server does that takes more than sums over the clients, in words that follow its name, or None.
+
+        Asked after `begin`. Whoever overrides `aggregate` has to override `from_sums` too, or has none.
+        """
+        kind = next(kind for kind in type(self).__mro__ if "aggregate" in vars(kind))
+        return None if "from_sums" in vars(kind) else "looks at what each client sent"
+
+    def terms(self, upload: Upload) -> Mapping[str, Tensor]:
+        """What of an upload is added up over the clients, all of it by default.
+
+        The client computes this where sums are secure. Names and shapes are the same whatever the upload holds.
+        """
+        return upload.tensors
+
+    def from_sums(self, total: Total, context: Context) -> tuple[Answers, Metrics]:
+        """What `aggregate` does, from sums alone.
+
+        Raises:
+            MessageError: if these can be no sums of what clients should send.
+        """
+        raise NotImplementedError(f"{type(self).__name__} {self.beyond_sums()}")
+
 
 class Isolated(Server):
     """No exchange: every client keeps its own model (Table 2 without O2D; local training)."""
@@ -170,6 +209,14 @@ class Isolated(Server):
     def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:
         """Never called."""
         raise NotImplementedError("clients without exchange send nothing to aggregate")
+
+    def beyond_sums(self) -> str:
+        """There is nothing to add up."""
+        return "lets nobody send anything"
+
+
+WEIGHT = "sum of weights"
+"""Under which name a mean's weights are added up."""
 
 
 class FedAvg(Server):
@@ -196,6 +243,7 @@ class FedAvg(Server):
         self.names = tuple(name for name, spec in downloads.items() if not spec.optional)
         if unknown := sorted(set(self.names) - set(uploads)):
             raise ValueError(f"server: FedAvg averages what clients send, but model wants '{unknown[0]}' back")
+        self.dtypes = {name: uploads[name].dtype for name in self.names}
 
     def state(self) -> dict[str, Tensor]:
         """What a robust average remembers."""
@@ -215,6 +263,26 @@ class FedAvg(Server):
             for upload in uploads.values()
         )
         mean = self.mean(models, context.start)
+        return dict.fromkeys(range(context.clients), Answer(mean)), {}
+
+    def beyond_sums(self) -> str | None:
+        """A robust average compares uploads."""
+        robust = None if self.mean.robust == "none" else f"has server.robust {self.mean.robust}, which compares uploads"
+        return robust or super().beyond_sums()
+
+    def terms(self, upload: Upload) -> Mapping[str, Tensor]:
+        """Each tensor times the client's weight, and the weight."""
+        weight = torch.tensor(upload.samples if self.weighting == "samples" else 1, dtype=torch.float64)
+        return {WEIGHT: weight, **{name: upload.tensors[name].double() * weight for name in self.names}}
+
+    def from_sums(self, total: Total, context: Context) -> tuple[Answers, Metrics]:
+        """One mean for all clients; of counters, whose largest no sum tells, it is rounded."""
+        weight = total.tensors[WEIGHT]
+        if not weight > 0:
+            raise MessageError(f"the clients' weights add up to {float(weight):g}, must be more than 0")
+        means = {name: total.tensors[name] / weight for name in self.names}
+        dtypes = self.dtypes
+        mean = {n: (m if dtypes[n].is_floating_point else m.round()).to(dtypes[n]) for n, m in means.items()}
         return dict.fromkeys(range(context.clients), Answer(mean)), {}
 
 
@@ -239,5 +307,12 @@ class Sum(Server):
         for upload in uploads.values():
             for name, tensor in upload.tensors.items():
                 sums[f"{name}_sum"] = sums.get(f"{name}_sum", 0) + tensor.double()
+        return self._answers(sums, uploads)
+
+    def from_sums(self, total: Total, context: Context) -> tuple[Answers, Metrics]:
+        """The sum, for all who have a part in it."""
+        return self._answers({f"{name}_sum": tensor for name, tensor in total.tensors.items()}, total.clients)
+
+    def _answers(self, sums: Mapping[str, Tensor], clients: Iterable[int]) -> tuple[Answers, Metrics]:
         answer = {name: tensor.to(self.dtypes[name]) for name, tensor in sums.items()}
-        return dict.fromkeys(uploads, Answer(answer)), {}
+        return dict.fromkeys(clients, Answer(answer)), {}

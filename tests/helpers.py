@@ -134,11 +134,13 @@ def make_federation(
     clients_per_round: int | None = None,
     seed: int = 0,
     cnn: Mapping[str, Any] = CNN,
+    **secure: Any,
 ) -> Federation:
     client = client or make_client()
-    template, store = Template(client, data, vit, SmallModelSpec(**cnn), seed, make_trainer), Store(folder)
     server = server or (ExactO2D() if isinstance(client, FedLSCL) else Isolated())
-    return Federation(Schedule(rounds, clients_per_round), server, template, store, InProcess(template, store))
+    template, store = Template(client, data, vit, SmallModelSpec(**cnn), seed, make_trainer, server), Store(folder)
+    schedule = Schedule(rounds, clients_per_round, **secure)
+    return Federation(schedule, template, store, InProcess(template, store))
 
 
 def fresh(experiment: Experiment) -> Experiment:

@@ -39,6 +39,7 @@ from fedlscl.run.experiment import Experiment
 from fedlscl.run.folder import RunFolder
 from fedlscl.run.predict import Prediction, predict, predictions
 from fedlscl.schedule import Round, Schedule
+from fedlscl.server import Context, Total
 
 PARTS = [(client, task) for client in range(3) for task in range(2)]
 METHODS = sorted((Path(__file__).parent.parent / "experiments" / "methods").glob("*.yaml"))
@@ -49,6 +50,13 @@ SERVER_BUDGET: dict[str, dict[str, int]] = {  # of the servers that train
     "mfcl": {"steps": 6, "batch_size": 8},
 }
 TRAINED_VIT = {"fedavg_vit", "ewc_vit", "lwf_vit"}  # methods whose clients begin with the ViT and train it
+FROM_SUMS = {  # methods whose server needs no more than sums over the clients
+    *("fed_lscl_sums", "fed_lscl_auto", "fed_lscl_fedavg", "small_fedavg"),
+    *("fedavg", "fedprox", "ewc", "lwf", "fedavg_vit", "ewc_vit", "lwf_vit", "fedavg_ccvr", "target", "mfcl"),
+    *("fedvit", "fedvit_replay", "fedvit_rows", "fed_lora", "ffa_lora", "fed_lora_ccvr"),
+    *("fed_l2p", "fed_dualprompt", "fed_codaprompt", "fedproto"),
+    *("fedncm", "fed_ridge", "fed_ranpac", "ccvr"),
+}
 HELD = {"ffa_lora": {"a.0"}}  # parameters that a method leaves as they were drawn
 
 
@@ -267,6 +275,32 @@ def test_only_what_is_declared_travels(whole: tuple[Experiment, Run], tmp_path: 
     everything = b"".join(data for message, data in seen.sent if message.round or not begins_with_it)
     vit = [tensor.numpy().tobytes() for tensor in experiment.vit.state_dict().values() if tensor.unique().numel() > 3]
     assert not any(value in everything for value in vit)
+
+
+def test_sums_of_terms_answer_as_the_uploads_do(whole: tuple[Experiment, Run]) -> None:
+    """Or the method is one that secure sums are refused to."""
+    experiment, seen = whole
+    server: Any = experiment.server
+    assert (server.beyond_sums() is None) == (experiment.method in FROM_SUMS)
+    if experiment.method not in FROM_SUMS:
+        return
+    uploads = {m.client: m for m, _ in seen.sent if isinstance(m, Upload) and m.round == 3}
+    context = Context(3, Round(2, 3, False, 7), lambda: None, {})  # type: ignore[arg-type,return-value]
+    before = copy_of(server.state())
+    torch.manual_seed(0)  # for heads that are trained on what is drawn
+    answers, _ = server.aggregate(uploads, context)
+    server.load(before)
+    terms = [server.terms(upload) for _, upload in sorted(uploads.items())]
+    sums = {name: torch.stack([one[name].double() for one in terms]).sum(0) for name in terms[0]}
+    samples = sum(upload.samples for upload in uploads.values())
+    torch.manual_seed(0)
+    found, _ = server.from_sums(Total((0, 1, 2), samples, sums), context)
+    assert set(found) == set(answers) == {0, 1, 2}
+    for client, answer in answers.items():
+        assert set(found[client].tensors) == set(answer.tensors)
+        for name, tensor in answer.tensors.items():
+            if not name.endswith("num_batches_tracked"):  # their largest is no sum
+                torch.testing.assert_close(found[client].tensors[name], tensor, rtol=1e-5, atol=1e-6)
 
 
 def inside(everything: bytes, values: dict[str, bytes]) -> list[str]:

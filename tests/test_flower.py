@@ -37,11 +37,12 @@ from fedlscl.deployment.flower import client, server, words
 from fedlscl.deployment.flower.client import client_app
 from fedlscl.deployment.flower.nodes import Bindings, fingerprint, key_of
 from fedlscl.deployment.flower.server import FlowerTransport, server_app
-from fedlscl.deployment.flower.wire import COST, END, FIT, WHO
+from fedlscl.deployment.flower.wire import COST, END, FIT, SECURE, UPLOAD, WHO
 from fedlscl.deployment.flower.words import experiment_of
 from fedlscl.deployment.shares import deal
 from fedlscl.federation.algorithm import Federation
 from fedlscl.federation.callback import RoundResult
+from fedlscl.federation.store import Store
 from fedlscl.messages import Download, Upload
 from fedlscl.models.cnn import SmallModel, SmallModelSpec
 from fedlscl.models.vit import FrozenViT
@@ -306,6 +307,82 @@ def test_nothing_crosses_the_wire_but_the_messages_and_numbers(place: Place) -> 
     assert down == sum(sum(result.bytes_down.values()) for result in results) + starts
     kinds = [message.metadata.message_type for message, _ in place.wire.sent]
     assert {kind: kinds.count(kind) for kind in kinds} == {WHO: 2 * 3, FIT: 2 * 3 * 4, END: 2 * 3 * 4}
+
+
+# ---- secure sums
+
+
+@pytest.fixture(scope="module")
+def secure_ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
+    ridge = next(path for path in METHODS if path.stem == "fed_ridge")
+    words = ["--config", str(ridge), "--federation.secure", "true"]
+    return prepare(tmp_path_factory.mktemp("secure"), words, rounds=1)
+
+
+@pytest.fixture
+def secure_place(tmp_path: Path, secure_ground: Ground) -> Place:
+    """The same clients; of a head in closed form, whose sums are secure."""
+    return Place(tmp_path, secure_ground)
+
+
+def test_secure_sums_have_the_numbers_of_one_process(secure_place: Place) -> None:
+    federation = secure_place.on_flower()
+    assert outcome(run(federation)) == outcome(secure_place.expected())
+    kinds = [message.metadata.message_type for message, _ in secure_place.wire.sent]
+    assert {kind: kinds.count(kind) for kind in kinds} == {WHO: 6, SECURE: 2 * 3 * 3 * 2, FIT: 12, END: 12}
+    # what the nodes sent was masked: of class sums there is nothing
+    for message, _ in secure_place.wire.sent:
+        if message.metadata.message_type == FIT and message.metadata.src_node_id:
+            tensors = load(message.content.array_records[UPLOAD][UPLOAD].data)
+            assert set(tensors) == {"session", "masked"}
+    for node in range(3):  # no secret outlives its round
+        state = Store(secure_place.folder / "nodes" / f"client-{node}").read("secure-2")
+        assert state is not None
+        assert set(state) == {"done"}
+
+
+@pytest.mark.parametrize("kind", [SECURE, FIT])
+def test_who_drops_out_of_a_secure_sum_goes_on_as_if_the_fit_had_failed(secure_place: Place, kind: str) -> None:
+    expected = secure_place.expected(failure=(1, 1))
+    secure_place.wire.fault = lambda message, reply: None if reply and in_round(message, 1, {kind}) else reply
+    found = run(secure_place.on_flower(timeout=1.0))
+    for one, other in zip(expected, found, strict=True):
+        assert one.accuracy == other.accuracy
+        assert set(one.skipped) == set(other.skipped) == ({1} if one.round == 1 else set())
+    assert found[0].skipped[1] == NO_REPLY
+
+
+def test_a_server_that_is_killed_in_a_secure_sum_repeats_the_round(secure_place: Place) -> None:
+    class Killed(BaseException):
+        pass
+
+    asked: list[bytes] = []
+
+    def kill(message: Message, reply: Message | None) -> Message | None:
+        if reply is not None and in_round(message, 2, {SECURE}):
+            asked.append(message.content.array_records["masking"]["masking"].data)
+            if len(asked) == 3:  # to unmask
+                raise Killed
+        return reply
+
+    secure_place.wire.fault = kill
+    before: list[RoundResult] = []
+    with pytest.raises(Killed):
+        run(secure_place.on_flower(), results=before)
+    secure_place.wire.replies.clear()
+    found = outcome([*before, *run(secure_place.on_flower())])
+    assert found == outcome(secure_place.expected())
+    assert len({load(message)["session"].numpy().tobytes() for message in asked}) == 2
+
+
+def test_a_node_takes_no_step_of_a_secure_sum_twice(secure_place: Place) -> None:
+    """A server that asks a second time, for the shares of another sum say, learns nothing more."""
+    run(secure_place.on_flower(), stop=1)
+    asked = [m for m, _ in secure_place.wire.sent if m.metadata.message_type == SECURE and in_round(m, 1, {SECURE})]
+    for message in asked[1:]:
+        reply = secure_place.wire._answer(message)
+        assert reply.has_error()
+        assert reply.error.reason == "MessageError"
 
 
 # ---- faults

@@ -72,6 +72,7 @@ def test_states_are_kept_in_a_folder_of_their_own_or_nowhere(
     [
         ({"rounds": 0}, r"federation\.rounds is 0"),
         ({"clients_per_round": 4}, r"federation\.clients_per_round is 4"),
+        ({"secure": True}, r"federation\.secure is true, but server ExactO2D looks at what each client sent"),
         ({"client": make_client(FedAvgClient)}, r"ExactO2D, .* send 'weight', .* the model FedLSCL"),
     ],
 )

@@ -15,7 +15,7 @@ import yaml
 
 from fedlscl.federation.algorithm import Federation
 from fedlscl.federation.callback import FederationCallback, RoundResult
-from fedlscl.federation.transport import Fitted, Transport
+from fedlscl.federation.transport import Fitted, Replied, Transport
 from fedlscl.federation.worker import Accuracy
 from fedlscl.messages import MessageError, Upload
 from fedlscl.run.configuration import Configuration
@@ -120,12 +120,21 @@ class Hostile:
         self.transport, self.federation, self.client, self.change = federation.transport, federation, client, change
         self.sent: dict[int, Upload] = {}
 
+    def ask(self, step: str, round: Round, messages: Mapping[int, bytes]) -> Iterator[Replied]:
+        """As the transport."""
+        return self.transport.ask(step, round, messages)
+
     def fit(
-        self, round: Round, clients: Sequence[int], uploads: bool, callback: FederationCallback
+        self,
+        round: Round,
+        clients: Sequence[int],
+        uploads: bool,
+        callback: FederationCallback,
+        masking: Mapping[int, bytes] | None = None,
     ) -> Iterator[Fitted]:
         """As the transport, but for the one."""
         self.sent = {-1: self.sent[self.client]} if self.client in self.sent else {}
-        for fitted in self.transport.fit(round, clients, uploads, callback):
+        for fitted in self.transport.fit(round, clients, uploads, callback, masking):
             if fitted.upload is None:
                 yield fitted
                 continue

@@ -14,6 +14,9 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from fedlscl.client import Client
+from fedlscl.federation.secure.party import Party
+from fedlscl.federation.secure.terms import terms_of
+from fedlscl.federation.secure.words import ADVERTISE
 from fedlscl.federation.store import Store
 from fedlscl.federation.worker import Accuracy, Worker
 from fedlscl.schedule import Round
@@ -48,8 +51,34 @@ class Node:
     def __init__(self, worker: Worker, index: int, folder: Path) -> None:
         self.worker, self.index, self.store = worker, index, Store(folder)
 
-    def fit(self, round: Round, known: Known, uploads: bool, logger: Logger | None) -> bytes | None:
+    def secure(self, step: str, round: Round, message: bytes) -> bytes:
+        """Take a step of a secure sum, see `secure.words`; it is on the disk as done before anybody hears of it.
+
+        Raises:
+            LookupError: if the disk knows nothing of the steps before.
+            MessageError: if the message does not fit the step.
+        """
+        party = Party(self.index, round) if step == ADVERTISE else self._party(round)
+        try:
+            return party.reply(step, message)
+        finally:
+            self.store.write(_secure(round.number), party.state())
+            self.store.commit({})
+
+    def _party(self, round: Round) -> Party:
+        return Party.restored(self.index, round, self._read(_secure(round.number)))
+
+    def fit(
+        self, round: Round, known: Known, uploads: bool, logger: Logger | None, masking: bytes | None = None
+    ) -> bytes | None:
         """Train in a round.
+
+        Args:
+            round: which one.
+            known: what the server knows of this client.
+            uploads: whether it wants anything.
+            logger: where the metrics of training go.
+            masking: the message with which the upload is put under masks, if it is.
 
         Returns:
             The upload, if the server wants one.
@@ -61,7 +90,13 @@ class Node:
         self._catch_up(known)
         client = self._restore(known, known.ends[-1].round if known.ends else known.since)
         state = self.worker.fit(client, round, logger)
-        message = client.upload().to_bytes() if uploads else None
+        message = None
+        if masking is not None:
+            party = self._party(round)
+            message = party.mask(masking, terms_of(client, self.worker.template.server))
+            self.store.write(_secure(round.number), party.state())
+        elif uploads:
+            message = client.upload().to_bytes()
         self.store.write(_fitted(round.number), state)
         self.store.commit({})
         return message
@@ -120,6 +155,10 @@ FITTED = "fitted"
 
 def _end(round: int) -> str:
     return f"end-{round}"
+
+
+def _secure(round: int) -> str:
+    return f"secure-{round}"
 
 
 def _fitted(round: int) -> str:

@@ -16,13 +16,15 @@ from lightning.pytorch import Trainer
 from fedlscl import robust, seeds
 from fedlscl.client import Client
 from fedlscl.federation.callback import FederationCallback, RoundResult
+from fedlscl.federation.secure.session import NoSum
 from fedlscl.federation.store import Store
+from fedlscl.federation.summing import SecureSums
 from fedlscl.federation.template import Template
 from fedlscl.federation.trainer import StepCount
 from fedlscl.federation.transport import Fitted, Transport
 from fedlscl.messages import Download, MessageError, Received, Upload, in_a_line, unusable
 from fedlscl.schedule import Round, Schedule
-from fedlscl.server import Answer, Answers, Context, Metrics, OnDemand, Server
+from fedlscl.server import Answer, Answers, Context, Metrics, OnDemand, Total
 
 log = logging.getLogger(__name__)
 USUAL = "usual"
@@ -45,24 +47,22 @@ class Federation:
 
     Args:
         schedule: who takes part when.
-        server: fuses what the clients send.
-        template: what the clients' models and messages look like, and the server's own data.
+        template: what the clients' models and messages look like, the server, and its own data.
         store: the server's state and the run's progress.
         transport: leads to the clients.
     """
 
     schedule: Schedule
-    server: Server
     template: Template
     store: Store
     transport: Transport
 
     def __post_init__(self) -> None:
         """Check that all fits together, and tell the server what it will hear."""
-        self.clients = self.template.clients
+        self.clients, self.server = self.template.clients, self.template.server
         self.schedule.check(self.clients)
-        first, name = self.template.first, self.template.cnn.name_of(0)
-        self.server.begin(first.upload_schema(), first.download_schema(), lambda: self.template.new_model(name))
+        self.template.begin()
+        self.sums = SecureSums(self.schedule, self.template) if self.schedule.secure else None
         if self.server.server_images:
             self.server.hold(*self.template.data.server_images(self.server.server_images))
         self.setup_bytes = sum(tensor.nbytes for tensor in self.template.common_start.values())
@@ -100,14 +100,22 @@ class Federation:
         if (state := self.store.read("server")) is not None:
             self.server.load(state)
         self._learned = self._tasks_learned(round)
-        uploads = self._fit(round, participants, result, callback)
+        sent: Received | Total
+        if self.sums is None:
+            sent = self._fit(round, participants, result, callback)
+        else:
+            sent = self._sum(self.sums, round, participants, result, callback)
         answers: Answers = {}
-        if uploads:
+        if sent:
             with result.timed("aggregate"):
                 try:
-                    answers, metrics = self._aggregate(uploads, round, callback)
+                    answers, metrics = self._aggregate(sent, round, callback)
                     result.server = dict(metrics)
                 except IMPOSSIBLE as error:
+                    if self.sums is not None:  # nobody knows whose fault it is, and what was added up is not kept
+                        raise NobodyLeft(
+                            f"nothing follows from the secure sum of round {round.number}: {in_a_line(error)}"
+                        ) from error
                     log.warning("no client has an answer in round %d: %s", round.number, in_a_line(error))
                     result.unanswered = dict.fromkeys(range(self.clients), in_a_line(error))
         self._answer(round, answers, set(participants) - set(result.skipped), result)
@@ -133,12 +141,30 @@ class Federation:
                 self._receive(fitted, result, uploads)
             self._compare(uploads, result)
         if len(result.skipped) == len(participants):
-            why: dict[str, list[int]] = {}
-            for index, problem in sorted(result.skipped.items()):
-                why.setdefault(problem, []).append(index)
-            reasons = "; ".join(f"client {', '.join(map(str, who))}: {problem}" for problem, who in why.items())
-            raise NobodyLeft(f"no client finished round {round.number}: {reasons}")
+            raise NobodyLeft(f"no client finished round {round.number}: {_reasons(result)}")
         return uploads
+
+    def _sum(
+        self, sums: SecureSums, round: Round, participants: list[int], result: RoundResult, callback: FederationCallback
+    ) -> Total:
+        """Let the clients train; the sums of what they send.
+
+        Raises:
+            NobodyLeft: if there is no sum, or one that cannot be right: what clients did in the round does not count.
+        """
+        with result.timed("fit"):
+            try:
+                total = sums.total(self.transport, round, participants, result, callback)
+            except NoSum as error:
+                others = f"; {_reasons(result)}" if result.skipped else ""
+                raise NobodyLeft(f"no secure sum in round {round.number}: {error}{others}") from error
+        agreed = [self._agreed(client, round.task) for client in total.clients]
+        if None not in agreed and total.samples != (known := sum(n for n in agreed if n is not None)):
+            raise NobodyLeft(
+                f"no secure sum in round {round.number}: it is over {total.samples} samples, and the split gives its "
+                f"clients {known}"
+            )
+        return total
 
     def _answer(self, round: Round, answers: Answers, accepted: set[int], result: RoundResult) -> None:
         """Tell every client the end of the round, and let it be tested."""
@@ -156,7 +182,7 @@ class Federation:
             if message is not None:
                 for name, value in answer.metrics.items():
                     of_answers.setdefault(name, []).append(value)
-                result.bytes_down[index] = len(message)
+                result.bytes_down[index] = result.bytes_down.get(index, 0) + len(message)
             with result.timed("download"):
                 self.transport.answer(round, index, message, index in accepted)
             with result.timed("evaluate"):
@@ -239,7 +265,7 @@ class Federation:
             raise MessageError(f"the server's answer: {problem}")
         return answer
 
-    def _aggregate(self, uploads: Received, round: Round, callback: FederationCallback) -> tuple[Answers, Metrics]:
+    def _aggregate(self, sent: Received | Total, round: Round, callback: FederationCallback) -> tuple[Answers, Metrics]:
         """Ask the server; if it cannot answer, it is as it was before.
 
         Raises:
@@ -256,7 +282,10 @@ class Federation:
         context = Context(self.clients, round, trainer, self.template.common_start)
         try:
             with seeds.seeded(self.template.seed, "aggregate", round.number):
-                answers, metrics = self.server.aggregate(uploads, context)
+                if isinstance(sent, Total):
+                    answers, metrics = self.server.from_sums(sent, context)
+                else:
+                    answers, metrics = self.server.aggregate(sent, context)
             state = self.server.state()
             if broken := [n for n, t in state.items() if t.is_floating_point() and not bool(t.isfinite().all())]:
                 raise MessageError(f"the server would have to remember '{broken[0]}' with NaN or infinite values")
@@ -285,3 +314,11 @@ class Federation:
             if name not in counts and (found := self.transport.cost(index)):
                 counts[name] = found
         return counts
+
+
+def _reasons(result: RoundResult) -> str:
+    """Who was left out of a round so far, and why."""
+    why: dict[str, list[int]] = {}
+    for index, problem in sorted(result.skipped.items()):
+        why.setdefault(problem, []).append(index)
+    return "; ".join(f"client {', '.join(map(str, who))}: {problem}" for problem, who in why.items())

@@ -15,6 +15,7 @@ from fedlscl.data.module import FederatedDataModule
 from fedlscl.messages import Download
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
+from fedlscl.server import Server
 
 MakeTrainer = Callable[[Logger | None], Trainer]
 
@@ -30,6 +31,7 @@ class Template:
         cnn: which client has which small model.
         seed: of the run.
         trainer: makes a fresh Trainer whose metrics go to a logger.
+        server: fuses what the clients send.
     """
 
     client: Client
@@ -38,6 +40,7 @@ class Template:
     cnn: SmallModelSpec
     seed: int
     trainer: MakeTrainer
+    server: Server
 
     def __post_init__(self) -> None:
         """Build a model for each architecture, and the tensors with which all clients start.
@@ -59,6 +62,15 @@ class Template:
                     "cnn.name lists different CNNs, but this method exchanges tensors of the CNN, which then do not fit"
                 )
         self.common_start = {name: tensor.detach().clone() for name, tensor in self.first.shared().items()}
+
+    def begin(self) -> None:
+        """Tell the server what it will hear.
+
+        Raises:
+            ValueError: if it cannot work with that.
+        """
+        first, name = self.first, self.cnn.name_of(0)
+        self.server.begin(first.upload_schema(), first.download_schema(), lambda: self.new_model(name))
 
     def new_model(self, cnn_name: str) -> Client:
         """Networks in the common start of all clients with this CNN."""

@@ -11,10 +11,14 @@ from lightning.pytorch.loggers import Logger
 
 from fedlscl.client import Client
 from fedlscl.federation.callback import FederationCallback
+from fedlscl.federation.secure.party import Party
+from fedlscl.federation.secure.terms import terms_of
+from fedlscl.federation.secure.words import ADVERTISE
 from fedlscl.federation.store import Store, client_name
 from fedlscl.federation.template import Template
 from fedlscl.federation.worker import Accuracy, Worker
 from fedlscl.files import Damaged
+from fedlscl.messages import MessageError
 from fedlscl.schedule import Round
 
 log = logging.getLogger(__name__)
@@ -50,6 +54,10 @@ class Fitted(NamedTuple):
     problem: str | None  # why the client is left out of the round, if it is
 
 
+Replied = tuple[int, bytes | None, str | None]
+"""Likewise of any message to a client: who, its reply, and why there is none."""
+
+
 class Transport(Protocol):
     """What a federation needs of whatever stands between it and its clients.
 
@@ -57,10 +65,26 @@ class Transport(Protocol):
     come to the end of the round.
     """
 
+    def ask(self, step: str, round: Round, messages: Mapping[int, bytes]) -> Iterator[Replied]:
+        """Send clients their messages of a step of a secure sum, see `secure.words`. In any order, each once."""
+
     def fit(
-        self, round: Round, clients: Sequence[int], uploads: bool, callback: FederationCallback
+        self,
+        round: Round,
+        clients: Sequence[int],
+        uploads: bool,
+        callback: FederationCallback,
+        masking: Mapping[int, bytes] | None = None,
     ) -> Iterator[Fitted]:
-        """Let clients train; whether they upload anything is the server's to say. In any order, each once."""
+        """Let clients train; whether they upload anything is the server's to say. In any order, each once.
+
+        Args:
+            round: which one.
+            clients: who.
+            uploads: whether they send anything.
+            callback: hears of each fit.
+            masking: by client the message with which it puts its upload under masks; by default it sends it as it is.
+        """
 
     def answer(self, round: Round, client: int, message: bytes | None, accepted: bool) -> None:
         """Tell a client the end of a round, whether it took part or not.
@@ -98,20 +122,41 @@ class InProcess:
             raise ValueError(f"{store.folder} holds a run on Flower; go on with `flwr run`, or give another run_dir")
         self.worker, self.store = Worker(template), store
         self._accuracy: dict[int, Accuracy] = {}
+        self._parties: dict[int, Party] = {}
+
+    def ask(self, step: str, round: Round, messages: Mapping[int, bytes]) -> Iterator[Replied]:
+        """Ask them in turn."""
+        for client, message in messages.items():
+            if step == ADVERTISE:
+                self._parties[client] = Party(client, round)
+            try:
+                yield client, self._parties[client].reply(step, message), None
+            except MessageError as error:
+                yield client, None, f"{type(error).__name__}: {error}"
 
     def fit(
-        self, round: Round, clients: Sequence[int], uploads: bool, callback: FederationCallback
+        self,
+        round: Round,
+        clients: Sequence[int],
+        uploads: bool,
+        callback: FederationCallback,
+        masking: Mapping[int, bytes] | None = None,
     ) -> Iterator[Fitted]:
         """Train them in turn."""
         for index in clients:
-            yield self._fit(index, round, uploads, callback.on_fit_start(round.task, round.number, index))
+            logger = callback.on_fit_start(round.task, round.number, index)
+            yield self._fit(index, round, uploads, logger, None if masking is None else masking[index])
             callback.on_fit_end()
 
-    def _fit(self, index: int, round: Round, uploads: bool, logger: Logger | None) -> Fitted:
+    def _fit(self, index: int, round: Round, uploads: bool, logger: Logger | None, masking: bytes | None) -> Fitted:
         client = self._restore(index)
         try:
             state = self.worker.fit(client, round, logger)
-            message = client.upload().to_bytes() if uploads else None
+            message = None
+            if masking is not None:
+                message = self._parties[index].mask(masking, terms_of(client, self.worker.template.server))
+            elif uploads:
+                message = client.upload().to_bytes()
         except CLIENTS_FAULT as error:
             if is_the_machines(error):
                 raise

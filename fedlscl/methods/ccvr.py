@@ -34,7 +34,7 @@ from fedlscl.methods.statistics.client import numbers_of, rounded
 from fedlscl.methods.statistics.heads import ClosedFormHead, added
 from fedlscl.methods.statistics.server import StatisticsServer
 from fedlscl.schedule import Round
-from fedlscl.server import Answer, Answers, Context, FedAvg, Metrics
+from fedlscl.server import Answer, Answers, Context, FedAvg, Metrics, Total
 
 log = logging.getLogger(__name__)
 
@@ -130,14 +130,28 @@ class CalibratingServer(FedAvg):
         if context.round.ends_task and context.round.number == 1:
             log.warning("federation.rounds is 1, and the last round of a task trains nothing; take 2 or more")
         answers, metrics = super().aggregate(uploads, context)
-        solved, measured = self.statistics.aggregate({n: _sums(upload) for n, upload in uploads.items()}, context)
+        sums = self.statistics.aggregate({n: _sums(upload) for n, upload in uploads.items()}, context)
+        return self._calibrated((answers, metrics), sums)
+
+    def terms(self, upload: Upload) -> Mapping[str, Tensor]:
+        """What FedAvg adds up, and the sums."""
+        return {**super().terms(upload), **above(self.statistics.terms(_sums(upload)), "calibration.")}
+
+    def from_sums(self, total: Total, context: Context) -> tuple[Answers, Metrics]:
+        """One model for all clients, from sums alone."""
+        sums = total._replace(tensors=below(total.tensors, "calibration."))
+        return self._calibrated(super().from_sums(total, context), self.statistics.from_sums(sums, context))
+
+    def _calibrated(self, averaged: tuple[Answers, Metrics], sums: tuple[Answers, Metrics]) -> tuple[Answers, Metrics]:
+        """The averaged model, whose head follows from the sums if there are any."""
+        (answers, metrics), (solved, measured) = averaged, sums
         if not solved:
             return answers, metrics
         model, found = dict(answers[0].tensors), solved[0].tensors
         known = found["known"].unsqueeze(1)
         model["head.weight"] = torch.where(known, found["weight"], model["head.weight"])
         model["head.bias"] = torch.where(found["known"], found["bias"], model["head.bias"])
-        return dict.fromkeys(range(context.clients), Answer(model)), {**metrics, **measured}
+        return dict.fromkeys(answers, Answer(model)), {**metrics, **measured}
 
 
 def _sums(upload: Upload) -> Upload:

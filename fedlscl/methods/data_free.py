@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fedlscl.messages import Download, MessageError, Schema, TensorSpec, Upload, schema_of
 from fedlscl.methods.fedavg import FedAvgClient
-from fedlscl.server import Answer, Answers, Context, FedAvg, Metrics
+from fedlscl.server import Answer, Answers, Context, FedAvg, Metrics, Total
 
 
 class DataFreeClient(FedAvgClient):
@@ -67,6 +67,10 @@ class DataFreeClient(FedAvgClient):
         return made
 
 
+CLASSES = "clients of each class"
+"""Under which name the clients that have learned a class are added up."""
+
+
 class DataFreeServer(FedAvg):
     """The mean of the clients' models, and after each task what is made of it without data.
 
@@ -99,7 +103,19 @@ class DataFreeServer(FedAvg):
         """One mean for all clients, and with the last of a task what was made of it."""
         for upload in uploads.values():
             self.learned = self.learned | upload.tensors["classes"]
-        answers, metrics = super().aggregate(uploads, context)
+        return self._with_replay(super().aggregate(uploads, context), context)
+
+    def terms(self, upload: Upload) -> Mapping[str, Tensor]:
+        """What FedAvg adds up, and of each class whether the client has it."""
+        return {**super().terms(upload), CLASSES: upload.tensors["classes"]}
+
+    def from_sums(self, total: Total, context: Context) -> tuple[Answers, Metrics]:
+        """The same from sums alone: of each class how many clients have it."""
+        self.learned = self.learned | (total.tensors[CLASSES] > 0.5)
+        return self._with_replay(super().from_sums(total, context), context)
+
+    def _with_replay(self, averaged: tuple[Answers, Metrics], context: Context) -> tuple[Answers, Metrics]:
+        answers, metrics = averaged
         if not context.round.ends_task:
             return answers, metrics
         mean = answers[0].tensors

@@ -1,9 +1,9 @@
 """Fed-LSCL whose clients solve one-by-one distillation themselves, from two sums over all of them.
 
 See docs/methods/fed_lscl_sums.md. Objective: as Fed-LSCL. Aggregation: Eq. 5 is a ridge regression whose data are sums
-over the clients (`fedlscl.methods.o2d`). The server adds up what clients send, S = sum C_i and T = sum G_i, such as
-secure aggregation could (it is not part of this package), and a client takes out its own terms and solves for itself,
-with `strength: auto` for several lambda, of which it takes the best on its buffer.
+over the clients (`fedlscl.methods.o2d`). The server adds up what clients send, S = sum C_i and T = sum G_i, without
+seeing any of it if sums are secure (docs/privacy.md), and a client takes out its own terms and solves for itself, with
+`strength: auto` for several lambda, of which it takes the best on its buffer.
 
 What travels: up C_i and G_i = C_i Phi_i, down S and T.
 

@@ -29,7 +29,7 @@ from fedlscl.messages import MessageError, Upload
 from fedlscl.methods.fedavg import FedAvgClient
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
-from fedlscl.server import Answer, Answers, Context, Metrics, Server
+from fedlscl.server import Answer, Answers, Context, Metrics, Server, Total
 
 
 class FedProtoClient(FedAvgClient):
@@ -96,6 +96,18 @@ class FedProtoServer(Server):
             of_client = upload.tensors["images"]
             sums = sums + of_client[:, None] * upload.tensors["prototypes"].double()
             images = images + of_client
+        return self._answers(sums, images, context)
+
+    def terms(self, upload: Upload) -> Mapping[str, Tensor]:
+        """Each prototype times the number of its images, and these."""
+        images = upload.tensors["images"]
+        return {"sums": images[:, None] * upload.tensors["prototypes"].double(), "images": images}
+
+    def from_sums(self, total: Total, context: Context) -> tuple[Answers, Metrics]:
+        """The same prototypes, from sums alone."""
+        return self._answers(total.tensors["sums"], total.tensors["images"].long(), context)
+
+    def _answers(self, sums: Tensor, images: Tensor, context: Context) -> tuple[Answers, Metrics]:
         prototypes = (sums / images.clamp(min=1)[:, None]).float()
         answer = Answer({"prototypes": prototypes, "images": images})
         return dict.fromkeys(range(context.clients), answer), {}

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from fedlscl.continual import NoReplay
+from fedlscl.memory import above, below
 from fedlscl.messages import MessageError, Schema, TensorSpec, Upload, not_negative, schema_of
 from fedlscl.methods.frozen_vit import FrozenViTClient
-from fedlscl.server import Answer, Answers, Context, FedAvg, Metrics
+from fedlscl.server import Answer, Answers, Context, FedAvg, Metrics, Total
 
 COUNTS = "class_counts"
 
@@ -76,6 +77,26 @@ class RowAverage(FedAvg):
         mean = dict(answers[0].tensors)
         mean |= row_means({name: mean[name] for name in self.rows}, [upload.tensors for upload in uploads.values()])
         return dict.fromkeys(answers, Answer(mean)), metrics
+
+    def terms(self, upload: Upload) -> Mapping[str, Tensor]:
+        """What FedAvg adds up, n_ic, and n_ic w_ic."""
+        counts = upload.tensors[COUNTS].double()
+        rows = {name: _by_row(counts, upload.tensors[name]) * upload.tensors[name].double() for name in self.rows}
+        return {**super().terms(upload), COUNTS: counts, **above(rows, "rows.")}
+
+    def from_sums(self, total: Total, context: Context) -> tuple[Answers, Metrics]:
+        """One mean for all clients, from sums alone."""
+        answers, metrics = super().from_sums(total, context)
+        mean, counts = dict(answers[0].tensors), total.tensors[COUNTS]
+        for name, rows in below(total.tensors, "rows.").items():
+            of_class = (rows / _by_row(counts.clamp(min=1), rows)).to(mean[name].dtype)
+            mean[name] = torch.where(_by_row(counts > 0, rows), of_class, mean[name])
+        return dict.fromkeys(answers, Answer(mean)), metrics
+
+
+def _by_row(values: Tensor, rows: Tensor) -> Tensor:
+    """Values (K,), one for each row of `rows` (K, ...), so that they can be multiplied."""
+    return values.reshape(-1, *[1] * (rows.ndim - 1))
 
 
 def row_means(plain: Mapping[str, Tensor], models: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -213,11 +213,11 @@ class Experiment:
     def federation(self) -> Federation:
         """Everything that takes part, as far as the run folder's checkpoint has come."""
         store, template = Store(self.run_dir / CHECKPOINT), self.template()
-        return Federation(self.schedule, self.server, template, store, self.transport(template, store))
+        return Federation(self.schedule, template, store, self.transport(template, store))
 
     def template(self) -> Template:
         """What all clients are like."""
-        return Template(self.client, self.data, self.vit, self.cnn, self.seed, self.trainer)
+        return Template(self.client, self.data, self.vit, self.cnn, self.seed, self.trainer, self.server)
 
     def _tracker(self, progress: Mapping[str, Any]) -> Tracker:
         size = progress.get("metrics_bytes")

@@ -41,6 +41,7 @@ def simulate(
     cnn: SmallModelSpec,
     rounds: int = 5,
     clients_per_round: int | None = None,
+    secure: bool = False,
     seed: int = 42,
     accelerator: str = "auto",
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
@@ -60,6 +61,7 @@ def simulate(
         cnn: their small models.
         rounds: communication rounds for each task.
         clients_per_round: how many clients, drawn anew, take part in each round; all of them by default.
+        secure: let the server learn sums over the clients alone, see docs/privacy.md.
         seed: of all that is drawn.
         accelerator: cpu, gpu, mps or auto, as in Lightning.
         precision: as in Lightning.
@@ -94,9 +96,9 @@ def simulate(
             folder = Path(tempfile.mkdtemp(prefix="fedlscl-"))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
         with _quiet():
-            template, store = Template(client, data, vit, cnn, seed, trainer), Store(folder)
-            schedule = Schedule(rounds, clients_per_round)
-            federation = Federation(schedule, server, template, store, InProcess(template, store))
+            template, store = Template(client, data, vit, cnn, seed, trainer, server), Store(folder)
+            schedule = Schedule(rounds, clients_per_round, secure)
+            federation = Federation(schedule, template, store, InProcess(template, store))
         closing = stack.pop_all()
     found = _rounds(federation, progress, closing)
     weakref.finalize(found, closing.close)  # a generator that nobody has begun does not come to its end

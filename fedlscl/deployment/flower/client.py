@@ -19,9 +19,11 @@ from lightning.pytorch.loggers import Logger
 
 from fedlscl.deployment.flower.wire import (
     ENDS,
+    MASKING,
     UPLOAD,
     array_of,
     names_sha256,
+    payload,
 )
 from fedlscl.deployment.flower.words import as_error, experiment_of
 from fedlscl.deployment.node import End, Known, Node
@@ -89,11 +91,23 @@ def fit(message: Message, context: Context) -> Message:
         round = Round(
             _integer(numbers, "task"), _integer(numbers, "round"), bool(numbers["ends_task"]), node.worker.template.seed
         )
-        upload = node.fit(round, _known(message.content), bool(numbers["uploads"]), metrics)
+        masking = payload(message.content, MASKING) if MASKING in message.content.array_records else None
+        upload = node.fit(round, _known(message.content), bool(numbers["uploads"]), metrics, masking)
     records: dict[str, Any] = {"metrics": MetricRecord({**metrics.values})}
     if upload is not None:
         records["upload"] = ArrayRecord({UPLOAD: array_of(upload)})
     return _reply(message, **records)
+
+
+@client_app.query("secure")
+@tells_types_alone
+def secure(message: Message, context: Context) -> Message:
+    """Take a step of a secure sum."""
+    numbers = message.content.config_records["round"]
+    with _node(message, context) as node:
+        round = Round(_integer(numbers, "task"), _integer(numbers, "round"), False, node.worker.template.seed)
+        reply = node.secure(str(numbers["step"]), round, payload(message.content, MASKING))
+    return _reply(message, upload=ArrayRecord({UPLOAD: array_of(reply)}))
 
 
 @client_app.evaluate()
@@ -153,7 +167,11 @@ def _worker(words: str, own_words: str, data: str) -> tuple[Worker, Path]:
     """What clients train with, and their folder; a process that answers several messages builds it once."""
     with as_error():
         folder = Configuration(shlex.split(words)).run_dir
-    return Worker(experiment_of(f"{words} {own_words}", data).template()), folder
+    experiment = experiment_of(f"{words} {own_words}", data)
+    template = experiment.template()
+    if experiment.schedule.secure:
+        template.begin()  # which of its tensors are added up is the server's to say
+    return Worker(template), folder
 
 
 class _Metrics(Logger):

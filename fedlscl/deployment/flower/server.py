@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from fedlscl.deployment.flower.wire import (
     END,
     ENDS,
     FIT,
+    MASKING,
+    SECURE,
     UPLOAD,
     WHO,
     array_of,
@@ -34,7 +37,7 @@ from fedlscl.evaluation import MASKS
 from fedlscl.federation.callback import FederationCallback
 from fedlscl.federation.store import Store
 from fedlscl.federation.template import Template
-from fedlscl.federation.transport import LEDGER, Fitted
+from fedlscl.federation.transport import LEDGER, Fitted, Replied
 from fedlscl.federation.worker import COUNTS, Accuracy
 from fedlscl.messages import Download, in_a_line
 from fedlscl.run.configuration import Configuration
@@ -130,11 +133,40 @@ class FlowerTransport:
         """By client the key that its node has; none in a simulation."""
         return {str(client): key for client, key in sorted(self._bindings.keys.items())}
 
+    def ask(self, step: str, round: Round, messages: Mapping[int, bytes]) -> Iterator[Replied]:
+        """Ask them all at the same time."""
+
+        def content(client: int) -> RecordDict:
+            numbers = ConfigRecord({"client": client, "task": round.task, "round": round.number, "step": step})
+            return RecordDict({"round": numbers, **_masking(messages[client])})
+
+        for client, reply in self._exchange(SECURE, round, [*messages], content):
+            problem, message = reply if isinstance(reply, str) else None, None
+            if not isinstance(reply, str):
+                try:
+                    message = payload(reply, UPLOAD)
+                except ValueError as error:
+                    problem = f"{type(error).__name__}: {error}"
+            yield client, message, problem
+
     def fit(
-        self, round: Round, clients: Sequence[int], uploads: bool, callback: FederationCallback
+        self,
+        round: Round,
+        clients: Sequence[int],
+        uploads: bool,
+        callback: FederationCallback,
+        masking: Mapping[int, bytes] | None = None,
     ) -> Iterator[Fitted]:
         """Let them train, all at the same time."""
-        for client, reply in self._exchange(FIT, round, clients, {"uploads": uploads, "ends_task": round.ends_task}):
+        numbers = {"uploads": uploads, "ends_task": round.ends_task}
+
+        def content(client: int) -> RecordDict:
+            found = self._content(client, round, numbers)
+            if masking is not None:
+                found.update(_masking(masking[client]))
+            return found
+
+        for client, reply in self._exchange(FIT, round, clients, content):
             logger = callback.on_fit_start(round.task, round.number, client)
             yield self._fitted(client, reply, uploads, logger)
             callback.on_fit_end()
@@ -165,7 +197,9 @@ class FlowerTransport:
     def evaluations(self, round: Round) -> Mapping[int, Accuracy]:
         """Tell all clients what they have not heard yet."""
         found: dict[int, Accuracy] = {}
-        for client, reply in self._exchange(END, round, range(self.template.clients), {}):
+        for client, reply in self._exchange(
+            END, round, range(self.template.clients), partial(self._content, round=round)
+        ):
             if not isinstance(reply, str):
                 try:
                     found[client] = _accuracy(reply, round.task)
@@ -188,7 +222,8 @@ class FlowerTransport:
 
     def cost(self, client: int) -> dict[str, int]:
         """Ask the client."""
-        for _, reply in self._exchange(COST, Round(0, 0, True, 0), [client], {}):
+        over = Round(0, 0, True, 0)
+        for _, reply in self._exchange(COST, over, [client], partial(self._content, round=over)):
             problem = reply
             if not isinstance(reply, str):
                 try:
@@ -202,7 +237,7 @@ class FlowerTransport:
         return {}
 
     def _exchange(
-        self, kind: str, round: Round, clients: Sequence[int], more: Mapping[str, bool]
+        self, kind: str, round: Round, clients: Sequence[int], content: Callable[[int], RecordDict]
     ) -> Iterator[tuple[int, RecordDict | str]]:
         """Send each client its message as soon as it is there; yield its reply, or why there is none."""
         self._patience.nodes({node.node_id for node in self.grid.get_nodes()}, round.number)
@@ -217,7 +252,7 @@ class FlowerTransport:
             late = time.monotonic() >= deadline  # a reply that took long to fetch must not cost others theirs
             nodes = self._nodes(round.number)
             for client in [client for client in waiting if client in nodes]:
-                if message_id := self._push(self._content(client, round, more), nodes[client], kind):
+                if message_id := self._push(content(client), nodes[client], kind):
                     waiting.remove(client)
                     sent[message_id] = client
             for message_id, reply in self._pull(sent):
@@ -264,7 +299,7 @@ class FlowerTransport:
             for reply in [reply for reply in replies if reply.metadata.reply_to_message_id == message_id][:1]:
                 yield message_id, reply.error if reply.has_error() else reply.content
 
-    def _content(self, client: int, round: Round, more: Mapping[str, bool]) -> RecordDict:
+    def _content(self, client: int, round: Round, more: Mapping[str, bool] = MappingProxyType({})) -> RecordDict:
         entries = sorted(entry for entry in self._missed if entry[0] == client)
         since, messages = self._since[client], dict[str, bytes]()
         if since == 0 and not any(accepted for _, _, _, accepted, _ in entries[:1]):
@@ -339,6 +374,10 @@ class FlowerTransport:
 
 _COLUMNS = ("client", *ENDS, "answered")
 NODE_UNAVAILABLE = 5  # of Flower's error codes, which its public modules do not name
+
+
+def _masking(message: bytes) -> dict[str, ArrayRecord]:
+    return {MASKING: ArrayRecord({MASKING: array_of(message)})}
 
 
 def _missed(client: int, round: int) -> str:

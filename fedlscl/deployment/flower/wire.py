@@ -11,8 +11,8 @@ from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
 from fedlscl.data.module import FederatedDataModule
 
-FIT, END, WHO, COST = "train", "evaluate", "query.who", "query.cost"
-UPLOAD = "upload"
+FIT, END, WHO, COST, SECURE = "train", "evaluate", "query.who", "query.cost", "query.secure"
+UPLOAD, MASKING = "upload", "masking"
 ENDS = ("task", "round", "accepted")
 _STYPE = "safetensors"
 METRIC, MOST_METRICS = re.compile(r"[\w/.-]{1,64}"), 64

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from fedlscl.messages import MessageError, Schema, Upload
 from fedlscl.methods.statistics.client import StatisticsClient
 from fedlscl.methods.statistics.heads import ClosedFormHead, added, as_message
-from fedlscl.server import Answer, Answers, Context, Metrics, Server
+from fedlscl.server import Answer, Answers, Context, Metrics, Server, Total
 
 
 class StatisticsServer(Server):
@@ -30,14 +31,15 @@ class StatisticsServer(Server):
 
     def expect(self, head: ClosedFormHead, uploads: Schema) -> None:
         """Hear how a head follows from the sums that look like this."""
-        self.head, self.names = head, frozenset(uploads)
+        self.head = head
+        self.shapes = {name: spec.largest for name, spec in uploads.items()}
         self.sums: dict[int, dict[str, Tensor]] = {}
 
     def check(self, upload: Upload) -> None:
         """All sums or none, and over as many images as there are."""
         if not upload.tensors:
             return
-        if missing := sorted(self.names - set(upload.tensors)):
+        if missing := sorted(set(self.shapes) - set(upload.tensors)):
             raise MessageError(f"upload: has {sorted(upload.tensors)} without {missing}")
         if problem := self.head.problem(upload.tensors, upload.samples):
             raise MessageError(f"upload {problem}")
@@ -60,8 +62,28 @@ class StatisticsServer(Server):
             if upload.tensors:
                 new, key = True, client if self.head.by_client else 0
                 self.sums[key] = added([self.sums.get(key, {}), upload.tensors])
-        if not new:
+        return self._solved(context) if new else ({}, {})
+
+    def beyond_sums(self) -> str | None:
+        """Some heads need sums by client."""
+        by_client = "needs the sums of each client for this model.head" if self.head.by_client else None
+        return by_client or super().beyond_sums()
+
+    def terms(self, upload: Upload) -> Mapping[str, Tensor]:
+        """The sums, or zeros where a client has nothing new, so that nobody sees that."""
+        return upload.tensors or {n: torch.zeros(shape, dtype=torch.float64) for n, shape in self.shapes.items()}
+
+    def from_sums(self, total: Total, context: Context) -> tuple[Answers, Metrics]:
+        """The same from the sums over all clients."""
+        counts = self.head.counts(total.tensors)
+        if not bool(counts.any()):
             return {}, {}
+        if problem := self.head.problem(total.tensors, int(counts.sum())):
+            raise MessageError(f"the clients' sum {problem}")
+        self.sums[0] = added([self.sums.get(0, {}), total.tensors])
+        return self._solved(context)
+
+    def _solved(self, context: Context) -> tuple[Answers, Metrics]:
         counts = self.head.counts(added(self.sums.values()))
         solution = self.head.solve(self.sums)
         metrics = {"images": float(counts.sum()), **solution.metrics}
