@@ -31,6 +31,7 @@ from fedlscl.models.vit import FrozenViT
 from fedlscl.run.experiment import Experiment, Tracking
 from fedlscl.run.fields import flat
 from fedlscl.run.names import Parser
+from fedlscl.run.shipped import resolved
 from fedlscl.schedule import Schedule
 from fedlscl.server import Server
 
@@ -62,10 +63,13 @@ class Configuration:
     """
 
     def __init__(self, words: Sequence[str]) -> None:
-        self.words = tuple(words)
+        try:
+            self.words = tuple(resolved(words))
+        except ValueError as error:
+            sys.exit(f"fedlscl: {error}")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=ARGS_GIVEN)
-            self._cli = _ParsedCLI([*words])
+            self._cli = _ParsedCLI([*self.words])
         try:
             _check(self._cli.config)
         except ValueError as error:

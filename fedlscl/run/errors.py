@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -56,6 +56,10 @@ _NOISE = re.compile(
     r"(- )?a (class path \(str\)|dict (with|without) )|Problem with given class_path|Parser key .*:$|"
     r"(- )?Parser key .*: Unable to load config"
 )
+_UNKNOWN = re.compile(
+    r"Option '(?P<inner>[\w.-]+)' is not accepted|Group '(?P<group>[\w.-]+)' does not accept option '(?P<of>[\w.-]+)'|"
+    r"unrecognized arguments: (?P<word>\S+)"
+)
 _EXPECTED = re.compile(r"(?:Expected|Expects) an? (.+?)(?:\. Got value: (.*))?$")
 
 
@@ -73,16 +77,35 @@ class OneLine:
         """End with what is wrong; the parser of a part of a configuration leaves that to the whole's."""
         if not getattr(self, "exit_on_error", True):
             super().error(message, ex)  # type: ignore[misc]
-        self._end(complaint(message, self._fields()))
+        self._end(complaint(message, self._known()))
 
     def _end(self, text: str) -> NoReturn:
         sys.stderr.write(f"fedlscl: {one_line(text)}\n")
         sys.exit(MISUSED)
 
-    def _fields(self) -> list[str]:
+    def _known(self) -> list[str]:
         """The fields that are there, by their names on the command line."""
         options: dict[str, Any] = getattr(self, "_option_string_actions", {})
         return [name[2:] for name in options if name.startswith("--")]
+
+
+def meant(near: Sequence[str], otherwise: str) -> str:
+    """The end of a line that refuses a name: those that are close to it, or where else to look."""
+    if not near:
+        return f"; {otherwise}"
+    *others, last = near
+    return f"; did you mean {', '.join(others)} or {last}?" if others else f"; did you mean {last}?"
+
+
+def similar(field: str, known: Sequence[str]) -> list[str]:
+    """Up to three fields that may be meant, the likeliest first: another group's of the same name, or a like one."""
+    last = field.rpartition(".")[2]
+    ends: dict[str, list[str]] = {}
+    for each in known:
+        ends.setdefault(each.rpartition(".")[2], []).append(each)
+    near = [*ends.get(last, []), *get_close_matches(field, known, 3, 0.75)]
+    near += [each for end in get_close_matches(last, ends, 3, 0.8) for each in ends[end]]
+    return list(dict.fromkeys(near))[:3]
 
 
 def complaint(message: str, known: list[str] | None = None) -> str:
@@ -103,13 +126,11 @@ def complaint(message: str, known: list[str] | None = None) -> str:
     others = [line for line in lines if not _EXPECTED.match(line)]
     field = "seed_everything" if field == "data.seed" else field  # which gets it from there
     where = f"{field}: " if field else ""
-    if unknown := re.search(r"(?:Option '([\w.-]+)' is not accepted|unrecognized arguments: (\S+))", message):
-        name = (unknown[1] or unknown[2]).lstrip("-").partition("=")[0]
-        name = f"{field}.{name}" if field and unknown[1] else name
-        near = [] if field and unknown[1] else get_close_matches(name, known or [], 3)
-        ask = f"--{field}.help CLASS" if field in ("model", "server", "data.source") else "--help"
-        meant = f"close to it are {', '.join(near)}" if near else f"`fedlscl fit {ask}` lists all"
-        return f"there is no field {name}; {meant}"
+    if unknown := _UNKNOWN.search(message):
+        name = unknown[unknown.lastindex or 0].lstrip("-").partition("=")[0]
+        name = ".".join(part for part in (unknown["group"] or field, name) if part) if not unknown["word"] else name
+        ask = f"--{field}.help CLASS" if field in ("model", "server", "data.source") else "--help all"
+        return f"there is no field {name}{meant(similar(name, known or []), f'`fedlscl fit {ask}` lists all')}"
     if "object has no attribute 'keys'" in message or "is not iterable" in message:
         return f"{field or 'a field'} has a value of another kind, such as a number in the place of several fields"
     if subclass := re.search(r"Not a valid subclass of (\w+)(?:\. Got value: (.*))?", message):
