@@ -86,7 +86,8 @@ class FederatedDataModule(LightningDataModule):
             raise ValueError("data.seed is not set; give the seed of the split, a whole number from 0 on")
         self.dataset, self._loaded = self._loaded or self._load(), None
         labels = self.dataset.train.labels, self.dataset.test.labels
-        self.split = make_split(*labels, self.split_spec, self.seed, self.dataset.classes)
+        owners = self.dataset.owners
+        self.split = make_split(*labels, self.split_spec, self.seed, self.dataset.classes, owners)
 
     @property
     def split_sha256(self) -> str:

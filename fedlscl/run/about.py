@@ -75,12 +75,14 @@ def doctor_command(words: list[str]) -> None:
 
 def completion(commands: Iterable[str]) -> str:
     """The script by which bash, or zsh, completes words: the commands, settings, methods, and fields."""
-    from fedlscl.client import Client
-    from fedlscl.run.configuration import Configuration
-    from fedlscl.run.names import parameters
+    any_of_them = ["--model=FedLSCL", "--model.continual=NoReplay", "--server=FedAvg", "--data.source=Digits"]
+    with loading():
+        from fedlscl.client import Client
+        from fedlscl.run.configuration import Configuration
+        from fedlscl.run.names import parameters
 
-    fields = [f"--{name}" for name in Configuration(["--help"]).fields]
-    fields += [f"--model.{name}" for name in parameters(Client)]
+        names = [*Configuration(any_of_them).fields, *(f"model.{name}" for name in parameters(Client))]
+    fields = [f"--{name}" for name in (*names, "dry_run") if not name.endswith((".help", "+"))]
     words = {"settings": shipped("setting"), "methods": shipped("method"), "presets": PRESETS, "commands": commands}
     return COMPLETION.format(fields=" ".join(fields), **{name: " ".join(each) for name, each in words.items()})
 

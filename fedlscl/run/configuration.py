@@ -64,16 +64,19 @@ class Configuration:
 
     def __init__(self, words: Sequence[str]) -> None:
         try:
-            self.words = tuple(resolved(words))
+            preset, rest = option(words, "split")
+            self._parse(resolved(rest))
+            if preset is not None:
+                self._parse([*self._split(preset), *self.words])
         except ValueError as error:
             sys.exit(f"fedlscl: {error}")
+
+    def _parse(self, words: list[str]) -> None:
+        self.words = tuple(words)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=ARGS_GIVEN)
-            self._cli = _ParsedCLI([*self.words])
-        try:
-            _check(self._cli.config)
-        except ValueError as error:
-            sys.exit(f"fedlscl: {error}")
+            self._cli = _ParsedCLI([*words])
+        _check(self._cli.config)
 
     @cached_property
     def values(self) -> dict[str, Any]:

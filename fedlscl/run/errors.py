@@ -37,6 +37,7 @@ INTERRUPTED = 128 + signal.SIGINT
 UNHEARD = 141  # 128 + SIGPIPE, which not every platform knows
 
 TRACEBACK = "traceback.txt"
+FIT = "fedlscl fit"
 
 LENGTH = 600
 """Characters that a message has at most."""
@@ -77,7 +78,7 @@ class OneLine:
         """End with what is wrong; the parser of a part of a configuration leaves that to the whole's."""
         if not getattr(self, "exit_on_error", True):
             super().error(message, ex)  # type: ignore[misc]
-        self._end(complaint(message, self._known()))
+        self._end(complaint(message, self._known(), getattr(self, "prog", FIT)))
 
     def _end(self, text: str) -> NoReturn:
         sys.stderr.write(f"fedlscl: {one_line(text)}\n")
@@ -108,12 +109,13 @@ def similar(field: str, known: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(near))[:3]
 
 
-def complaint(message: str, known: list[str] | None = None) -> str:
+def complaint(message: str, known: list[str] | None = None, command: str = FIT) -> str:
     """The one sentence that matters of what jsonargparse says.
 
     Args:
         message: its message, of many lines.
         known: names of fields, to suggest one of.
+        command: whose words they are.
     """
     field = ""
     for key in re.findall(r'Parser key "([\w.]+)"', message):
@@ -130,7 +132,8 @@ def complaint(message: str, known: list[str] | None = None) -> str:
         name = unknown[unknown.lastindex or 0].lstrip("-").partition("=")[0]
         name = ".".join(part for part in (unknown["group"] or field, name) if part) if not unknown["word"] else name
         ask = f"--{field}.help CLASS" if field in ("model", "server", "data.source") else "--help all"
-        return f"there is no field {name}{meant(similar(name, known or []), f'`fedlscl fit {ask}` lists all')}"
+        ask = f"`{command} {ask if command == FIT else '--help'}` lists all"
+        return f"there is no field {name}{meant(similar(name, known or []), ask)}"
     if "object has no attribute 'keys'" in message or "is not iterable" in message:
         return f"{field or 'a field'} has a value of another kind, such as a number in the place of several fields"
     if subclass := re.search(r"Not a valid subclass of (\w+)(?:\. Got value: (.*))?", message):

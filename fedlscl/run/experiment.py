@@ -287,7 +287,7 @@ class Experiment:
             compute={name: Compute(**counts) for name, counts in federation.cost().items()},
             tested_pairs=None if pairs is None else len(pairs),
             untrained_pairs=None if pairs is None else sum(not pair.trained for pair in pairs),
-            images_kept=self.client.images_kept(sum(spec.client_task_sizes), self.server.listens),
+            images_kept=self.client.images_kept(min(map(sum, self.data.split.task_sizes)), self.server.listens),
             skipped=_named(history, "skipped"),
             unanswered=_named(history, "unanswered"),
             nodes=federation.nodes,

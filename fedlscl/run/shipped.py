@@ -5,8 +5,10 @@ It imports nothing that takes time: what is asked for is found, or refused, befo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -33,14 +35,10 @@ def shipped(kind: Kind) -> dict[str, Path]:
 
 
 def about(file: Path) -> str:
-    """What the first comment of a file says."""
+    """The first sentence of the comment that a file begins with."""
     with file.open(encoding="utf-8", errors="replace") as lines:
-        first: list[str] = []
-        for line in lines:
-            if not line.startswith("#"):
-                break
-            first.append(line.lstrip("# ").rstrip())
-    return " ".join(first)
+        comment = [line.lstrip("# ").rstrip() for line in takewhile(lambda line: line.startswith("#"), lines)]
+    return re.split(r"\.(?= |$)", " ".join(comment))[0]
 
 
 def resolved(words: Sequence[str]) -> list[str]:
