@@ -20,7 +20,7 @@ from fedlscl.run import help
 from fedlscl.run.about import completion, doctor_command, methods_command, settings_command
 from fedlscl.run.errors import in_a_line, kept_in, meant, printable
 from fedlscl.run.shipped import resolved
-from fedlscl.run.words import flag, from_here, loading, parser_of, say
+from fedlscl.run.words import flag, from_here, loading, option, parser_of, say
 
 OVERVIEW = """\
 usage: fedlscl fit --config SETTING [--method METHOD] [--run_dir DIR] [--any.field VALUE] [--dry_run]
@@ -198,6 +198,29 @@ def deal_command(words: list[str]) -> None:
         say(folder)
 
 
+def split_command(words: list[str]) -> None:
+    """`fedlscl split`: show who gets which images."""
+    if help.asked(words):
+        sys.stdout.write(help.SPLIT)
+        return
+    out, words = option(words, "out")
+    words = resolved(words)
+    from_here()
+    with loading():
+        from fedlscl.run.configuration import Configuration
+        from fedlscl.run.splitting import checked, show, write
+
+    target = None if out is None else checked(path_of(out, "out"))
+    configuration = Configuration(words)
+    data = configuration.data()
+    data.prepare_data()
+    data.setup()
+    found = show(data)
+    if target is not None:
+        write(found, target, data, f"{configuration.values['setting']}, seed {data.seed}")
+        say(f"split: {target}")
+
+
 def predict_command(words: list[str]) -> None:
     """`fedlscl predict`: classify image files."""
     parser = parser_of("predict", PREDICT)
@@ -229,12 +252,15 @@ def predict_command(words: list[str]) -> None:
 
 def completion_command(words: list[str]) -> None:
     """`fedlscl completion`: a script for the shell."""
-    parser_of("completion", "Print a script by which bash, or zsh, completes words; it says where to put it.").parse_args(words)
+    parser_of(
+        "completion", "Print a script by which bash, or zsh, completes words; it says where to put it."
+    ).parse_args(words)
     sys.stdout.write(completion(COMMANDS))
 
 
 COMMANDS = {
     "fit": fit_command,
+    "split": split_command,
     "sweep": sweep_command,
     "tables": tables_command,
     "plot": plot_command,

@@ -156,7 +156,7 @@ def test_the_first_look(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_names_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        main(["fit", "--help"])
+        main(["fit", "--help", "all"])
     assert end.value.code == 0
     shown = capsys.readouterr().out
     for field in ("--run_dir", "--federation.rounds", "--federation.clients_per_round", "--data.split.clients",

@@ -5,8 +5,8 @@
     0,2,horse
     1,1,sketch_*
 
-Clients are numbered from 0, tasks from 1. A cell has one name or more, with semicolons between, or patterns as in a shell;
-a client may have several rows of a task.
+Clients are numbered from 0, tasks from 1. A cell has one name or more, with semicolons between, or patterns as in a
+shell; a client may have several rows of a task.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ def read_assignment(path: Path, clients: int, tasks: int, names: Sequence[str]) 
             if label not in (there := found.setdefault(client, {}).setdefault(task, [])):
                 there.append(label)
     numbers = len(found), max((task for of_client in found.values() for task in of_client), default=0)
-    for kind, there, first in (("client", sorted(found), 0), *((f"client {c}: task", sorted(found[c]), 1) for c in found)):
+    for kind, there, first in (
+        ("client", sorted(found), 0),
+        *((f"client {c}: task", sorted(found[c]), 1) for c in found),
+    ):
         count = numbers[0] if kind == "client" else numbers[1]
         if missing := sorted(set(range(first, first + count)) - set(there)):
             raise ValueError(f"{path}: {kind} {missing[0]} is missing; each client needs a class in each task")

@@ -108,7 +108,7 @@ def make_split(
             else:
                 rng = numpy_generator(seed, _TEST_ORDER, label)
                 evaluate[label] = _pool(tests[client], label, spec.test_per_class, rng)
-        tasks = []
+        tasks: list[TaskSplit] = []
         for of_task in plan.tasks[client]:
             classes = tuple(sorted(of_task))
             if not classes:
@@ -222,8 +222,8 @@ def _check_tested(
             if lacking:
                 name = names[min(lacking)] if names else str(min(lacking))
                 raise ValueError(
-                    f"split: client {client} has no {part} image of class {name}, which is among its classes; add some, "
-                    "or take the class away from it"
+                    f"split: client {client} has no {part} image of class {name}, which is among its classes; add "
+                    "some, or take the class away from it"
                 )
 
 

@@ -197,10 +197,20 @@ class _Listing(NamedTuple):
 
 def class_folders(folder: Path) -> list[Path]:
     """The folders in a folder, sorted, each of which is of a class; none where it is not there."""
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry.name)) if folder.is_dir() else []
+    return (
+        sorted(entry for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry.name))
+        if folder.is_dir()
+        else []
+    )
 
 
 def list_classes(folder: Path, expected: int | None) -> _Listing:
+    """The images of a folder with a folder for each class.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it has no class, another number of them than `expected`, one without images, or two that look alike.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not there; it must be a folder with one folder of images per class")
     found = _Listing({}, [])
@@ -246,6 +256,7 @@ def _hidden(name: str) -> bool:
 
 
 def warn_of_left_out(root: Path, left_out: list[Path]) -> None:
+    """Warn of files that are no images that can be used, if there are any."""
     if not left_out:
         return
     names = ", ".join(path.relative_to(root).as_posix() for path in left_out[:_NAMED])
@@ -275,6 +286,7 @@ def _check_looks(folder: Path, names: Iterable[str]) -> None:
 
 
 def check_same_classes(root: Path, train: Iterable[str], test: Iterable[str]) -> None:
+    """Raise FileNotFoundError where a class has a folder in one of the two parts alone."""
     unpaired = sorted(set(train) ^ set(test))
     if not unpaired:
         return

@@ -1,4 +1,4 @@
-"""Usual ways to split a data set, by name: each is values of `SplitSpec`'s fields, for some classes, clients and tasks."""
+"""Usual ways to split a data set, by name: each is values of fields of `SplitSpec`, for some classes and clients."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ PRESETS: dict[str, Callable[[int, int, int], dict[str, Any]]] = {
     "pathological": _pathological,
     "iid": _iid,
 }
-"""Every class is one client's; all clients have all classes, each in an order of its own; all in one order; in one order
-with shares drawn from Dirichlet(0.5); in one order, but of each task a client has two classes (or as many as it takes for
-each to have a client); in one order with equal shares."""
+"""Every class is one client's; all clients have all classes, each in an order of its own; all in one order; in one
+order with shares drawn from Dirichlet(0.5); in one order, but of each task a client has two classes (or as many as it
+takes for each to have a client); in one order with equal shares."""
 
 
 def preset(name: str, classes: int, clients: int, tasks: int) -> dict[str, Any]:

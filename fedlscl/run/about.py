@@ -20,8 +20,8 @@ DESCRIPTIONS = {
 }
 
 NO_FILES = (
-    "there are no {kind}s here: they are files in experiments/ of the repository; go to its folder, or give --config the "
-    "path of a file"
+    "there are no {kind}s here: they are files in experiments/ of the repository; go to its folder, or give --config "
+    "the path of a file"
 )
 
 COMPLETION = """\
@@ -83,7 +83,7 @@ def completion(commands: Iterable[str]) -> str:
 
         names = [*Configuration(any_of_them).fields, *(f"model.{name}" for name in parameters(Client))]
     fields = [f"--{name}" for name in (*names, "dry_run") if not name.endswith((".help", "+"))]
-    words = {"settings": shipped("setting"), "methods": shipped("method"), "presets": PRESETS, "commands": commands}
+    words: dict[str, Iterable[str]] = {"settings": shipped("setting"), "methods": shipped("method"), "presets": PRESETS, "commands": commands}
     return COMPLETION.format(fields=" ".join(fields), **{name: " ".join(each) for name, each in words.items()})
 
 

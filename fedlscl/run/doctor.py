@@ -96,5 +96,7 @@ def _hub() -> str:
         with socket.create_connection((address.hostname or "", address.port or 443), SECONDS):
             return f"{address.hostname} can be reached"
     except OSError as error:
-        proxy = "; a proxy may still lead there" if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") else ""
+        proxy = (
+            "; a proxy may still lead there" if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") else ""
+        )
         return f"{address.hostname} cannot be reached ({error}); give --backbone.weights FILE{proxy}"

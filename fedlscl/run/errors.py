@@ -78,13 +78,13 @@ class OneLine:
         """End with what is wrong; the parser of a part of a configuration leaves that to the whole's."""
         if not getattr(self, "exit_on_error", True):
             super().error(message, ex)  # type: ignore[misc]
-        self._end(complaint(message, self._known(), getattr(self, "prog", FIT)))
+        self._end(complaint(message, self.known_fields(), getattr(self, "prog", FIT)))
 
     def _end(self, text: str) -> NoReturn:
         sys.stderr.write(f"fedlscl: {one_line(text)}\n")
         sys.exit(MISUSED)
 
-    def _known(self) -> list[str]:
+    def known_fields(self) -> list[str]:
         """The fields that are there, by their names on the command line."""
         options: dict[str, Any] = getattr(self, "_option_string_actions", {})
         return [name[2:] for name in options if name.startswith("--")]

@@ -9,14 +9,16 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-SHORT = """\
+from fedlscl.data.presets import PRESETS
+
+SHORT = f"""\
 usage: fedlscl fit --config SETTING [--method METHOD] [--split NAME] [--run_dir DIR] [--any.field VALUE] [--dry_run]
 
 Run a federation, or continue the one in its run folder: the same words find it again.
 
-  --config NAME|FILE           a setting (`fedlscl settings`), a method, or a YAML file; a later one overrides an earlier
+  --config NAME|FILE           a setting (`fedlscl settings`), a method, or a YAML file; a later one overrides
   --method NAME                a method (`fedlscl methods`) in the place of the setting's
-  --split NAME                 one of {presets}: fields of data.split
+  --split NAME                 a usual split, as values of the fields of data.split: {", ".join(PRESETS)}
   --dry_run                    check everything, show the split and the run folder, and train nothing
   --print_config               show every field with its value, and run nothing
 
@@ -35,6 +37,20 @@ The fields that matter first:
 
 All the others: `fedlscl fit --help all`, and with --config and --method also those of their classes.
 `fedlscl split` with the same words shows who gets which images.
+"""
+
+SPLIT = f"""\
+usage: fedlscl split --config SETTING [--split NAME] [--out FILE.png|FILE.csv] [--any.field VALUE]
+
+Show which client gets which classes and how many images of each, and what is left out; nothing is trained.
+
+  --split NAME                 a usual split, as values of the fields of data.split: {", ".join(PRESETS)}
+  --data.split.by FILE.csv     who has which classes, as a file says with the columns client, task and classes
+  --data.split.by folders      every image is the client's in whose folder it is (--data.source ClientFolders)
+  --out FILE.png               also as a picture
+  --out FILE.csv               also as a file for data.split.by, to edit
+
+All other words as behind `fedlscl fit`.
 """
 
 
@@ -63,4 +79,6 @@ def everything(words: Sequence[str]) -> None:
         groups = parser.format_help().partition("\n\n")[2].removeprefix(f"{parser.description}\n\n")
         sys.stdout.write(f"\n{field} is {kind.__name__}: {groups or 'no fields'}\n")
     if not named:
-        sys.stdout.write("\nThe fields of model, server and source are those of their classes: name these by --config.\n")
+        sys.stdout.write(
+            "\nThe fields of model, server and source are those of their classes: name these by --config.\n"
+        )

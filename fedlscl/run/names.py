@@ -73,9 +73,9 @@ class Parser(OneLine, LightningArgumentParser):
         except (ValueError, OSError) as error:
             self._end(str(error))
 
-    def _known(self) -> list[str]:
+    def known_fields(self) -> list[str]:
         """Also the fields of the classes that the words and their files name."""
-        known = super()._known()
+        known = super().known_fields()
         for field, kind in classes_named(self._words).items():
             known += [f"{field}.{name}" for name in parameters(kind)]
         return known

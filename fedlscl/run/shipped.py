@@ -50,7 +50,7 @@ def resolved(words: Sequence[str]) -> list[str]:
     Raises:
         ValueError: if there is no such setting or method, or nothing says what is to run.
     """
-    found: list[str] = []
+    found: list[str] = []  # --split, which Configuration makes fields of, is left as it is
     behind: int | None = None  # where a method goes
     waiting: list[str] = []
     rest = [*words]
