@@ -143,7 +143,9 @@ def sweep_command(words: list[str]) -> None:
     options, further = parser.parse_args(own), words[at + 1 :]
     if options.jobs < 1:
         sys.exit(f"fedlscl: jobs is {options.jobs}, must be at least 1")
-    from fedlscl.run.sweep import LOG, narrowed, plan, read_sweep, run_all
+    with loading():
+        from fedlscl.run.planned import LOG
+        from fedlscl.run.sweep import narrowed, plan, read_sweep, run_all
 
     console = Console()
     sweep = narrowed(read_sweep(path_of(options.file)), options.only)
@@ -187,12 +189,14 @@ def _check_name(field: str, variable: str, folder: Path) -> None:
 
 def deal_command(words: list[str]) -> None:
     """`fedlscl deal`: write each client's data, and the server's."""
-    from fedlscl.deployment.shares import deal
-    from fedlscl.run.configuration import Configuration
-
     if not words or words[0].startswith("-"):
         sys.exit("fedlscl: deal needs a folder to write into: fedlscl deal FOLDER --config SETTING")
-    experiment = Configuration(words[1:]).build()
+    further = resolved(words[1:])
+    from_here()
+    with loading():
+        from fedlscl.deployment.shares import deal
+        from fedlscl.run.configuration import Configuration
+    experiment = Configuration(further).build()
     experiment.load()
     for folder in deal(experiment.data, experiment.server.server_images, path_of(words[0])):
         say(folder)
@@ -230,18 +234,24 @@ def predict_command(words: list[str]) -> None:
     parser.add_argument(
         "--task", type=int | None, help="the task, from 1, that the images are of: its classes alone compete"
     )
-    parser.add_argument("--top", type=int, default=1, help="how many classes to show of each image")
+    parser.add_argument(
+        "--top", type=int | None, help="how many classes to show of each image; by default 3 in a terminal, and else 1"
+    )
     parser.add_argument("--out", type=str | None, help="a .csv or .json file for the probabilities of all classes")
     options = parser.parse_args(words)
-    from fedlscl.analysis.predictions import checked, show, write
-    from fedlscl.run.predict import files_in, predictions
+    with loading():
+        from fedlscl.analysis.predictions import checked, show, told, write
+        from fedlscl.run.predict import files_in, known, predictions
 
     out = None if options.out is None else checked(path_of(options.out))
-    if options.top < 1:
+    if options.top is not None and options.top < 1:
         raise ValueError(f"top is {options.top}, must be at least 1")
     files, others = files_in(options.images)
     found = predictions(path_of(options.run_dir), files, options.client, options.task)
-    answers, failures = show(found, len(files), options.top, keep=out is not None)
+    for client in dict.fromkeys(options.client):
+        sys.stderr.write(f"{told(client, known(path_of(options.run_dir), client, options.task))}\n")
+    top = options.top or (3 if sys.stdout.isatty() else 1)
+    answers, failures = show(found, len(files), top, keep=out is not None)
     if out is not None:
         write(answers, out)
     if others:

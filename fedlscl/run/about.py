@@ -83,7 +83,12 @@ def completion(commands: Iterable[str]) -> str:
 
         names = [*Configuration(any_of_them).fields, *(f"model.{name}" for name in parameters(Client))]
     fields = [f"--{name}" for name in (*names, "dry_run") if not name.endswith((".help", "+"))]
-    words: dict[str, Iterable[str]] = {"settings": shipped("setting"), "methods": shipped("method"), "presets": PRESETS, "commands": commands}
+    words: dict[str, Iterable[str]] = {
+        "settings": shipped("setting"),
+        "methods": shipped("method"),
+        "presets": PRESETS,
+        "commands": commands,
+    }
     return COMPLETION.format(fields=" ".join(fields), **{name: " ".join(each) for name, each in words.items()})
 
 

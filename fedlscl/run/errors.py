@@ -104,7 +104,7 @@ def similar(field: str, known: Sequence[str]) -> list[str]:
     ends: dict[str, list[str]] = {}
     for each in known:
         ends.setdefault(each.rpartition(".")[2], []).append(each)
-    near = [*ends.get(last, []), *get_close_matches(field, known, 3, 0.75)]
+    near = [*ends.get(last, []), *get_close_matches(field, known, 3, 0.8)]
     near += [each for end in get_close_matches(last, ends, 3, 0.8) for each in ends[end]]
     return list(dict.fromkeys(near))[:3]
 

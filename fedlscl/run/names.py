@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
@@ -117,8 +118,9 @@ def classes_named(words: Sequence[str]) -> dict[str, type]:
     """The classes of this package that words and their files name, by field: `model`, `model.continual`, `server`."""
     names: dict[str, str] = {}
     for _, values in configurations(words):
-        given = flat(short(values)).items() if isinstance(values, Mapping) else ()
-        names |= {key.removesuffix(".class_path"): str(value) for key, value in given if key.endswith(".class_path")}
+        with suppress(RecursionError):  # of a value that holds itself, which is refused where it is read
+            given = flat(short(values)).items() if isinstance(values, Mapping) else ()
+            names |= {key.removesuffix(".class_path"): str(each) for key, each in given if key.endswith(".class_path")}
     for word, following in pairwise([*words, ""]):
         name, equals, value = word.partition("=")
         value = (value if equals else following).rpartition(".")[2]
