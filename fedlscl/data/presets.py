@@ -80,7 +80,7 @@ def preset(name: str, classes: int, clients: int, tasks: int) -> dict[str, Any]:
         Values by name; the fields that are not among them are as they were.
 
     Raises:
-        ValueError: if there is no such preset, or not a class for each task.
+        ValueError: if there is no such preset, not a class for each task, or a class that nobody can have.
     """
     if name not in PRESETS:
         near = get_close_matches(name.lower(), PRESETS)
@@ -92,4 +92,9 @@ def preset(name: str, classes: int, clients: int, tasks: int) -> dict[str, Any]:
         each = f" over {clients} clients are {share} each, fewer than" if name == "private" else ", fewer than"
         fewer = f"; at most data.split.tasks {share} fits" if share else f"; at most data.split.clients {classes} fits"
         raise ValueError(f"split is '{name}': {classes} classes{each} {tasks} tasks{fewer}")
+    if name == "pathological" and clients * (classes // tasks) < -(-classes // tasks):
+        raise ValueError(
+            f"split is '{name}': {clients} clients cannot have equally many classes of each task and all of them, as "
+            f"{classes} classes do not divide by {tasks} tasks; give more clients, or tasks that divide the classes"
+        )
     return PRESETS[name](classes, clients, tasks)

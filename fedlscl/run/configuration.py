@@ -75,6 +75,7 @@ class Configuration:
 
     def _parse(self, words: list[str]) -> None:
         self.words = tuple(words)
+        self.__dict__.pop("values", None)  # those of the words before
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=ARGS_GIVEN)
             self._cli = _ParsedCLI([*words])
