@@ -106,13 +106,15 @@ def fit_command(words: list[str]) -> None:
     if help.asked(words) == "all":
         help.everything(words)
         return
-    experiment = Configuration(words).build()
+    console = Console()
+    with console.status("building the models"):
+        experiment = Configuration(words).build()
     experiment.load()
     if dry:
-        experiment.check(Console())
+        experiment.check(console)
         return
     with kept_in(experiment.run_dir):
-        experiment.run(Console())
+        experiment.run(console)
 
 
 def sweep_command(words: list[str]) -> None:

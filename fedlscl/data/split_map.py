@@ -160,12 +160,13 @@ def _listed(found: SplitMap, client: int, task: int, room: int) -> str:
 def rows(found: SplitMap) -> Iterator[list[str]]:
     """The whole map as cells: a row for each class, a column for each client, with task and training images.
 
-    The first row has the headings. Where the client is tested on a class without a training image, the cell says 0.
+    The first row has the headings; a last column has the images that nobody gets, where there are any. Where the client is tested on a class without a training image, the cell says 0.
     """
-    yield ["class", *(f"client {client}" for client in range(found.clients)), "left out"]
+    rest = bool(found.left_out.any())
+    yield ["class", *(f"client {client}" for client in range(found.clients)), *(["left out"] if rest else [])]
     for label, name in enumerate(found.names):
         cells = [
             f"{task}: {train}" if task else ""
             for task, train in zip(found.task[label].tolist(), found.train[label].tolist(), strict=True)
         ]
-        yield [name, *cells, str(int(found.left_out[label]) or "")]
+        yield [name, *cells, *([str(int(found.left_out[label]) or "")] if rest else [])]

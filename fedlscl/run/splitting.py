@@ -56,11 +56,12 @@ def show(data: FederatedDataModule) -> SplitMap:
     for first in range(0, found.clients, at_once):
         chosen = range(first, min(first + at_once, found.clients))
         table = Table(box=box.SIMPLE_HEAD)
-        for column in ("class", *(heading[client + 1] for client in chosen), "left out"):
+        rest = heading[found.clients + 1 :]
+        for column in ("class", *(heading[client + 1] for client in chosen), *rest):
             table.add_column(column, justify="left" if column == "class" else "right", no_wrap=True)
         for label, row in enumerate(body):
             cells = (Text(row[n + 1], style=_colour(int(found.task[label, n]))) for n in chosen)
-            table.add_row(Text(row[0]), *cells, Text(row[-1], style="dim"))
+            table.add_row(Text(row[0]), *cells, *(Text(cell, style="dim") for cell in row[found.clients + 1 :]))
         console.print(table)
     return found
 
