@@ -6,41 +6,47 @@ Each command imports what it needs when it is called, so that no other pays for 
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import signal
 import sys
 import warnings
-from itertools import count
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from fedlscl.checks import LONGEST
+from fedlscl import __version__
+from fedlscl.analysis.commands import plot_command, report_command, tables_command
 from fedlscl.checks import path as path_of
-from fedlscl.run.errors import OneLine, in_a_line, kept_in, printable
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
-
-    from fedlscl.analysis.comparison import Comparison
+from fedlscl.run import help
+from fedlscl.run.about import completion, doctor_command, methods_command, settings_command
+from fedlscl.run.errors import in_a_line, kept_in, meant, printable
+from fedlscl.run.shipped import resolved
+from fedlscl.run.words import flag, from_here, loading, option, parser_of, say
 
 OVERVIEW = """\
-usage: fedlscl fit --config SETTING [--config METHOD] [--run_dir DIR] [--any.field VALUE]
+usage: fedlscl fit --config SETTING [--method METHOD] [--run_dir DIR] [--any.field VALUE] [--dry_run]
+       fedlscl split --config SETTING [--out FILE.png|FILE.csv] [--any.field VALUE]
        fedlscl sweep FILE --setting NAME [--method NAME] [--jobs N] [--only PARAMETER=VALUE ...] [-- --any.field VALUE]
        fedlscl tables|plot|report RUNS [RUNS ...] [--out PATH]
        fedlscl predict RUN_DIR IMAGE|FOLDER [...] [--client N ...] [--task N] [--top K] [--out FILE.csv|FILE.json]
-       fedlscl deal FOLDER --config SETTING [--config METHOD] [--any.field VALUE]
+       fedlscl deal FOLDER --config SETTING [--method METHOD] [--any.field VALUE]
+       fedlscl settings|methods|doctor|completion
 
-  fit      run a federation, or continue it if its run folder holds an unfinished run
-  sweep    run all of a W&B sweep file (sweeps/*.yaml) on this machine, or continue it
-  tables   the paper's tables from finished runs, as Markdown, LaTeX and CSV
-  plot     the paper's figures from finished runs, as PNG and SVG
-  report   one HTML page with tables, figures and every run
-  predict  classify image files with one client's model of a run
-  deal     write each client's data, and the server's, into a folder of its own, for a federation of several machines
+  fit         run a federation, or continue it if its run folder holds an unfinished run
+  split       show which client gets which classes and images, and train nothing
+  sweep       run all of a W&B sweep file (sweeps/*.yaml) on this machine, or continue it
+  tables      the paper's tables from finished runs, as Markdown, LaTeX and CSV
+  plot        the paper's figures from finished runs, as PNG and SVG
+  report      one HTML page with tables, figures and every run
+  predict     classify image files with one client's model of a run
+  deal        write each client's data, and the server's, into a folder of its own, for a federation of several machines
+  settings    the settings (data, models, schedule) that there are by name
+  methods     the methods that there are by name
+  doctor      versions, devices, disk, and what can be reached
+  completion  a script by which the shell completes the words of this command
 
-Settings (data, models, schedule) are in experiments/*.yaml, methods in experiments/methods/*.yaml; a later --config
-and single fields override what came before. `fedlscl fit --help` lists every field, `--print_config` shows the result.
+Begin with `fedlscl fit --config digits`. A later --config and single fields override what came before. `fedlscl fit
+--help` shows the fields that matter first, `--print_config` the result. Settings are experiments/*.yaml, methods
+experiments/methods/*.yaml, and files of your own go by their paths.
 """
 
 SWEEP = (
@@ -68,10 +74,12 @@ def main(args: list[str] | None = None) -> None:
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         if words and words[0] in COMMANDS:
             COMMANDS[words[0]](words[1:])
+        elif words and words[0] in ("--version", "-V"):
+            say(f"fedlscl {__version__}")
         else:
             sys.stdout.write(OVERVIEW)
             if words and words[0] not in ("-h", "--help"):
-                sys.exit(f"fedlscl: unknown command '{words[0]}'")
+                sys.exit(f"fedlscl: unknown command '{words[0]}'{meant(get_close_matches(words[0], COMMANDS), '')}")
 
 
 def _end_when_told() -> None:
@@ -83,16 +91,30 @@ def fit_command(words: list[str]) -> None:
     """`fedlscl fit`: run or continue a federation."""
     from fedlscl.run.leash import follow
 
+    if help.asked(words) == "short":
+        sys.stdout.write(help.SHORT)
+        return
+    dry, words = flag(words, "dry_run")
+    words = resolved(words)
     follow()
     _end_when_told()
-    from rich.console import Console
+    from_here()
+    with loading():
+        from rich.console import Console
 
-    from fedlscl.run.configuration import Configuration
-
-    experiment = Configuration(words).build()
+        from fedlscl.run.configuration import Configuration
+    if help.asked(words) == "all":
+        help.everything(words)
+        return
+    console = Console()
+    with console.status("building the models"):
+        experiment = Configuration(words).build()
     experiment.load()
+    if dry:
+        experiment.check(console)
+        return
     with kept_in(experiment.run_dir):
-        experiment.run(Console())
+        experiment.run(console)
 
 
 def sweep_command(words: list[str]) -> None:
@@ -103,7 +125,7 @@ def sweep_command(words: list[str]) -> None:
     from rich.text import Text
 
     _end_when_told()
-    parser = _parser("sweep", SWEEP)
+    parser = parser_of("sweep", SWEEP)
     parser.add_argument("file", type=str, help="the sweep file")
     parser.add_argument("--setting", type=str | None, help=f"experiments/<setting>.yaml; else ${SETTING_VARIABLE}")
     parser.add_argument("--method", type=str | None, help=f"experiments/methods/<method>.yaml; else ${METHOD_VARIABLE}")
@@ -116,12 +138,16 @@ def sweep_command(words: list[str]) -> None:
         metavar="PARAMETER=VALUE",
         help="draw only these values of a parameter",
     )
-    parser.add_argument("--dry_run", type=bool, default=False, help="only show the command lines and their run folders")
+    parser.add_argument("--dry_run", action="store_true", help="only show the command lines and their run folders")
+    from_here()
     at = words.index("--") if "--" in words else len(words)
-    options, further = parser.parse_args(words[:at]), words[at + 1 :]
+    dry, own = flag(words[:at], "dry_run")
+    options, further = parser.parse_args(own), words[at + 1 :]
     if options.jobs < 1:
         sys.exit(f"fedlscl: jobs is {options.jobs}, must be at least 1")
-    from fedlscl.run.sweep import LOG, narrowed, plan, read_sweep, run_all
+    with loading():
+        from fedlscl.run.planned import LOG
+        from fedlscl.run.sweep import narrowed, plan, read_sweep, run_all
 
     console = Console()
     sweep = narrowed(read_sweep(path_of(options.file)), options.only)
@@ -138,7 +164,7 @@ def sweep_command(words: list[str]) -> None:
             raise ValueError(f"{name} has no effect: the command in {options.file} does not use {variable}")
     with console.status("parsing the command lines"):
         runs = plan(sweep, further)
-    if options.dry_run:
+    if dry:
         for run in runs:
             console.print(Text(f"{shlex.join(run.words)}  # {run.run_dir}"), soft_wrap=True)
         return
@@ -165,38 +191,69 @@ def _check_name(field: str, variable: str, folder: Path) -> None:
 
 def deal_command(words: list[str]) -> None:
     """`fedlscl deal`: write each client's data, and the server's."""
-    from fedlscl.deployment.shares import deal
-    from fedlscl.run.configuration import Configuration
-
     if not words or words[0].startswith("-"):
         sys.exit("fedlscl: deal needs a folder to write into: fedlscl deal FOLDER --config SETTING")
-    experiment = Configuration(words[1:]).build()
+    further = resolved(words[1:])
+    from_here()
+    with loading():
+        from fedlscl.deployment.shares import deal
+        from fedlscl.run.configuration import Configuration
+    experiment = Configuration(further).build()
     experiment.load()
     for folder in deal(experiment.data, experiment.server.server_images, path_of(words[0])):
-        _say(folder)
+        say(folder)
+
+
+def split_command(words: list[str]) -> None:
+    """`fedlscl split`: show who gets which images."""
+    if help.asked(words):
+        sys.stdout.write(help.SPLIT)
+        return
+    out, words = option(words, "out")
+    words = resolved(words)
+    from_here()
+    with loading():
+        from fedlscl.run.configuration import Configuration
+        from fedlscl.run.splitting import checked, show, write
+
+    target = None if out is None else checked(path_of(out, "out"))
+    configuration = Configuration(words)
+    data = configuration.data()
+    data.prepare_data()
+    data.setup()
+    found = show(data)
+    if target is not None:
+        write(found, target, data, f"{configuration.values['setting']}, seed {data.seed}")
+        say(f"split: {target}")
 
 
 def predict_command(words: list[str]) -> None:
     """`fedlscl predict`: classify image files."""
-    parser = _parser("predict", PREDICT)
+    parser = parser_of("predict", PREDICT)
     parser.add_argument("run_dir", type=str, help="folder of a finished run")
     parser.add_argument("images", type=str, nargs="+", help="image files, or folders, of which all images are taken")
     parser.add_argument("--client", type=int, nargs="+", default=[0], help="whose models, and whose classes")
     parser.add_argument(
         "--task", type=int | None, help="the task, from 1, that the images are of: its classes alone compete"
     )
-    parser.add_argument("--top", type=int, default=1, help="how many classes to show of each image")
+    parser.add_argument(
+        "--top", type=int | None, help="how many classes to show of each image; by default 3 in a terminal, and else 1"
+    )
     parser.add_argument("--out", type=str | None, help="a .csv or .json file for the probabilities of all classes")
     options = parser.parse_args(words)
-    from fedlscl.analysis.predictions import checked, show, write
-    from fedlscl.run.predict import files_in, predictions
+    with loading():
+        from fedlscl.analysis.predictions import checked, show, told, write
+        from fedlscl.run.predict import files_in, known, predictions
 
     out = None if options.out is None else checked(path_of(options.out))
-    if options.top < 1:
+    if options.top is not None and options.top < 1:
         raise ValueError(f"top is {options.top}, must be at least 1")
     files, others = files_in(options.images)
     found = predictions(path_of(options.run_dir), files, options.client, options.task)
-    answers, failures = show(found, len(files), options.top, keep=out is not None)
+    for client in dict.fromkeys(options.client):
+        sys.stderr.write(f"{told(client, known(path_of(options.run_dir), client, options.task))}\n")
+    top = options.top or (3 if sys.stdout.isatty() else 1)
+    answers, failures = show(found, len(files), top, keep=out is not None)
     if out is not None:
         write(answers, out)
     if others:
@@ -205,115 +262,25 @@ def predict_command(words: list[str]) -> None:
         sys.exit("\n".join(f"fedlscl: {failure}" for failure in failures))
 
 
-def tables_command(words: list[str]) -> None:
-    """`fedlscl tables`: print the tables as Markdown and write them in every format."""
-    parser = _runs_parser(
-        "tables", "Write the paper's tables, with the paper's numbers beside them, from finished runs."
-    )
-    parser.add_argument("--masks", type=list[str], default=["task"], help="masks to show Table 1 under")
-    parser.add_argument("--out", type=str, default="tables", help="folder to write Markdown, LaTeX and CSV into")
-    options = parser.parse_args(words)
-    from fedlscl.analysis.formats import FORMATS, to_markdown
-    from fedlscl.analysis.tables import tables
-    from fedlscl.analysis.tuning import tuning
-
-    out, texts = path_of(options.out), []
-    comparisons = _comparisons(options.runs)
-    for name, comparison in comparisons:
-        texts.append(f"## {comparison.title}\n")
-        every = [other for _, other in comparisons]
-        for table in [*tables(comparison, options.masks), *tuning(comparison, every)]:
-            texts.append(to_markdown(table))
-            for suffix, write in FORMATS.items():
-                _write(out / f"{name}-{table.name}.{suffix}", write(table))
-    sys.stdout.write("\n".join(texts) + "\n")  # Markdown to be piped on, which rich would wrap
-
-
-def plot_command(words: list[str]) -> None:
-    """`fedlscl plot`: draw the paper's figures."""
-    parser = _runs_parser("plot", "Draw the paper's figures, and forgetting and traffic, from finished runs.")
-    parser.add_argument("--mask", type=str, default="seen", help="task, seen, federation or none")
-    parser.add_argument("--out", type=str, default="figures", help="folder to write PNG and SVG into")
-    options = parser.parse_args(words)
-    from dataclasses import replace
-
-    from fedlscl.analysis.figures import pictures, save
-
-    for name, comparison in _comparisons(options.runs):
-        folder = path_of(options.out) / name
-        folder.mkdir(parents=True, exist_ok=True)
-        drawn = [replace(found, name=f"{found.name}_{options.mask}") for found in pictures(comparison, options.mask)]
-        captions = folder / f"captions_{options.mask}.md"
-        _write(captions, "\n".join(f"**{found.name}**: {found.title}. {found.caption}\n" for found in drawn))
-        for path in [captions, *(path for found in drawn for path in save(found, folder))]:
-            _say(path)
-
-
-def report_command(words: list[str]) -> None:
-    """`fedlscl report`: one HTML page with everything."""
-    parser = _runs_parser("report", "Write one self-contained HTML page with settings, tables, figures and every run.")
-    parser.add_argument("--out", type=str, default="report.html", help="the file to write")
-    options = parser.parse_args(words)
-    from fedlscl.analysis.report import write_report
-
-    path = path_of(options.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_report([comparison for _, comparison in _comparisons(options.runs)], path)
-    _say(f"report: {path}")
+def completion_command(words: list[str]) -> None:
+    """`fedlscl completion`: a script for the shell."""
+    parser_of(
+        "completion", "Print a script by which bash, or zsh, completes words; it says where to put it."
+    ).parse_args(words)
+    sys.stdout.write(completion(COMMANDS))
 
 
 COMMANDS = {
     "fit": fit_command,
+    "split": split_command,
     "sweep": sweep_command,
     "tables": tables_command,
     "plot": plot_command,
     "report": report_command,
     "predict": predict_command,
     "deal": deal_command,
+    "settings": settings_command,
+    "methods": methods_command,
+    "doctor": doctor_command,
+    "completion": completion_command,
 }
-
-
-def _parser(name: str, description: str) -> ArgumentParser:
-    from jsonargparse import ArgumentParser
-
-    class Parser(OneLine, ArgumentParser):
-        """Tells what is wrong in a line."""
-
-    return Parser(prog=f"fedlscl {name}", description=description)
-
-
-def _runs_parser(name: str, description: str) -> ArgumentParser:
-    parser = _parser(name, description)
-    parser.add_argument("runs", type=str, nargs="+", help="run folders, folders of them, or their summary.json")
-    return parser
-
-
-def _say(text: object) -> None:
-    """Print a line as it is: rich would wrap it."""
-    sys.stdout.write(f"{text}\n")
-
-
-def _comparisons(paths: list[str]) -> list[tuple[str, Comparison]]:
-    """The comparisons, each with a name of its own that is fit for a file: the setting, and what tells it apart."""
-    from fedlscl.analysis.comparison import compare
-    from fedlscl.analysis.results import read_runs
-
-    comparisons = compare(read_runs(paths))
-    named: dict[str, Comparison] = {}
-    for comparison in comparisons:
-        same = [other for other in comparisons if other.setting == comparison.setting]
-        parts = [comparison.setting]
-        parts += [comparison.backbone] * (len({other.backbone for other in same}) > 1)
-        parts += [comparison.evaluated_on] * (len({other.evaluated_on for other in same}) > 1)
-        base = "-".join(re.sub(r"[^\w.]+", "_", part)[:LONGEST].lstrip(".") or "_" for part in parts)
-        # signs that no file name takes may have been all that told two apart
-        free = (name for n in count(1) if (name := base + f"_{n}" * (n > 1)) not in named)
-        named[next(free)] = comparison
-    return list(named.items())
-
-
-def _write(path: Path, text: str) -> None:
-    from fedlscl.files import write_atomically
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.encode(errors="replace"))

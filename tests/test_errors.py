@@ -68,8 +68,8 @@ def answer(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Any, str]]
         ("--model.continual.lambda_e x", MISUSED, "model.continual.lambda_e is x, must be a number"),
         ("--federation.rounds 1.5", MISUSED, "federation.rounds is 1.5, must be a whole number"),
         ("--trainer.precision 8", MISUSED, "trainer.precision is 8, must be one of '32-true', 'bf16-mixed', '16-m"),
-        ("--federation.roundz 3", MISUSED, "there is no field federation.roundz; close to it are federation.rounds"),
-        ("--model.blocks 3", MISUSED, "there is no field model.blocks; `fedlscl fit --model.help CLASS` lists all"),
+        ("--federation.roundz 3", MISUSED, "there is no field federation.roundz; did you mean federation.rounds?"),
+        ("--model.blocks 3", MISUSED, "there is no field model.blocks; did you mean model.block?"),
         ("--federation 3", MISUSED, "federation"),
         ("--seed_everything true", MISUSED, "seed_everything is true, must be a whole number or null"),
         ("--trainer.accelerator tpu", 1, "trainer.accelerator is tpu"),
@@ -166,7 +166,7 @@ def test_weights_that_are_not_numbers_are_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"vit\.safetensors': tensor 'blocks\.1\.norm1\.weight' holds NaN or inf"):
             FrozenViT(**SETTING["backbone"], weights=str(tmp_path / "vit.safetensors"))
     save_file({**state, "norm.weight": torch.ones(5), "norm.bias": torch.ones(5)}, tmp_path / "vit.safetensors")
-    with pytest.raises(ValueError, match=r"'norm\.weight' is \(5,\) there, \(32,\) here, and 1 more like that$"):
+    with pytest.raises(ValueError, match=r"'norm\.weight' is \(5,\) there, \(32,\) here, and 1 more like that; give"):
         FrozenViT(**SETTING["backbone"], weights=str(tmp_path / "vit.safetensors"))
 
 

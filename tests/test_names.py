@@ -111,13 +111,16 @@ def test_help_for_a_class(asked: list[str], capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--model", "FedLSLC"], "model is 'FedLSLC', .*close to it are FedLSCL"),
-        (["--model.class_path", "FedLSLC"], "model is 'FedLSLC', .*close to it are FedLSCL"),
-        (["--data.source", "Digit"], "data.source is 'Digit', .*close to it are Digits"),
-        (["--model.continual", "Repla"], "continual is 'Repla', .*close to it are Replay"),
+        (["--model", "FedLSLC"], "model is 'FedLSLC', .*did you mean FedLSCL"),
+        (["--model.class_path", "FedLSLC"], "model is 'FedLSLC', .*did you mean FedLSCL"),
+        (["--data.source", "Digit"], "data.source is 'Digit', .*did you mean Digits"),
+        (["--model.continual", "Repla"], "continual is 'Repla', .*did you mean Replay"),
         (["--model", "Isolated"], "model is 'Isolated', a class of another kind"),
-        (["--server", "Xyzzy"], "server is 'Xyzzy', must be a class of fedlscl or a full path$"),
-        (["--model.help", "FedLSLC"], "model is 'FedLSLC', .*close to it are FedLSCL"),
+        (
+            ["--server", "Xyzzy"],
+            "server is 'Xyzzy', must be a class of fedlscl or a full path; the pages in docs/methods name them$",
+        ),
+        (["--model.help", "FedLSLC"], "model is 'FedLSLC', .*did you mean FedLSCL"),
     ],
 )
 def test_an_unknown_name_is_told_in_a_line(

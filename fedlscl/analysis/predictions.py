@@ -15,7 +15,10 @@ from rich.text import Text
 
 from fedlscl.analysis.formats import csv_text
 from fedlscl.files import write_atomically
-from fedlscl.run.predict import Failure, Prediction
+from fedlscl.run.predict import Failure, Known, Prediction
+
+NAMED = 12
+"""Classes that are named, of those that a client knows."""
 
 BAR_FROM = 200
 """Images that take long enough for a progress bar."""
@@ -33,6 +36,21 @@ def checked(path: Path) -> Path:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"out is '{path}', but there is no folder '{path.parent}'")
     return path
+
+
+def told(client: int, known: Known) -> str:
+    """Which classes a client can name, in a line, with a warning of those that it cannot."""
+    text = f"client {client} chooses among {len(known.learned)} classes: {_listed(known.learned)}"
+    if not known.never:
+        return text
+    return (
+        f"{text}; it has never seen {_listed(known.never)}: an image of these, or of none, is given one of the others"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(str(_visible(name)) for name in names[:NAMED]) + more
 
 
 def show(

@@ -5,44 +5,152 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedlscl.checks import path as path_of
+from fedlscl.data.assignment import read_assignment
+from fedlscl.data.source import Owners
 from fedlscl.data.splits import ClientSplit, Split, SplitSpec, TaskSplit, whole_seed
 from fedlscl.seeds import numpy_generator
 
 HOLDOUT_FRACTION = 0.3
+FOLDERS = "folders"
+"""What `by` is where the data say whose each image is."""
 
 # First word of every random stream: a stream belongs to one purpose (and class, client or task), so that changing
 # one setting reshuffles nothing that does not depend on it.
 _CLASSES, _TRAIN_ORDER, _TEST_ORDER, _SHARES, _TASKS, _HOLDERS = range(6)
 
 
+class Plan(NamedTuple):
+    """Who has which classes.
+
+    Args:
+        tasks: the classes of each client's tasks.
+        holders: the clients that have a class, by class; its images are dealt in this order.
+        private: the classes of each client that are its own.
+    """
+
+    tasks: list[list[list[int]]]
+    holders: dict[int, list[int]]
+    private: list[set[int]]
+
+
 def make_split(
-    train_labels: ArrayLike, test_labels: ArrayLike, spec: SplitSpec, seed: int, names: Sequence[str] = ()
+    train_labels: ArrayLike,
+    test_labels: ArrayLike,
+    spec: SplitSpec,
+    seed: int,
+    names: Sequence[str] = (),
+    owners: Owners | None = None,
 ) -> Split:
     """Deal classes and images out to clients and tasks.
 
     A public class goes to all clients: its images in random order, cut into consecutive parts whose sizes are
     Dirichlet shares rounded by largest remainder, so every image of the (capped) pool is used exactly once. With
-    `classes_per_client` it goes to some clients, in parts of equal size.
+    `classes_per_client` it goes to some clients, in parts of equal size. With `by` it goes to those that a file says,
+    likewise by Dirichlet shares; or every image is its owner's.
 
     Args:
         train_labels: class ids of the training images, shape (N,), any integer type.
         test_labels: class ids of the test images, shape (M,), any integer type.
         spec: how to deal.
         seed: whole number from 0 on; equal arguments give equal splits.
-        names: of the classes by class id; needed where `private_names` is given.
+        names: of the classes by class id; needed where `private_names` or a file is given.
+        owners: where the data say whose each image is.
 
     Returns:
         The split; its hash does not depend on the type of the labels.
 
     Raises:
         ValueError: too few classes or images; the message names client, task, class, counts and a remedy.
+        OSError: the file that `by` names cannot be read.
     """
     train, test = _labels("train_labels", train_labels), _labels("test_labels", test_labels)
     seed = whole_seed(seed)
+    _check_by(spec, owners)
+    if spec.by is None:
+        plan = _counted(train, spec, seed, names)
+    elif spec.by != FOLDERS:
+        plan = _shared(read_assignment(path_of(spec.by, "data.split.by"), spec.clients, spec.tasks, names))
+    else:
+        plan = _owned(train, spec, seed, owners)
+    trains, tests = [train] * spec.clients, [test] * spec.clients
+    if owners is not None:
+        trains = [np.where(owners.train == client, train, -1) for client in range(spec.clients)]
+        tests = [np.where(owners.test == client, test, -1) for client in range(spec.clients)]
+    if spec.local_test == "official":
+        _check_tested(plan, trains, tests, spec, names)
+
+    parts: list[dict[int, NDArray[np.int64]]] = [{} for _ in range(spec.clients)]
+    for label, holders in plan.holders.items():
+        order = [numpy_generator(seed, _TRAIN_ORDER, label) for _ in holders]
+        if owners is not None:
+            shares = [_pool(trains[n], label, spec.train_per_class, rng) for n, rng in zip(holders, order, strict=True)]
+        else:
+            pool = _pool(train, label, spec.train_per_class, order[0])
+            shares = _cut_up(pool, label, holders, plan, spec, seed)
+        for client, part in zip(holders, shares, strict=True):
+            parts[client][label] = part
+
+    clients = []
+    for client, own in enumerate(parts):
+        fit, evaluate = {}, {}
+        for label, part in own.items():
+            # Parts are in random order, so the front of one is a random sample of it. Halves round up.
+            held_out = math.floor(HOLDOUT_FRACTION * len(part) + 0.5) if spec.local_test == "holdout30" else 0
+            fit[label] = part[held_out:]
+            if spec.local_test == "holdout30":
+                evaluate[label] = part[:held_out]
+            else:
+                rng = numpy_generator(seed, _TEST_ORDER, label)
+                evaluate[label] = _pool(tests[client], label, spec.test_per_class, rng)
+        tasks: list[TaskSplit] = []
+        for of_task in plan.tasks[client]:
+            classes = tuple(sorted(of_task))
+            if not classes:
+                raise ValueError(
+                    f"split: client {client} has no class in task {len(tasks) + 1}; lower data.split.tasks "
+                    f"({spec.tasks}), or say by a file who has which classes (data.split.by)"
+                )
+            tasks.append(
+                TaskSplit(
+                    classes=classes,
+                    train=np.sort(np.concatenate([fit[label] for label in classes])),
+                    test=np.sort(np.concatenate([evaluate[label] for label in classes])),
+                )
+            )
+        private = plan.private[client]
+        clients.append(ClientSplit(tuple(sorted(private)), tuple(sorted(own.keys() - private)), tuple(tasks)))
+    return Split(spec, seed, tuple(clients))
+
+
+def _check_by(spec: SplitSpec, owners: Owners | None) -> None:
+    """Refuse data that say whose images are whose where nobody asks, or the other way round."""
+    if owners is None:
+        if spec.by == FOLDERS:
+            raise ValueError(
+                f"data.split.by is {FOLDERS}, but these data are not in a folder for each client; give --data.source "
+                "ClientFolders, or null"
+            )
+        return
+    if spec.by is None:
+        raise ValueError(
+            f"data.split.by is null, but each of {owners.clients} clients has images in a folder of its own; give "
+            f"--data.split.by {FOLDERS}, or a CSV file that says which classes are in which task"
+        )
+    if owners.clients != spec.clients:
+        raise ValueError(
+            f"data.split.clients is {spec.clients}, but the data are in folders of {owners.clients} clients; give "
+            f"--data.split.clients {owners.clients}"
+        )
+
+
+def _counted(train: NDArray[np.int64], spec: SplitSpec, seed: int, names: Sequence[str]) -> Plan:
+    """By the numbers of private and of public classes."""
     known = np.unique(train)
     needed = spec.clients * spec.private_classes + spec.public_classes
     if needed > len(known):
@@ -55,53 +163,80 @@ def make_split(
     # Public classes first, then client by client: one client more leaves everybody else's classes alone.
     drawn = numpy_generator(seed, _CLASSES).permutation([label for label in known if label not in named]).tolist()
     public, owned = drawn[: spec.public_classes], named or drawn[spec.public_classes : needed]
-    drawn = public + owned
-    untested = sorted(set(drawn) - set(test.tolist()))
-    if untested and spec.local_test == "official":
-        raise ValueError(f"split: classes {untested} have training images but no test image")
-
     common = _cut(numpy_generator(seed, _TASKS).permutation(sorted(public)), spec)
     holders = _holders(common, spec, seed)
-    parts: list[dict[int, NDArray[np.int64]]] = [{} for _ in range(spec.clients)]
-    for label in public:
-        pool = _pool(train, label, spec.train_per_class, numpy_generator(seed, _TRAIN_ORDER, label))
-        if spec.classes_per_client is None:
-            counts = _deal(len(pool), label, spec, numpy_generator(seed, _SHARES, label))
-            shares = np.split(pool, np.cumsum(counts)[:-1])
-        else:
-            shares = np.array_split(pool, len(holders[label]))
-        for client, part in zip(holders[label], shares, strict=True):
-            parts[client][label] = part
-
-    clients = []
-    for client, own in enumerate(parts):
-        private = owned[client * spec.private_classes : (client + 1) * spec.private_classes]
-        for label in private:
-            own[label] = _pool(train, label, spec.train_per_class, numpy_generator(seed, _TRAIN_ORDER, label))
-        fit, evaluate = {}, {}
-        for label, part in own.items():
-            # Parts are in random order, so the front of one is a random sample of it. Halves round up.
-            held_out = math.floor(HOLDOUT_FRACTION * len(part) + 0.5) if spec.local_test == "holdout30" else 0
-            fit[label] = part[held_out:]
-            if spec.local_test == "holdout30":
-                evaluate[label] = part[:held_out]
-            else:
-                evaluate[label] = _pool(test, label, spec.test_per_class, numpy_generator(seed, _TEST_ORDER, label))
+    private, tasks = [], []
+    for client in range(spec.clients):
+        mine = owned[client * spec.private_classes : (client + 1) * spec.private_classes]
+        holders |= {label: [client] for label in mine}
+        own = {*mine, *(label for label in public if client in holders[label])}
         order = common
         if spec.task_order == "own":
             order = _cut(numpy_generator(seed, _TASKS, client).permutation(sorted(own)), spec)
-        tasks = []
-        for of_task in order:
-            classes = tuple(sorted(own.keys() & set(of_task)))
-            tasks.append(
-                TaskSplit(
-                    classes=classes,
-                    train=np.sort(np.concatenate([fit[label] for label in classes])),
-                    test=np.sort(np.concatenate([evaluate[label] for label in classes])),
+        private.append({*mine})
+        tasks.append([[label for label in of_task if label in own] for of_task in order])
+    return Plan(tasks, holders, private)
+
+
+def _shared(tasks: list[list[list[int]]]) -> Plan:
+    """By what a file says: a class that one client alone has is its own."""
+    holders: dict[int, list[int]] = {}
+    for client, of_client in enumerate(tasks):
+        for label in sorted(label for of_task in of_client for label in of_task):
+            holders.setdefault(label, []).append(client)
+    private = [{label for label, having in holders.items() if having == [client]} for client in range(len(tasks))]
+    return Plan(tasks, holders, private)
+
+
+def _owned(train: NDArray[np.int64], spec: SplitSpec, seed: int, owners: Owners | None) -> Plan:
+    """By whose folder images are in: each client's classes are cut into tasks as equal as can be."""
+    assert owners is not None  # `_check_by` has made sure
+    common = numpy_generator(seed, _TASKS).permutation(np.unique(train))
+    tasks = []
+    for client in range(spec.clients):
+        own = np.unique(train[owners.train == client])
+        if spec.task_order == "common":
+            cut = [np.intersect1d(part, own) for part in np.array_split(common, spec.tasks)]
+        else:
+            cut = np.array_split(numpy_generator(seed, _TASKS, client).permutation(own), spec.tasks)
+        tasks.append([part.tolist() for part in cut])
+    return _shared(tasks)
+
+
+def _check_tested(
+    plan: Plan,
+    trains: list[NDArray[np.int64]],
+    tests: list[NDArray[np.int64]],
+    spec: SplitSpec,
+    names: Sequence[str],
+) -> None:
+    """Every class of a client needs a test image, and, where it is by its owner, a training image."""
+    untested = sorted(set(plan.holders) - set(np.unique(np.concatenate(tests)).tolist()))
+    if untested:
+        raise ValueError(f"split: classes {untested} have training images but no test image")
+    if spec.by is None:
+        return
+    for client, of_client in enumerate(plan.tasks):
+        for part, labels in (("training", trains[client]), ("test", tests[client])):
+            lacking = {label for of_task in of_client for label in of_task} - set(np.unique(labels).tolist())
+            if lacking:
+                name = names[min(lacking)] if names else str(min(lacking))
+                raise ValueError(
+                    f"split: client {client} has no {part} image of class {name}, which is among its classes; add "
+                    "some, or take the class away from it"
                 )
-            )
-        clients.append(ClientSplit(tuple(sorted(private)), tuple(sorted(own.keys() - set(private))), tuple(tasks)))
-    return Split(spec, seed, tuple(clients))
+
+
+def _cut_up(
+    pool: NDArray[np.int64], label: int, holders: list[int], plan: Plan, spec: SplitSpec, seed: int
+) -> list[NDArray[np.int64]]:
+    """The images of a class for each client that has it."""
+    if label in plan.private[holders[0]]:
+        return [pool]
+    if spec.classes_per_client is not None and spec.by is None:
+        return np.array_split(pool, len(holders))
+    counts = _deal(len(pool), label, len(holders), spec, numpy_generator(seed, _SHARES, label))
+    return np.split(pool, np.cumsum(counts)[:-1])
 
 
 def _named(known: list[int], spec: SplitSpec, names: Sequence[str]) -> list[int]:
@@ -143,16 +278,16 @@ def _pool(labels: NDArray[np.int64], label: int, cap: int | None, rng: np.random
     return rng.permutation(np.flatnonzero(labels == label)).astype(np.int64)[:cap]
 
 
-def _deal(images: int, label: int, spec: SplitSpec, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Images of one public class per client, shape (clients,), summing to `images`."""
-    free = images - spec.clients * spec.min_public_images
+def _deal(images: int, label: int, clients: int, spec: SplitSpec, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Images of one class for each of the clients that have it, shape (clients,), summing to `images`."""
+    free = images - clients * spec.min_public_images
     if free < 0:
         raise ValueError(
-            f"split.min_public_images is {spec.min_public_images}: {spec.clients} clients would need "
-            f"{spec.clients * spec.min_public_images} images of public class {label}, which has {images} "
-            f"(train_per_class={spec.train_per_class}); at most {images // spec.clients} fits"
+            f"split.min_public_images is {spec.min_public_images}: {clients} clients would need "
+            f"{clients * spec.min_public_images} images of public class {label}, which has {images} "
+            f"(train_per_class={spec.train_per_class}); at most {images // clients} fits"
         )
-    quota = free * rng.dirichlet(np.full(spec.clients, spec.dirichlet_alpha))
+    quota = free * rng.dirichlet(np.full(clients, spec.dirichlet_alpha))
     counts = np.floor(quota).astype(np.int64)
     left = free - int(counts.sum())
     counts[np.argsort(counts - quota, kind="stable")[:left]] += 1

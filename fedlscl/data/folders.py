@@ -31,7 +31,7 @@ _NAMED = 5  # files that a warning names
 _NO_IMAGES = ("__MACOSX", "Thumbs.db", "desktop.ini")  # what systems leave in folders, besides names with a dot first
 
 
-class _Folders(Source):
+class Folders(Source):
     """Images in files, which are decoded as the fields say."""
 
     def __init__(
@@ -51,7 +51,7 @@ class _Folders(Source):
         return Decoder(size, self.decoder.background, self.decoder.value_range)(path)
 
 
-class ImageFolder(_Folders):
+class ImageFolder(Folders):
     """Any images in ``train/<class>/`` and ``test/<class>/``; class ids follow the sorted class names.
 
     Images in folders inside a class's are of that class. Files without the suffix of an image that Pillow reads, and
@@ -81,6 +81,10 @@ class ImageFolder(_Folders):
         super().__init__(root, size, expected_classes, background, value_range)
         self.name = name
 
+    def count(self) -> int | None:
+        """The folders in ``train``, where that is there."""
+        return len(class_folders(self.root / "train")) or None
+
     def load(self, cache_dir: Path) -> Dataset:
         """Return the images of the folder, decoded or from the cache.
 
@@ -89,15 +93,15 @@ class ImageFolder(_Folders):
             ValueError: a class is empty or not in both parts, or images cannot be read.
         """
         sweep(cache_dir)
-        train, test = (_list_classes(self.root / part, self.expected_classes) for part in ("train", "test"))
-        _warn_of_left_out(self.root, [*train.left_out, *test.left_out])
-        _check_same_classes(self.root, train.classes, test.classes)
+        train, test = (list_classes(self.root / part, self.expected_classes) for part in ("train", "test"))
+        warn_of_left_out(self.root, [*train.left_out, *test.left_out])
+        check_same_classes(self.root, train.classes, test.classes)
         parts = [Files(part, found.classes) for part, found in (("train", train), ("test", test))]
         images = load_images("imagefolder", self.decoder, self.root, parts, cache_dir)
         return Dataset(self.name or self.root.resolve().name, images[0], images[1], tuple(train.classes))
 
 
-class ImageNetR(_Folders):
+class ImageNetR(Folders):
     """ImageNet-R, 30,000 renditions of 200 ImageNet classes.
 
     There is no official split. A random 20 % of each class, the same in every run, is the test set; the names
@@ -132,8 +136,8 @@ class ImageNetR(_Folders):
         """
         sweep(cache_dir)
         root = self._unpacked(cache_dir) if self.root.is_file() else self.root
-        listing = _list_classes(root, self.expected_classes)
-        _warn_of_left_out(root, listing.left_out)
+        listing = list_classes(root, self.expected_classes)
+        warn_of_left_out(root, listing.left_out)
         found = listing.classes
         test_names = self._test_names(root, found, cache_dir)
 
@@ -191,7 +195,22 @@ class _Listing(NamedTuple):
     left_out: list[Path]
 
 
-def _list_classes(folder: Path, expected: int | None) -> _Listing:
+def class_folders(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted, each of which is of a class; none where it is not there."""
+    return (
+        sorted(entry for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry.name))
+        if folder.is_dir()
+        else []
+    )
+
+
+def list_classes(folder: Path, expected: int | None) -> _Listing:
+    """The images of a folder with a folder for each class.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it has no class, another number of them than `expected`, one without images, or two that look alike.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not there; it must be a folder with one folder of images per class")
     found = _Listing({}, [])
@@ -236,7 +255,8 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name in _NO_IMAGES
 
 
-def _warn_of_left_out(root: Path, left_out: list[Path]) -> None:
+def warn_of_left_out(root: Path, left_out: list[Path]) -> None:
+    """Warn of files that are no images that can be used, if there are any."""
     if not left_out:
         return
     names = ", ".join(path.relative_to(root).as_posix() for path in left_out[:_NAMED])
@@ -265,7 +285,8 @@ def _check_looks(folder: Path, names: Iterable[str]) -> None:
             )
 
 
-def _check_same_classes(root: Path, train: Iterable[str], test: Iterable[str]) -> None:
+def check_same_classes(root: Path, train: Iterable[str], test: Iterable[str]) -> None:
+    """Raise FileNotFoundError where a class has a folder in one of the two parts alone."""
     unpaired = sorted(set(train) ^ set(test))
     if not unpaired:
         return

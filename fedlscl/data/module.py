@@ -20,6 +20,11 @@ from fedlscl.data.source import Dataset, Part, Source
 from fedlscl.data.splits import Split, SplitSpec
 
 
+def cache_folder(given: str | None = None) -> Path:
+    """Where decoded and downloaded images are kept; it need not be there yet."""
+    return Path(given or os.environ.get("FEDLSCL_CACHE") or "~/.cache/fedlscl").expanduser()
+
+
 class TestedPair(NamedTuple):
     """A client and a class that it is tested on; `trained` if it has training images of that class."""
 
@@ -81,7 +86,8 @@ class FederatedDataModule(LightningDataModule):
             raise ValueError("data.seed is not set; give the seed of the split, a whole number from 0 on")
         self.dataset, self._loaded = self._loaded or self._load(), None
         labels = self.dataset.train.labels, self.dataset.test.labels
-        self.split = make_split(*labels, self.split_spec, self.seed, self.dataset.classes)
+        owners = self.dataset.owners
+        self.split = make_split(*labels, self.split_spec, self.seed, self.dataset.classes, owners)
 
     @property
     def split_sha256(self) -> str:
@@ -172,7 +178,6 @@ class FederatedDataModule(LightningDataModule):
         return torch.from_numpy(chosen.images[positions]), torch.from_numpy(chosen.labels[positions])
 
     def _load(self) -> Dataset:
-        folder = self.cache_dir or os.environ.get("FEDLSCL_CACHE") or "~/.cache/fedlscl"
-        path = Path(folder).expanduser()
+        path = cache_folder(self.cache_dir)
         path.mkdir(parents=True, exist_ok=True)
         return self.source.load(path)

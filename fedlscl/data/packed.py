@@ -16,6 +16,10 @@ class Digits(Source):
     There is no official split; a random 30 % of each digit, the same in every run, is the test set.
     """
 
+    def count(self) -> int:
+        """Ten."""
+        return 10
+
     def load(self, cache_dir: Path) -> Dataset:
         """Return the digits: grey values 0..16 spread over 0..255 in three equal channels."""
         from sklearn.datasets import load_digits
@@ -50,6 +54,10 @@ class CIFAR100(Source):
         """
         self.root = root
         self.download = download
+
+    def count(self) -> int:
+        """A hundred."""
+        return 100
 
     def load(self, cache_dir: Path) -> Dataset:
         """Return CIFAR-100; a downloaded or given archive is checked by MD5 before it is unpacked.

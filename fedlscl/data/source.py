@@ -54,10 +54,24 @@ class ImageSet:
 
 
 @dataclass(frozen=True, eq=False)
+class Owners:
+    """Whose each image is: numbers of clients, of the training images (N,) and of the test images (M,), in int64."""
+
+    train: NDArray[np.int64]
+    test: NDArray[np.int64]
+
+    @property
+    def clients(self) -> int:
+        """How many there are."""
+        return int(self.train.max()) + 1
+
+
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """A training and a test set over the same classes; class id c is called ``classes[c]``.
 
     `complete` says that every class has images in both sets; in a part of a data set not every class needs to.
+    `owners` says whose each image is, where it is somebody's.
     """
 
     name: str
@@ -65,6 +79,7 @@ class Dataset:
     test: ImageSet
     classes: tuple[str, ...]
     complete: bool = True
+    owners: Owners | None = None
 
     @property
     def sha256(self) -> str:
@@ -112,6 +127,10 @@ class Source(ABC):
             FileNotFoundError: something the source reads is missing.
             ValueError: something it reads is not what it should be.
         """
+
+    def count(self) -> int | None:
+        """How many classes there are, where that is known before an image is read."""
+        return None
 
     def decode(self, path: Path, size: int) -> NDArray[np.uint8]:
         """Read an image file as the images of this source were read.

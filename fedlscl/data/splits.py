@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-ADDED = {"task_order": "own", "classes_per_client": None, "private_names": None}
+ADDED = {"task_order": "own", "classes_per_client": None, "private_names": None, "by": None}
 """Fields of `SplitSpec` that a later version has added: at these values they are no part of a split's JSON and hash."""
 
 
@@ -46,6 +46,9 @@ class SplitSpec:
             classes, their images dealt by the Dirichlet distribution.
         private_names: for each client a pattern that the names of its private classes fit, and no others, as in a
             shell (``sketch_*``); None = they are drawn by seed.
+        by: what says which client has which classes in which task: None = the numbers of classes; a CSV file with the
+            columns ``client``, ``task`` and ``classes``, see `assignment`; or ``folders``, where the data are in a
+            folder for each client. `clients` and `tasks` must be theirs, and numbers of classes are without effect.
     """
 
     clients: int = 5
@@ -61,6 +64,7 @@ class SplitSpec:
     task_order: Literal["own", "common"] = "own"
     classes_per_client: int | None = None
     private_names: tuple[str, ...] | None = None
+    by: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers that no split can satisfy.
@@ -76,7 +80,8 @@ class SplitSpec:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
                 raise ValueError(f"split.{name} is {value!r}; it must be a whole number from {minimum} on")
-        self._check_task_sizes()
+        if self.by is None:
+            self._check_task_sizes()
         alpha = self.dirichlet_alpha
         # Above 1e9 every share is equal to nine digits, and much larger numbers overflow when summed.
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= 1e9:
@@ -86,11 +91,12 @@ class SplitSpec:
             raise ValueError(f"split.local_test is {self.local_test!r}; it must be 'official' or 'holdout30'")
         if self.task_order not in ("own", "common"):
             raise ValueError(f"split.task_order is {self.task_order!r}; it must be 'own' or 'common'")
-        self._check_class_count()
-        self._check_task_order()
+        if self.by is None:
+            self._check_class_count()
+            self._check_task_order()
         if self.private_names is not None:
             object.__setattr__(self, "private_names", tuple(self.private_names))
-            if len(self.private_names) != self.clients:
+            if self.by is None and len(self.private_names) != self.clients:
                 raise ValueError(
                     f"split.private_names has {len(self.private_names)} patterns; it must have one for each of "
                     f"{self.clients} clients"
@@ -240,6 +246,11 @@ class Split:
         """The clients whose tasks are known; all of them but in a place with some of the clients only."""
         return tuple(client for client in self.clients if client.tasks)
 
+    @property
+    def task_sizes(self) -> tuple[tuple[int, ...], ...]:
+        """Classes of each task, for each client whose tasks are known."""
+        return tuple(tuple(len(task.classes) for task in client.tasks) for client in self.present)
+
     def to_json(self) -> str:
         """Return the split as compact JSON with sorted keys: equal splits give equal text."""
         content = {
@@ -326,11 +337,12 @@ def _check(split: Split) -> None:
             continue
         who = f"client {i}"
         private, public = set(client.private), set(client.public)
-        _same(len(private), spec.private_classes, f"{who}: number of private classes")
-        expected = sum(spec.client_task_sizes) - spec.private_classes
-        _same(len(public), expected, f"{who}: number of public classes")
-        if spec.classes_per_client is None:
-            _same(sorted(public), sorted(split.present[0].public), f"{who}: public classes")
+        if spec.by is None:
+            _same(len(private), spec.private_classes, f"{who}: number of private classes")
+            expected = sum(spec.client_task_sizes) - spec.private_classes
+            _same(len(public), expected, f"{who}: number of public classes")
+            if spec.classes_per_client is None:
+                _same(sorted(public), sorted(split.present[0].public), f"{who}: public classes")
         _same(sorted(private & (exclusive | public)), [], f"{who}: private classes that somebody else has")
         exclusive |= private
         _same(len(client.tasks), spec.tasks, f"{who}: number of tasks")
@@ -338,7 +350,8 @@ def _check(split: Split) -> None:
         _same(sorted(classes), sorted(private | public), f"{who}: classes of all tasks")
         for n, task in enumerate(client.tasks):
             where = f"{who}, task {n}"
-            _same(len(task.classes), spec.client_task_sizes[n], f"{where}: number of classes")
+            if spec.by is None:
+                _same(len(task.classes), spec.client_task_sizes[n], f"{where}: number of classes")
             _same(sorted(set(task.classes) - set(split.federation[n])), [], f"{where}: classes not in federation")
             for part, index in (("train", task.train), ("test", task.test)):
                 if index.size and (index[0] < 0 or (np.diff(index) <= 0).any()):
@@ -356,7 +369,7 @@ def _check(split: Split) -> None:
         if split.evaluate_on == "test":
             _distinct([task.test for task in client.tasks], f"{who}: test images")
     _distinct(images, "training images")
-    if spec.task_order == "common":
+    if spec.task_order == "common" and spec.by is None:
         for n, labels in enumerate(split.federation):
             _same(len(labels), spec.task_sizes[n], f"task {n}: number of classes in federation")
         every = {label for labels in split.federation for label in labels}

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedlscl.models.create import check_args, check_image_size, create, reason, resize
+from fedlscl.models.create import check_args, check_image_size, check_patches, create, reason, resize
 from fedlscl.models.stored import find_weights, load_weights, weights_sha256
 from fedlscl.models.vit import VIT_ARGS
 
@@ -160,6 +160,7 @@ class SmallModel(nn.Module):
         if weights is not None:
             load_weights("cnn", self.backbone, weights)
         width, self.tiny = _trial(self.backbone, name, spec.image_size)
+        check_patches("cnn", name, self.backbone, spec.image_size)
         keeps = width == spec.features and not linear
         self.project = nn.Identity() if keeps else nn.Linear(width, spec.features)
         self.standardise = STANDARDS[standardise](spec.features)

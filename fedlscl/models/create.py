@@ -30,6 +30,15 @@ def check_image_size(group: str, size: int) -> None:
         raise ValueError(f"{group}.image_size is {size}, must be 1 to {LARGEST_IMAGE} pixels")
 
 
+def check_patches(group: str, name: str, model: Any, size: int) -> None:
+    """Raise ValueError if a ViT's patches do not fill an image: what is beyond the last one would be cut off."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if isinstance(patch, tuple) and any(size % side for side in patch):
+        side = max(patch)
+        fits = f"{size - size % side} or {size - size % side + side}" if size > side else f"{side} or {2 * side}"
+        raise ValueError(f"{group}.image_size is {size}, must be a multiple of {side}, the patches of '{name}': {fits}")
+
+
 def check_args(group: str, model_args: Mapping[str, Any], allowed: Collection[str]) -> None:
     """Refuse arguments of timm that are not known to describe an architecture and nothing else.
 

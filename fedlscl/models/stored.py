@@ -85,7 +85,8 @@ def load_weights(group: str, model: Any, weights: str) -> None:
     state = {name: tensor for name, tensor in found.items() if not name.startswith(dropped)}
     if problems := _misfits(state, model.state_dict()):
         more = f", and {len(problems) - 1} more like that" if problems[1:] else ""
-        raise ValueError(f"{misfit}: {problems[0]}{more}")
+        remedy = f"give the file of this model, or {group}.name and model_args of the file's"
+        raise ValueError(f"{misfit}: {problems[0]}{more}; {remedy}")
     model.load_state_dict(state, strict=True)
 
 

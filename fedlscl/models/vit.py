@@ -17,7 +17,7 @@ from fedlscl import seeds
 from fedlscl.checks import at_least
 from fedlscl.checks import path as path_of
 from fedlscl.models.adapters import Injection, LowRank
-from fedlscl.models.create import check_args, check_image_size, create, outline, reason, resize
+from fedlscl.models.create import check_args, check_image_size, check_patches, create, outline, reason, resize
 from fedlscl.models.last_block import first_tokens, serves
 from fedlscl.models.stored import load_weights, weights_sha256
 
@@ -298,6 +298,7 @@ def _check_kind(name: str, image_size: int, model_args: Mapping[str, Any]) -> No
         problem = f"its blocks ({type(vit.blocks[0]).__name__}) have attention of another layout"
     if problem:
         raise ValueError(f"backbone.name: '{name}' is not a plain ViT: {problem}; plain ones work, such as {PLAIN}")
+    check_patches("backbone", name, vit, image_size)
     try:
         features = vit.eval()(torch.zeros(1, 3, image_size, image_size, device="meta"))
     except Exception as error:  # whatever an odd combination of arguments leads to

@@ -24,6 +24,7 @@ from lightning.pytorch.loggers import Logger
 from fedlscl.checks import file_name, path
 from fedlscl.client import Client
 from fedlscl.data.module import FederatedDataModule
+from fedlscl.data.presets import preset
 from fedlscl.data.source import Source
 from fedlscl.federation.trainer import TALKATIVE, RoundTrainer
 from fedlscl.models.cnn import SmallModelSpec
@@ -31,13 +32,15 @@ from fedlscl.models.vit import FrozenViT
 from fedlscl.run.experiment import Experiment, Tracking
 from fedlscl.run.fields import flat
 from fedlscl.run.names import Parser
+from fedlscl.run.shipped import resolved
+from fedlscl.run.words import option
 from fedlscl.schedule import Schedule
 from fedlscl.server import Server
 
 FIT = (
-    "Run a federation, or continue the one in its run folder. Begin with --config experiments/digits.yaml; a later "
-    "--config and single fields override what came before. The fields of a method: --model.help CLASS, for "
-    "instance FedLSCL; likewise --server.help and --data.source.help."
+    "Run a federation, or continue the one in its run folder. Begin with --config digits; a later --config and single "
+    "fields override what came before. The fields of classes are shown below where --config names these; of others by "
+    "--model.help CLASS, for instance FedLSCL, and likewise --server.help and --data.source.help."
 )
 
 ARGS_GIVEN = "LightningCLI's args parameter"
@@ -62,14 +65,38 @@ class Configuration:
     """
 
     def __init__(self, words: Sequence[str]) -> None:
+        try:
+            name, rest = option(words, "split")
+            self._parse(resolved(rest))
+            if name is not None:
+                self._parse(self._split(name))
+        except ValueError as error:
+            sys.exit(f"fedlscl: {error}")
+
+    def _parse(self, words: list[str]) -> None:
         self.words = tuple(words)
+        self.__dict__.pop("values", None)  # those of the words before
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=ARGS_GIVEN)
             self._cli = _ParsedCLI([*words])
-        try:
-            _check(self._cli.config)
-        except ValueError as error:
-            sys.exit(f"fedlscl: {error}")
+        _check(self._cli.config)
+
+    def _split(self, name: str) -> list[str]:
+        """The words of this configuration with the fields of a preset behind its files: single fields win over it."""
+        split = self._cli.config.data.split
+        classes = self.source().count() or split.clients * split.private_classes + split.public_classes
+        fields = preset(name, classes, split.clients, split.tasks)
+        given = {field: value if isinstance(value, str) else json.dumps(value) for field, value in fields.items()}
+        found = [f"--data.split.{field}={value}" for field, value in given.items()]
+        words = [*self.words]
+        behind = max((at + 2 for at, word in enumerate(words) if word == "--config"), default=0)
+        return [*words[:behind], *found, *words[behind:]]
+
+    @property
+    def fields(self) -> list[str]:
+        """The names of all fields but those of the classes that it names."""
+        parser: Any = self._cli.parser
+        return [*Parser.known_fields(parser)]
 
     @cached_property
     def values(self) -> dict[str, Any]:
@@ -152,6 +179,18 @@ class Configuration:
         values["cnn"] = {**values["cnn"], "pretrained": False, "weights": None}
         built = parser.instantiate_classes(parser.parse_object(values))
         return built.model, built.backbone, built.cnn
+
+    def data(self) -> FederatedDataModule:
+        """Build the data and their split, without the models; nothing is loaded.
+
+        Raises:
+            ValueError: if a value is impossible.
+        """
+        parser = Parser()
+        parser.add_class_arguments(FederatedDataModule, "data")
+        given = {**self.values["data"], "seed": self.values["seed_everything"]}
+        built: FederatedDataModule = parser.instantiate_classes(parser.parse_object({"data": given})).data
+        return built
 
     def source(self) -> Source:
         """Build what knows how the images are read; no data need be there.

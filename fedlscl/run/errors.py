@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -37,6 +37,7 @@ INTERRUPTED = 128 + signal.SIGINT
 UNHEARD = 141  # 128 + SIGPIPE, which not every platform knows
 
 TRACEBACK = "traceback.txt"
+FIT = "fedlscl fit"
 
 LENGTH = 600
 """Characters that a message has at most."""
@@ -56,6 +57,10 @@ _NOISE = re.compile(
     r"(- )?a (class path \(str\)|dict (with|without) )|Problem with given class_path|Parser key .*:$|"
     r"(- )?Parser key .*: Unable to load config"
 )
+_UNKNOWN = re.compile(
+    r"Option '(?P<inner>[\w.-]+)' is not accepted|Group '(?P<group>[\w.-]+)' does not accept option '(?P<of>[\w.-]+)'|"
+    r"unrecognized arguments: (?P<word>\S+)"
+)
 _EXPECTED = re.compile(r"(?:Expected|Expects) an? (.+?)(?:\. Got value: (.*))?$")
 
 
@@ -73,24 +78,44 @@ class OneLine:
         """End with what is wrong; the parser of a part of a configuration leaves that to the whole's."""
         if not getattr(self, "exit_on_error", True):
             super().error(message, ex)  # type: ignore[misc]
-        self._end(complaint(message, self._fields()))
+        self._end(complaint(message, self.known_fields(), getattr(self, "prog", FIT)))
 
     def _end(self, text: str) -> NoReturn:
         sys.stderr.write(f"fedlscl: {one_line(text)}\n")
         sys.exit(MISUSED)
 
-    def _fields(self) -> list[str]:
+    def known_fields(self) -> list[str]:
         """The fields that are there, by their names on the command line."""
         options: dict[str, Any] = getattr(self, "_option_string_actions", {})
         return [name[2:] for name in options if name.startswith("--")]
 
 
-def complaint(message: str, known: list[str] | None = None) -> str:
+def meant(near: Sequence[str], otherwise: str) -> str:
+    """The end of a line that refuses a name: those that are close to it, or where else to look."""
+    if not near:
+        return f"; {otherwise}"
+    *others, last = near
+    return f"; did you mean {', '.join(others)} or {last}?" if others else f"; did you mean {last}?"
+
+
+def similar(field: str, known: Sequence[str]) -> list[str]:
+    """Up to three fields that may be meant, the likeliest first: another group's of the same name, or a like one."""
+    last = field.rpartition(".")[2]
+    ends: dict[str, list[str]] = {}
+    for each in known:
+        ends.setdefault(each.rpartition(".")[2], []).append(each)
+    near = [*ends.get(last, []), *get_close_matches(field, known, 3, 0.8)]
+    near += [each for end in get_close_matches(last, ends, 3, 0.8) for each in ends[end]]
+    return list(dict.fromkeys(near))[:3]
+
+
+def complaint(message: str, known: list[str] | None = None, command: str = FIT) -> str:
     """The one sentence that matters of what jsonargparse says.
 
     Args:
         message: its message, of many lines.
         known: names of fields, to suggest one of.
+        command: whose words they are.
     """
     field = ""
     for key in re.findall(r'Parser key "([\w.]+)"', message):
@@ -103,13 +128,12 @@ def complaint(message: str, known: list[str] | None = None) -> str:
     others = [line for line in lines if not _EXPECTED.match(line)]
     field = "seed_everything" if field == "data.seed" else field  # which gets it from there
     where = f"{field}: " if field else ""
-    if unknown := re.search(r"(?:Option '([\w.-]+)' is not accepted|unrecognized arguments: (\S+))", message):
-        name = (unknown[1] or unknown[2]).lstrip("-").partition("=")[0]
-        name = f"{field}.{name}" if field and unknown[1] else name
-        near = [] if field and unknown[1] else get_close_matches(name, known or [], 3)
-        ask = f"--{field}.help CLASS" if field in ("model", "server", "data.source") else "--help"
-        meant = f"close to it are {', '.join(near)}" if near else f"`fedlscl fit {ask}` lists all"
-        return f"there is no field {name}; {meant}"
+    if unknown := _UNKNOWN.search(message):
+        name = unknown[unknown.lastindex or 0].lstrip("-").partition("=")[0]
+        name = ".".join(part for part in (unknown["group"] or field, name) if part) if not unknown["word"] else name
+        ask = f"--{field}.help CLASS" if field in ("model", "server", "data.source") else "--help all"
+        ask = f"`{command} {ask if command == FIT else '--help'}` lists all"
+        return f"there is no field {name}{meant(similar(name, known or []), ask)}"
     if "object has no attribute 'keys'" in message or "is not iterable" in message:
         return f"{field or 'a field'} has a value of another kind, such as a number in the place of several fields"
     if subclass := re.search(r"Not a valid subclass of (\w+)(?:\. Got value: (.*))?", message):

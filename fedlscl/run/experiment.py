@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
+from rich.text import Text
 
 from fedlscl.client import Client
 from fedlscl.data.module import FederatedDataModule
+from fedlscl.data.split_map import SplitMap, short_lines
 from fedlscl.evaluation import MASKS
 from fedlscl.federation import store as checkpoint
 from fedlscl.federation.algorithm import Federation, NobodyLeft
@@ -37,14 +40,14 @@ from fedlscl.run.errors import told
 from fedlscl.run.fields import short
 from fedlscl.run.folder import CHECKPOINT, CONFIG, METRICS, SPLIT, SUMMARY, RunFolder
 from fedlscl.run.summary import Accuracy, Compute, Skipped, Summary, Traffic, contradictory
-from fedlscl.run.tracking import Tracker, WandbMode, mended
+from fedlscl.run.tracking import Tracker, WandbMode, mended, wandb_is
 from fedlscl.schedule import Schedule
 from fedlscl.server import Server
 
 log = logging.getLogger(__name__)
 
 PACKAGES = ("fedlscl", "torch", "lightning", "torchvision", "timm", "torchmetrics", "numpy", "wandb")
-PICTURE = "accuracy_over_rounds.png"
+PICTURE, SPLIT_PICTURE = "accuracy_over_rounds.png", "split.png"
 FINGERPRINTS = {  # of what can be other than it was under a configuration that is the same
     "split_sha256": "the images' classes, or how they are split,",
     "data_sha256": "the images",
@@ -129,6 +132,7 @@ class Experiment:
                 if summary is None:
                     federation = self.federation()
                     tracker = self._tracker(federation.store.progress)
+                    self._show_split(console, new=not federation.history)
             except (ValueError, OSError) as error:
                 raise ImpossibleRun(str(error)) from error
             with self._stopping():
@@ -142,6 +146,57 @@ class Experiment:
                         summary = self._go_on(files, federation, tracker, console)
             summary_table(summary, console, picture=self.run_dir / PICTURE, run_dir=self.run_dir)
         return summary
+
+    def check(self, console: Console) -> None:
+        """Do all that comes before the training and could refuse it, and say what would be run.
+
+        Raises:
+            ImpossibleRun: as `run`; nothing was written.
+        """
+        try:
+            wandb_is(self.tracking.wandb_mode)
+            self.trainer(None)
+            summary = Summary.read_if_there(self.run_dir / SUMMARY)
+            if self.run_dir.is_dir() and summary is None:
+                self._check_same_run(RunFolder(self.run_dir), self._beginning, summary)
+            with tempfile.TemporaryDirectory() as folder:
+                replace(self, run_dir=Path(folder)).federation()
+        except (ValueError, OSError) as error:
+            raise ImpossibleRun(str(error)) from error
+        behind = len(checkpoint.progress(self.run_dir / CHECKPOINT).get("history", [])) if self.run_dir.is_dir() else 0
+        rounds = self.data.split.spec.tasks * self.schedule.rounds
+        state = "finished, in" if summary is not None else f"to go on after round {behind}, in" if behind else "new, in"
+        if (found := self.split_map) is not None:
+            for line in short_lines(found, console.width):
+                console.print(Text(line), soft_wrap=True)
+        console.print(
+            Text(f"run: {self.method} on {self.setting}, {rounds} rounds; {state} {self.run_dir}"), soft_wrap=True
+        )
+        console.print("Nothing was trained (dry_run).")
+
+    @property
+    def split_map(self) -> SplitMap | None:
+        """Who has which images; None in a place that has a part of them."""
+        data = self.data
+        if not data.dataset.complete or len(data.split.present) < len(data.split.clients):
+            return None
+        return SplitMap.of(data.split, data.dataset.train.labels, data.dataset.test.labels, data.class_names)
+
+    def _show_split(self, console: Console, new: bool) -> None:
+        """The split in a few lines, where a run begins, and as a picture in its folder."""
+        found, path = self.split_map, self.run_dir / SPLIT_PICTURE
+        if found is None:
+            return
+        if new:
+            for line in short_lines(found, console.width):
+                console.print(Text(line), soft_wrap=True)
+        if not path.exists():
+            try:
+                from fedlscl.run import plots  # and with it matplotlib
+
+                plots.split_picture(found, path, f"{self.setting}, seed {self.seed}")
+            except Exception as error:  # whatever matplotlib, its fonts and the disk come up with
+                log.warning("'%s' could not be drawn: %s: %s", path, type(error).__name__, error)
 
     @contextmanager
     def _locked(self, folder: RunFolder) -> Iterator[None]:
@@ -178,6 +233,8 @@ class Experiment:
             "image_size": self.data.dataset.train.images.shape[-1],
             "split": json.loads(self.data.split.to_json()),
         }
+        if (found := self.split_map) is not None:
+            split["map"] = found.to_json()
         config = yaml.safe_dump(dict(self.config), sort_keys=False)
         return {SPLIT: json.dumps(split).encode(), CONFIG: config.encode()}
 
@@ -287,7 +344,7 @@ class Experiment:
             compute={name: Compute(**counts) for name, counts in federation.cost().items()},
             tested_pairs=None if pairs is None else len(pairs),
             untrained_pairs=None if pairs is None else sum(not pair.trained for pair in pairs),
-            images_kept=self.client.images_kept(sum(spec.client_task_sizes), self.server.listens),
+            images_kept=self.client.images_kept(min(map(sum, self.data.split.task_sizes)), self.server.listens),
             skipped=_named(history, "skipped"),
             unanswered=_named(history, "unanswered"),
             nodes=federation.nodes,

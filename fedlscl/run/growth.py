@@ -118,11 +118,11 @@ def _evaluations(metrics: str) -> Iterator[tuple[str, int, int, int, int, float]
 
 def _chance(split: Split, classes: int) -> dict[str, tuple[float, float]]:
     """By mask the accuracy in % of a guess on the newest task, and on all tasks learned so far."""
-    sizes = np.array(split.spec.client_task_sizes)
-    seen = float(np.mean(100 / sizes.cumsum()))
+    sizes = np.array(split.task_sizes)  # (C, N)
+    seen = float(np.mean(100 / sizes.cumsum(1)))
     anybody = [len(set().union(*split.federation[: n + 1])) for n in range(split.spec.tasks)]
     federation = float(np.mean([100 / count for count in anybody]))
-    learned = float(np.mean((100 / sizes).cumsum() / np.arange(1, len(sizes) + 1)))
+    learned = float(np.mean((100 / sizes).cumsum(1) / np.arange(1, split.spec.tasks + 1)))
     return {
         "task": (float(np.mean(100 / sizes)), learned),
         "seen": (seen, seen),

@@ -7,9 +7,13 @@ elsewhere has its full path as its name.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
+from inspect import signature
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -18,8 +22,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from fedlscl.checks import path
 from fedlscl.classes import defined
-from fedlscl.run.errors import OneLine
-from fedlscl.run.fields import read_yaml, short
+from fedlscl.run.errors import OneLine, meant
+from fedlscl.run.fields import flat, read_yaml, short
 
 MODE = "fedlscl"
 
@@ -48,28 +52,34 @@ class Parser(OneLine, LightningArgumentParser):
 
     def __init__(self, *args: Any, parser_mode: str = MODE, **kwargs: Any) -> None:
         super().__init__(*args, parser_mode=parser_mode, **kwargs)
+        self._words: list[str] = []
 
     def parse_args(self, args: Any = None, *others: Any, **kwargs: Any) -> Any:
         """Parse words; `--model.help FedLSCL` too finds its class."""
-        self._check_files(args or ())
+        self._words = [*(args or ())]
+        self._check_files()
         _import([word.rpartition("=")[2] for word in args or ()])
         try:
             return super().parse_args(args, *others, **kwargs)
         except (AttributeError, TypeError, KeyError, RecursionError, UnicodeError) as error:  # of values it never met
             self.error(f"a value is of another kind than its field ({type(error).__name__}: {error})")
 
-    def _check_files(self, words: Sequence[str]) -> None:
+    def _check_files(self) -> None:
         """End with file and line where a configuration is none; what follows would know neither."""
-        for word, following in zip(words, [*words[1:], ""], strict=True):
-            name, equals, value = word.partition("=")
-            if name in ("--config", "-c") and (file := path(value if equals else following)).is_file():
-                try:
-                    values = read_yaml(file)
-                except (ValueError, OSError) as error:
-                    self._end(str(error))
+        try:
+            for file, values in configurations(self._words):
                 if not isinstance(values, Mapping):
                     what = "nothing" if values is None else f"a {type(values).__name__}"
                     self._end(f"{file} holds {what}, must hold fields of a configuration and their values")
+        except (ValueError, OSError) as error:
+            self._end(str(error))
+
+    def known_fields(self) -> list[str]:
+        """Also the fields of the classes that the words and their files name."""
+        known = super().known_fields()
+        for field, kind in classes_named(self._words).items():
+            known += [f"{field}.{name}" for name in parameters(kind)]
+        return known
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with what is wrong, in a line."""
@@ -79,9 +89,55 @@ class Parser(OneLine, LightningArgumentParser):
             if name in defined():
                 self._end(f"{field} is '{name}', a class of another kind")
             near = get_close_matches(name, defined())
-            meant = f"; close to it are {', '.join(near)}" if near else ""
-            self._end(f"{field} is '{name}', must be a class of fedlscl or a full path{meant}")
+            there = meant(near, "the pages in docs/methods name them")
+            self._end(f"{field} is '{name}', must be a class of fedlscl or a full path{there}")
+        if missing := re.search(r"No module named '([\w.]+)'", message):
+            field = ".".join(re.findall(r'Parser key "([\w.]+)"', message)).replace(".init_args", "")
+            self._end(
+                f"{field or 'a class'} is of '{missing[1]}', but there is no such module, neither installed nor in the "
+                f"current folder ({Path.cwd()}); go to the folder of {missing[1].partition('.')[0]}.py, or give it as "
+                "PYTHONPATH"
+            )
         super().error(message, ex)
+
+
+def configurations(words: Sequence[str]) -> Iterator[tuple[Path, Any]]:
+    """The files that words name as `--config`, and what they hold.
+
+    Raises:
+        OSError: if one cannot be read.
+        ValueError: if one is no YAML.
+    """
+    for word, following in pairwise([*words, ""]):
+        name, equals, value = word.partition("=")
+        if name in ("--config", "-c") and (file := path(value if equals else following)).is_file():
+            yield file, read_yaml(file)
+
+
+def classes_named(words: Sequence[str]) -> dict[str, type]:
+    """The classes of this package that words and their files name, by field: `model`, `model.continual`, `server`."""
+    names: dict[str, str] = {}
+    for _, values in configurations(words):
+        with suppress(RecursionError):  # of a value that holds itself, which is refused where it is read
+            given = flat(short(values)).items() if isinstance(values, Mapping) else ()
+            names |= {key.removesuffix(".class_path"): str(each) for key, each in given if key.endswith(".class_path")}
+    for word, following in pairwise([*words, ""]):
+        name, equals, value = word.partition("=")
+        value = (value if equals else following).rpartition(".")[2]
+        if name.startswith("--") and value in defined():
+            names[name[2:].replace(".init_args", "").removesuffix(".class_path")] = value
+    there = {field: name for field, name in names.items() if name in defined()}
+    return {field: getattr(import_module(defined()[name][0]), name) for field, name in there.items()}
+
+
+def parameters(kind: type) -> list[str]:
+    """What may be given to a class, and to those that it derives from."""
+    found: dict[str, None] = {}
+    for each in kind.__mro__:
+        if "__init__" in vars(each) and each.__module__.partition(".")[0] == kind.__module__.partition(".")[0]:
+            names = signature(each).parameters.values()
+            found |= {each.name: None for each in names if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
+    return list(found)
 
 
 def _import(values: Any) -> None:

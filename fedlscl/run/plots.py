@@ -14,8 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from fedlscl.data.split_map import SplitMap
 from fedlscl.evaluation import MASKS, measured_mean
 from fedlscl.files import write_atomically
 
@@ -29,6 +31,9 @@ STYLES: dict[str, dict[str, Any]] = {
 DPI = 150
 AS_WRITTEN: dict[Any, Any] = {"text.parse_math": False}
 """Settings of matplotlib under which a name may hold any sign: a $ begins no formula."""
+
+MAX_CLASSES = 100
+"""Rows of a split's picture bear the name of their class, and its numbers, up to this many."""
 
 MAX_NUMBERED = 20
 """Cells of a heat map bear their number up to this many rows and columns."""
@@ -147,6 +152,67 @@ def heat_map(axes: Axes, values: npt.NDArray[np.float64], rows: list[str], colum
                 ink = "white" if value < 50 else "black"
                 axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=8)
     return image
+
+
+@matplotlib.rc_context(AS_WRITTEN)
+def split_picture(found: SplitMap, path: Path, title: str) -> None:
+    """Draw who has which classes: see `draw_split`.
+
+    Args:
+        found: the map of the split.
+        path: the PNG to write.
+        title: put above the picture.
+    """
+    classes, columns = len(found.names), found.clients + 1
+    # as tall as its rows need, within what a page takes
+    width, height = float(np.clip(0.62 * columns + 2.2, 5.5, 16)), float(np.clip(0.24 * classes + 1.4, 2.6, 24))
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    draw_split(figure.subplots(), found)
+    figure.suptitle(title, fontsize=11, parse_math=False)
+    _save(figure, path)
+
+
+def draw_split(axes: Axes, found: SplitMap) -> None:
+    """Draw a row for each class and a column for each client, coloured by the task in which it learns the class.
+
+    While they are readable, cells bear the number of training images. The last column has the images that nobody gets.
+
+    Args:
+        axes: where to draw.
+        found: the map of the split.
+    """
+    tasks = max(found.tasks, 1)
+    colours = matplotlib.colormaps["viridis"](np.linspace(0.15, 0.95, tasks))
+    rest = bool(found.left_out.any())
+    image = np.ones((len(found.names), found.clients + rest, 4))
+    for task in range(1, tasks + 1):
+        image[:, : found.clients][found.task == task] = colours[task - 1]
+    image[:, found.clients :][found.left_out > 0] = (0.85, 0.85, 0.85, 1)
+    axes.imshow(image, aspect="auto", interpolation="nearest")
+    if len(found.names) <= MAX_CLASSES:
+        axes.set_yticks(range(len(found.names)), labels=[name[:24] for name in found.names], fontsize=7)
+        axes.set_yticks(np.arange(0.5, len(found.names) - 1), minor=True)
+    axes.set_ylabel("class" if len(found.names) <= MAX_CLASSES else f"{len(found.names)} classes")
+    every = -(-found.clients // MAX_NUMBERED)
+    shown = range(0, found.clients, every)
+    labels = [*map(str, shown), *(["left out"] if rest else [])]
+    axes.set_xticks([*shown, *([found.clients] if rest else [])], labels=labels, fontsize=8)
+    axes.set_xticks(np.arange(0.5, image.shape[1] - 1), minor=True)
+    axes.set_xlabel("client; in the cells, training images")
+    axes.grid(which="minor", color="white", linewidth=1)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    if len(found.names) <= MAX_CLASSES and found.clients <= MAX_NUMBERED:
+        for label, client in np.argwhere(found.task).tolist():
+            ink = "white" if found.task[label, client] <= tasks / 2 else "black"
+            axes.text(client, label, f"{found.train[label, client]}", ha="center", va="center", color=ink, fontsize=7)
+        for (label,) in np.argwhere(found.left_out).tolist():
+            axes.text(found.clients, label, f"{found.left_out[label]}", ha="center", va="center", fontsize=7)
+    if tasks <= MAX_NUMBERED:
+        handles = [Patch(color=colour, label=f"task {number}") for number, colour in enumerate(colours, 1)]
+        axes.legend(
+            handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(tasks, 6), frameon=False, fontsize=8
+        )
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from fedlscl.data.module import FederatedDataModule
 from fedlscl.data.source import Dataset, ImageSet, Part, Source
 from fedlscl.data.splits import Split
 from fedlscl.federation import store as checkpoint
-from fedlscl.files import content_of
+from fedlscl.files import Damaged, content_of
 from fedlscl.run.configuration import Configuration
 from fedlscl.run.folder import CHECKPOINT, CONFIG, SPLIT, SUMMARY, RunFolder
 from fedlscl.run.summary import Summary
@@ -112,6 +112,57 @@ def predictions(
     return _classified(run, bodies, images, task)
 
 
+class Known(NamedTuple):
+    """Which classes a client can name.
+
+    Args:
+        learned: their names; every image is given one of these.
+        never: the classes of the data that the client has never seen, an image of which is thus given a wrong one.
+    """
+
+    learned: tuple[str, ...]
+    never: tuple[str, ...]
+
+
+def known(run_dir: Path, client: int, task: int | None = None) -> Known:
+    """Which classes compete in a client's predictions, and which it has never seen.
+
+    Args:
+        run_dir: folder of a finished run.
+        client: which client.
+        task: see `predict`; its classes alone compete then.
+
+    Raises:
+        ValueError: if something in the folder is damaged.
+    """
+    folder = RunFolder(run_dir)
+    stored, split = _stored(folder, folder.sums())
+    tasks = split.clients[client].tasks
+    ever = {label for own in tasks for label in own.classes}
+    competing = ever if task is None else {*tasks[task - 1].classes}
+    names = [str(name) for name in stored["classes"]]
+    return Known(
+        tuple(names[label] for label in sorted(competing)),
+        tuple(name for label, name in enumerate(names) if label not in ever),
+    )
+
+
+def _stored(files: RunFolder, sums: Mapping[str, str]) -> tuple[dict[str, Any], Split]:
+    """What the file of a run's split holds.
+
+    Raises:
+        ValueError: if it is not what the run wrote.
+    """
+    try:
+        stored = json.loads(files.needed(SPLIT, sums))
+        return stored, Split.from_json(json.dumps(stored["split"]))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, Damaged):
+            raise
+        path = files.path / SPLIT
+        raise ValueError(f"{path} is not what `fedlscl fit` wrote ({error}); fetch the run folder again") from error
+
+
 def files_in(named: Sequence[str]) -> tuple[list[str], list[str]]:
     """The image files that are named, and all below the folders that are.
 
@@ -183,10 +234,8 @@ class _Run:
         sums = files.sums()
         files.needed(CONFIG, sums)
         self.folder, path = folder, folder / SPLIT
-        content = files.needed(SPLIT, sums)
+        stored, self.split = _stored(files, sums)
         try:
-            stored = json.loads(content)
-            self.split = Split.from_json(json.dumps(stored["split"]))
             self.classes: list[str] = [str(name) for name in stored["classes"]]
             self.image_size = int(stored["image_size"])
             then = stored.get("weights_sha256")

@@ -13,7 +13,6 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ import numpy as np
 import torch
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from fedlscl import seeds
@@ -29,35 +27,11 @@ from fedlscl.checks import path
 from fedlscl.run.configuration import Configuration
 from fedlscl.run.fields import flat, read_yaml, short
 from fedlscl.run.leash import VARIABLE
+from fedlscl.run.planned import LOG, PlannedRun, SweepProgress
 
 ARGS = "${args}"
 CAP = "run_cap"
-LOG = "output.log"
 POLL_SECONDS = 0.1
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """One run of a sweep.
-
-    Args:
-        words: the command line.
-        run_dir: the folder that it makes or continues.
-    """
-
-    words: tuple[str, ...]
-    run_dir: Path
-
-    @property
-    def finished(self) -> bool:
-        """Whether its numbers are there."""
-        return (self.run_dir / "summary.json").exists()
-
-    @property
-    def last_words(self) -> str:
-        """The last line that it wrote."""
-        lines = (self.run_dir / LOG).read_text(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "it wrote nothing")
 
 
 def read_sweep(file: Path) -> dict[str, Any]:
@@ -204,7 +178,8 @@ def plan(sweep: Mapping[str, Any], further: Sequence[str]) -> list[PlannedRun]:
                 "a parameter has no effect"
             )
         known[folder] = parameters
-        planned[folder] = PlannedRun(tuple(words), folder)
+        rounds = configuration.values["federation"]["rounds"] * configuration.values["data"]["split"]["tasks"]
+        planned[folder] = PlannedRun(tuple(words), folder, rounds)
     return list(planned.values())
 
 
@@ -269,21 +244,17 @@ def run_all(runs: Sequence[PlannedRun], jobs: int, console: Console) -> list[Pla
     waiting = [run for run in runs if not run.finished]
     failed: list[PlannedRun] = []
     running: dict[subprocess.Popen[bytes], PlannedRun] = {}
-    columns = (TextColumn("runs"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns, TextColumn("<"), TimeRemainingColumn(), console=console, disable=not console.is_terminal, expand=True
-    ) as progress:
-        bar = progress.add_task("runs", total=len(runs), completed=len(runs) - len(waiting))
+    with SweepProgress(runs, console) as bars:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
                     run = waiting.pop(0)
                     running[_start(run, environment)] = run
                 time.sleep(POLL_SECONDS)
+                bars.look(list(running.values()))
                 for process in [process for process in running if process.poll() is not None]:
                     run = running.pop(process)
                     _let_go(process)
-                    progress.advance(bar)
                     if process.returncode < 0:  # its own last line would not tell why, as when memory ran out
                         with (run.run_dir / LOG).open("a") as log:
                             log.write(f"\nended by signal {-process.returncode}\n")

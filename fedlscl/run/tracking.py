@@ -74,7 +74,7 @@ class Tracker:
         run_id: str | None = None,
         metrics_bytes: int | None = None,
     ) -> None:
-        mode = _resolve(wandb_mode)
+        mode = wandb_is(wandb_mode)
         make_folder(run_dir)
         self._path = run_dir / "metrics.csv"
         self._csv, kept = _open_metrics(self._path, metrics_bytes)
@@ -359,8 +359,13 @@ def _rows(rows: Rows) -> bytes:
 _HEADER = ",".join(HEADER).encode() + b"\n"
 
 
-def _resolve(mode: WandbMode) -> Literal["offline", "online", "disabled"]:
-    """Decide how W&B is used, without network, prompt or, where it is disabled, W&B itself."""
+def wandb_is(mode: WandbMode) -> Literal["offline", "online", "disabled"]:
+    """How W&B is used, decided without network, prompt or, where it is disabled, W&B itself.
+
+    Raises:
+        ValueError: if there is no such mode, nobody is logged in for it, or the environment has settings of W&B that it
+            does not take; naming the variable.
+    """
     modes = ("auto", "offline", "online", "disabled")
     if mode not in modes:
         raise ValueError(f"wandb_mode must be one of {modes}, got {mode!r}")
@@ -368,7 +373,10 @@ def _resolve(mode: WandbMode) -> Literal["offline", "online", "disabled"]:
         return "disabled"
     import wandb
 
-    settings = wandb.setup(wandb.Settings(silent=True)).settings
+    try:
+        settings = wandb.setup(wandb.Settings(silent=True)).settings
+    except ValueError as error:
+        raise ValueError(_refused(error)) from error
     if mode == "auto" and settings.mode != "online":
         return "disabled" if settings.mode == "disabled" else "offline"
     if mode == "offline":
@@ -381,6 +389,16 @@ def _resolve(mode: WandbMode) -> Literal["offline", "online", "disabled"]:
             "or choose 'offline'"
         )
     return "offline"
+
+
+def _refused(error: ValueError) -> str:
+    """What W&B, by pydantic, does not take: its settings come from variables of the environment."""
+    errors: Callable[[], list[dict[str, Any]]] = getattr(error, "errors", list)
+    for one in errors():
+        variable = f"WANDB_{'_'.join(map(str, one['loc']))}".upper()
+        if variable in os.environ:
+            return f"{variable} is '{os.environ[variable]}' in the environment: {one['msg']}; correct it, or unset it"
+    return str(error)
 
 
 def _in_netrc(url: str) -> bool:

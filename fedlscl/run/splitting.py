@@ -1,0 +1,88 @@
+"""What `fedlscl split` shows: the whole map of a split in the terminal, as a picture, or as a file to edit."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedlscl.data.assignment import assignment
+from fedlscl.data.module import FederatedDataModule
+from fedlscl.data.split_map import SplitMap, rows, short_lines
+from fedlscl.files import write_atomically
+
+SUFFIXES = (".png", ".csv")
+COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
+"""Of the tasks, in turns."""
+
+
+def checked(path: Path) -> Path:
+    """The file to write, before any data are read.
+
+    Raises:
+        ValueError: if its name says of no format that it is in.
+        FileNotFoundError: if its folder does not exist.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"out is '{path}', must end in {' or '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"out is '{path}', but there is no folder '{path.parent}'")
+    return path
+
+
+def show(data: FederatedDataModule) -> SplitMap:
+    """Print the map of a split: as tables that fit the terminal, elsewhere as lines with tabs between cells.
+
+    Args:
+        data: the data, set up.
+
+    Returns:
+        The map.
+    """
+    found = SplitMap.of(data.split, data.dataset.train.labels, data.dataset.test.labels, data.class_names)
+    console = Console()
+    for line in short_lines(found, console.width):
+        console.print(Text(line), soft_wrap=True)
+    heading, *body = rows(found)
+    if not console.is_terminal:
+        sys.stdout.write("\n".join("\t".join(row) for row in [heading, *body]) + "\n")
+        return found
+    console.print("\ntask: training images, of each client")
+    at_once = max((console.width - max(map(len, found.names)) - 14) // 12, 1)
+    for first in range(0, found.clients, at_once):
+        chosen = range(first, min(first + at_once, found.clients))
+        table = Table(box=box.SIMPLE_HEAD)
+        rest = heading[found.clients + 1 :]
+        for column in ("class", *(heading[client + 1] for client in chosen), *rest):
+            table.add_column(column, justify="left" if column == "class" else "right", no_wrap=True)
+        for label, row in enumerate(body):
+            cells = (Text(row[n + 1], style=_colour(int(found.task[label, n]))) for n in chosen)
+            table.add_row(Text(row[0]), *cells, *(Text(cell, style="dim") for cell in row[found.clients + 1 :]))
+        console.print(table)
+    return found
+
+
+def write(found: SplitMap, path: Path, data: FederatedDataModule, title: str) -> None:
+    """Write the map as a picture, or the classes of each client as a file that `data.split.by` takes.
+
+    Args:
+        found: the map.
+        path: a file that `checked` has returned.
+        data: the data, set up.
+        title: of the picture.
+    """
+    if path.suffix == ".csv":
+        tasks = [[task.classes for task in client.tasks] for client in data.split.clients]
+        write_atomically(path, assignment(tasks, data.class_names).encode())
+        return
+    from fedlscl.run import plots  # and with it matplotlib
+
+    plots.split_picture(found, path, title)
+
+
+def _colour(task: int) -> str:
+    return COLOURS[(task - 1) % len(COLOURS)] if task else ""
