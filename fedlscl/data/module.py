@@ -172,7 +172,11 @@ class FederatedDataModule(LightningDataModule):
         return torch.from_numpy(chosen.images[positions]), torch.from_numpy(chosen.labels[positions])
 
     def _load(self) -> Dataset:
-        folder = self.cache_dir or os.environ.get("FEDLSCL_CACHE") or "~/.cache/fedlscl"
-        path = Path(folder).expanduser()
-        path.mkdir(parents=True, exist_ok=True)
-        return self.source.load(path)
+        return self.source.load(cache_folder(self.cache_dir))
+
+
+def cache_folder(given: str | None = None) -> Path:
+    """The folder for decoded and downloaded images: the given one, $FEDLSCL_CACHE or ~/.cache/fedlscl. It is made."""
+    path = Path(given or os.environ.get("FEDLSCL_CACHE") or "~/.cache/fedlscl").expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    return path
