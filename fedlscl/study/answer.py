@@ -182,4 +182,4 @@ def ranking(standings: Sequence[Standing], choice: Choice) -> list[tuple[str, ..
 
 
 HEADER = ("method", "accuracy", "with the best", "seeds", "sent", "received", "seconds")
-"""What the columns of `ranking` hold; accuracy is on held-out training images, bytes are of a client in the whole run."""
+"""What the columns of `ranking` hold; accuracies are on held-out training images, bytes a client's in the run."""

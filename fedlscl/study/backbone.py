@@ -79,12 +79,11 @@ def name_of(file: Path) -> str:
         ValueError: if neither tells.
     """
     import timm
-    from timm.models import get_pretrained_cfg
 
     parts = file.name.removesuffix(".safetensors").split(".")
+    known = {*timm.list_models(), *timm.list_pretrained()}
     for count in range(len(parts), 0, -1):
-        name = ".".join(parts[:count])
-        if timm.is_model(parts[0]) and (count == 1 or get_pretrained_cfg(name, allow_unregistered=False) is not None):
+        if (name := ".".join(parts[:count])) in known:
             return name
     try:
         with safe_open(file, "pt") as stored:

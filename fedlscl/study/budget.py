@@ -128,3 +128,8 @@ def total(runs: Mapping[str, float], seeds: int) -> float:
 def testing(runs: Mapping[str, float]) -> float:
     """Seconds of the tests with one seed, whatever is chosen: the most expensive and the cheapest method."""
     return max(runs.values()) + min(runs.values())
+
+
+def duration(seconds: float) -> str:
+    """A time in words."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
