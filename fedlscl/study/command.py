@@ -199,8 +199,7 @@ def _looked_at(folder: Path, source: Mapping[str, object], console: Console) -> 
     cache = cache_folder()
     built = _built(source, look.SMALLEST)
     if isinstance(built, ImageFolder | ImageTable):
-        with console.status("looking at the images"):
-            seen = look.look_at_files(built, cache)
+        seen = look.look_at_files(built, cache)
     else:
         seen = look.look_at_images(built.load(cache))
     if seen.doubts:

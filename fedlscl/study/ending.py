@@ -54,8 +54,7 @@ class Ending:
         """Runs of every method on held-out images, as many seeds as there is time for."""
         planned, done = self.planned, {method: list[Run]() for method in self.by_time}
         self.console.rule("Choosing, on training images held out", align="left", style="dim")
-        with self.console.status("reading the configurations"):
-            groups = [planned.tasks(self.by_time, True, seed) for seed in planned.seeds]
+        groups = [planned.tasks(self.by_time, True, seed) for seed in planned.seeds]
         for number, tasks in enumerate(groups):
             for task in tasks:
                 if (found := task.result) is not None:
@@ -125,8 +124,7 @@ class Ending:
         again = shlex.join(self.planned.words(choice.chosen, False, self.planned.seeds[0]))
         write_atomically(folder / ANSWER, _markdown(lines, rows, self.planned.notes, again).encode())
         report = folder / REPORT
-        with self.console.status("writing the report"):
-            write_report(compare(read_runs(folder / plan.RUNS)), report)
+        write_report(compare(read_runs(folder / plan.RUNS)), report)
         self.clock.save()
         self.console.rule("Answer", align="left", style="dim")
         self.console.print(table)

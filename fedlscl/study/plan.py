@@ -17,6 +17,9 @@ from fedlscl.run.sweep import PlannedRun
 from fedlscl.study.running import Task
 
 STUDY, SETTING, HELD_OUT, METHODS, RUNS = "study.yaml", "setting.yaml", "held_out.yaml", "methods", "runs"
+MEMORY = 3e9
+"""Bytes that a run may take."""
+
 CHOICES = Path(__file__).with_name("choices.yaml")
 
 HEADS = {
@@ -172,10 +175,15 @@ def workers(gpu: bool) -> tuple[int, int]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if gpu:
         return 1, max(1, cores // 2)
-    jobs = min(4, cores)
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        jobs = min(jobs, max(1, int(free // 3e9)))
-    except (AttributeError, ValueError, OSError):  # a system that does not say
-        jobs = 1
+    free = _free_memory()
+    jobs = 1 if free is None else min(4, cores, max(1, int(free / MEMORY)))
     return jobs, max(1, cores // jobs)
+
+
+def _free_memory() -> float | None:
+    """Bytes that processes may take without others being swapped out; None on a system that does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * float(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
+    except (OSError, StopIteration, ValueError):
+        return None
