@@ -17,13 +17,18 @@ if TYPE_CHECKING:
     from fedlscl.continual import Replay as Replay
     from fedlscl.data.folders import ImageFolder as ImageFolder
     from fedlscl.data.folders import ImageNetR as ImageNetR
+    from fedlscl.data.hubs import HuggingFace as HuggingFace
+    from fedlscl.data.hubs import MedMNIST as MedMNIST
+    from fedlscl.data.listed import ImageTable as ImageTable
     from fedlscl.data.module import FederatedDataModule as FederatedDataModule
+    from fedlscl.data.packed import CIFAR10 as CIFAR10
     from fedlscl.data.packed import CIFAR100 as CIFAR100
     from fedlscl.data.packed import Digits as Digits
     from fedlscl.data.source import Dataset as Dataset
     from fedlscl.data.source import ImageSet as ImageSet
     from fedlscl.data.source import Source as Source
     from fedlscl.data.splits import SplitSpec as SplitSpec
+    from fedlscl.data.torchvision_sets import Torchvision as Torchvision
     from fedlscl.federation.callback import RoundResult as RoundResult
     from fedlscl.messages import AtMost as AtMost
     from fedlscl.messages import Download as Download
@@ -53,10 +58,13 @@ _HOMES = {
     "client": ("Client",),
     "continual": ("Continual", "NoReplay", "Replay"),
     "data.folders": ("ImageFolder", "ImageNetR"),
+    "data.hubs": ("HuggingFace", "MedMNIST"),
+    "data.listed": ("ImageTable",),
     "data.module": ("FederatedDataModule",),
-    "data.packed": ("CIFAR100", "Digits"),
+    "data.packed": ("CIFAR10", "CIFAR100", "Digits"),
     "data.source": ("Dataset", "ImageSet", "Source"),
     "data.splits": ("SplitSpec",),
+    "data.torchvision_sets": ("Torchvision",),
     "federation.callback": ("RoundResult",),
     "messages": ("AtMost", "Download", "MessageError", "Schema", "TensorSpec", "Upload", "schema_of"),
     "models.cnn": ("SmallModel", "SmallModelSpec"),

@@ -26,6 +26,7 @@ OVERVIEW = """\
 usage: fedlscl fit --config SETTING [--method METHOD] [--run_dir DIR] [--any.field VALUE] [--dry_run]
        fedlscl split --config SETTING [--out FILE.png|FILE.csv] [--any.field VALUE]
        fedlscl sweep FILE --setting NAME [--method NAME] [--jobs N] [--only PARAMETER=VALUE ...] [-- --any.field VALUE]
+       fedlscl study FOLDER|CSV|DATASET [--clients N] [--tasks N] [--minutes N] [--weights FILE] [--methods NAME ...]
        fedlscl tables|plot|report RUNS [RUNS ...] [--out PATH]
        fedlscl predict RUN_DIR IMAGE|FOLDER [...] [--client N ...] [--task N] [--top K] [--out FILE.csv|FILE.json]
        fedlscl deal FOLDER --config SETTING [--method METHOD] [--any.field VALUE]
@@ -33,6 +34,7 @@ usage: fedlscl fit --config SETTING [--method METHOD] [--run_dir DIR] [--any.fie
 
   fit         run a federation, or continue it if its run folder holds an unfinished run
   split       show which client gets which classes and images, and train nothing
+  study       an answer about images of your own: which method to take, by how much, at what cost
   sweep       run all of a W&B sweep file (sweeps/*.yaml) on this machine, or continue it
   tables      the paper's tables from finished runs, as Markdown, LaTeX and CSV
   plot        the paper's figures from finished runs, as PNG and SVG
@@ -53,6 +55,11 @@ SWEEP = (
     "Run all runs of a W&B sweep file on this machine, with the command lines that `wandb agent` would run. Finished "
     "runs are skipped, interrupted ones continued, and one that fails stops no other. Words behind -- are put behind "
     "every command line. Run it where the paths in the file hold: in the root of the repository."
+)
+
+STUDY = (
+    "Look at images of your own, propose a split over clients and tasks, take the best foundation model that is there, "
+    "run a few methods as far as the minutes go, and say which to take. Given again, it goes on where it was."
 )
 
 PREDICT = (
@@ -189,6 +196,30 @@ def _check_name(field: str, variable: str, folder: Path) -> None:
         )
 
 
+def study_command(words: list[str]) -> None:
+    """`fedlscl study`: from a folder of images to an answer."""
+    _end_when_told()
+    parser = parser_of("study", STUDY)
+    parser.add_argument("source", type=str, help="folder of images, CSV file, torchvision:NAME, huggingface:OWNER/NAME")
+    parser.add_argument("--clients", type=int, default=5, help="how many clients share the images")
+    parser.add_argument("--tasks", type=int, default=3, help="tasks that each learns one after another")
+    parser.add_argument("--minutes", type=float, default=30.0, help="that it may take, over all starts")
+    parser.add_argument("--methods", type=str, nargs="+", help="names, or files like those of experiments/methods")
+    parser.add_argument("--weights", type=str | None, help="a ViT of timm as a safetensors file")
+    parser.add_argument("--out", type=str | None, help="folder of the study; by default studies/<name>")
+    options = parser.parse_args(words)
+    from_here()
+    with loading():
+        from rich.console import Console
+
+        from fedlscl.study.command import study
+        from fedlscl.study.plan import Asked
+
+    methods = tuple(options.methods) if options.methods else None
+    asked = Asked(options.source, options.clients, options.tasks, options.weights, methods)
+    study(asked, options.minutes, options.out, Console())
+
+
 def deal_command(words: list[str]) -> None:
     """`fedlscl deal`: write each client's data, and the server's."""
     if not words or words[0].startswith("-"):
@@ -274,6 +305,7 @@ COMMANDS = {
     "fit": fit_command,
     "split": split_command,
     "sweep": sweep_command,
+    "study": study_command,
     "tables": tables_command,
     "plot": plot_command,
     "report": report_command,

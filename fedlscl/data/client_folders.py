@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlscl.data.cache import Files, load_images
-from fedlscl.data.folders import Folders, check_same_classes, class_folders, list_classes, warn_of_left_out
+from fedlscl.data.folders import ImageFiles, check_same_classes, class_folders, list_classes, warn_of_left_out
 from fedlscl.data.source import Dataset, Owners, cut_test
 from fedlscl.data.temporary import sweep
 
 TEST_FRACTION = 0.2
 
 
-class ClientFolders(Folders):
+class ClientFolders(ImageFiles):
     """Any images in ``<client>/train/<class>/`` and ``<client>/test/<class>/``, or in ``<client>/<class>/``.
 
     Clients are numbered by the sorted names of their folders. A class that several have is one class. Without ``train``
@@ -84,7 +84,7 @@ class ClientFolders(Folders):
         """One client's images by part and class, and the files that are left out."""
         if (folder / "train").is_dir():
             train, test = (list_classes(folder / part, None) for part in ("train", "test"))
-            check_same_classes(folder, train.classes, test.classes)
+            check_same_classes(folder / "train", train.classes, folder / "test", test.classes)
             return {"train": (train.classes, train.left_out), "test": (test.classes, test.left_out)}
         found = list_classes(folder, None)
         cuts = {

@@ -5,7 +5,6 @@ Image files are decoded once, to one size, into a cache that is memory-mapped fr
 
 from __future__ import annotations
 
-import json
 import os
 import unicodedata
 import warnings
@@ -17,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlscl.data.archives import unpack
-from fedlscl.data.cache import Contents, Files, key, load_images
+from fedlscl.data.cache import Contents, Files, load_images
+from fedlscl.data.cutting import cut_parts, test_part
 from fedlscl.data.decoding import Decoder, image_suffixes
 from fedlscl.data.decoding import decode_image as decode_image
-from fedlscl.data.source import Dataset, Source, cut_test
+from fedlscl.data.source import Dataset, Source
 from fedlscl.data.temporary import sweep
-from fedlscl.files import write_atomically
 
 MAX_ARCHIVE = 2**34
 """Bytes of `imagenet-r.tar`, which has 2.2e9."""
@@ -31,7 +30,11 @@ _NAMED = 5  # files that a warning names
 _NO_IMAGES = ("__MACOSX", "Thumbs.db", "desktop.ini")  # what systems leave in folders, besides names with a dot first
 
 
-class Folders(Source):
+TEST_FOLDERS = ("test", "val", "valid", "validation")
+"""Names of the folder of test images; the first that is there is taken."""
+
+
+class ImageFiles(Source):
     """Images in files, which are decoded as the fields say."""
 
     def __init__(
@@ -51,8 +54,12 @@ class Folders(Source):
         return Decoder(size, self.decoder.background, self.decoder.value_range)(path)
 
 
-class ImageFolder(Folders):
-    """Any images in ``train/<class>/`` and ``test/<class>/``; class ids follow the sorted class names.
+class ImageFolder(ImageFiles):
+    """Any images in folders that are called as their classes; class ids follow the sorted class names.
+
+    They are in ``train/<class>/`` and ``test/<class>/`` (or ``val``, ``valid``, ``validation`` where there is no
+    ``test``). Where there is ``train/`` alone, or class folders and neither, a random part of each class, the same in
+    every run, is the test set; the names of the test images are kept in the cache folder, see `cut_parts`.
 
     Images in folders inside a class's are of that class. Files without the suffix of an image that Pillow reads, and
     hidden ones, are left out, and a warning counts them.
@@ -66,42 +73,82 @@ class ImageFolder(Folders):
         expected_classes: int | None = None,
         background: str | tuple[int, int, int] = "white",
         value_range: tuple[float, float] | None = None,
+        test_fraction: float | None = None,
     ) -> None:
         """Name what to read.
 
         Args:
-            root: the folder that holds ``train`` and ``test``.
+            root: the folder that holds ``train`` and ``test``, ``train`` alone, or the classes' folders.
             size: side in pixels that images are decoded to.
             name: name of the data set; None = the folder's.
             expected_classes: refuse any other number of classes; None = any.
             background: colour behind transparent images, such as white, '#ff8000' (in quotes) or [255, 128, 0].
             value_range: values that are black and white in grey images of more than 8 bits that do not say it
                 themselves, such as [0, 4095]; None = such images are refused.
+            test_fraction: the part of each class that is for testing where there is no folder of test images, above 0
+                and below 1; None = 0.2.
         """
         super().__init__(root, size, expected_classes, background, value_range)
         self.name = name
+        self.test_fraction = test_part("test_fraction", test_fraction)
+        self._fraction_given = test_fraction is not None
 
     def count(self) -> int | None:
-        """The folders in ``train``, where that is there."""
-        return len(class_folders(self.root / "train")) or None
+        """The folders of classes, where they are there."""
+        train = self.root / "train"
+        return len(class_folders(train if train.is_dir() else self.root)) or None
 
     def load(self, cache_dir: Path) -> Dataset:
         """Return the images of the folder, decoded or from the cache.
 
         Raises:
             FileNotFoundError: a folder is missing.
-            ValueError: a class is empty or not in both parts, or images cannot be read.
+            ValueError: a class is empty or not in both parts, or images cannot be read; `test_fraction` is given and
+                there is a folder of test images.
         """
         sweep(cache_dir)
-        train, test = (list_classes(self.root / part, self.expected_classes) for part in ("train", "test"))
-        warn_of_left_out(self.root, [*train.left_out, *test.left_out])
-        check_same_classes(self.root, train.classes, test.classes)
-        parts = [Files(part, found.classes) for part, found in (("train", train), ("test", test))]
+        parts = self.parts(cache_dir)
         images = load_images("imagefolder", self.decoder, self.root, parts, cache_dir)
-        return Dataset(self.name or self.root.resolve().name, images[0], images[1], tuple(train.classes))
+        return Dataset(self.name or self.root.resolve().name, images[0], images[1], tuple(parts[0].by_class))
+
+    def parts(self, cache_dir: Path) -> tuple[Files, Files]:
+        """The files of training and of test images by class, as `load` reads them; raises what it raises of them."""
+        train, test = self.folders()
+        listing = list_classes(train, self.expected_classes)
+        if test is None:
+            warn_of_left_out(train, listing.left_out)
+            return cut_parts("imagefolder", listing.classes, train, self.test_fraction, cache_dir)
+        if self._fraction_given:
+            raise ValueError(
+                f"data.source.test_fraction is {self.test_fraction:g}, but {test} is there and has the test images; "
+                "leave the field out"
+            )
+        others = list_classes(test, self.expected_classes)
+        warn_of_left_out(self.root, [*listing.left_out, *others.left_out])
+        check_same_classes(train, listing.classes, test, others.classes)
+        return Files("train", listing.classes), Files("test", others.classes)
+
+    def folders(self) -> tuple[Path, Path | None]:
+        """The folder of the training images' classes, and that of the test images; None where there is none.
+
+        Raises:
+            FileNotFoundError: there is a folder of test images, and none of training images.
+        """
+        tests = [self.root / name for name in TEST_FOLDERS if (self.root / name).is_dir()]
+        train = self.root / "train"
+        if train.is_dir():
+            if others := [folder.name for folder in tests[1:]]:
+                warnings.warn(f"{self.root}: {', '.join(others)} left out; {tests[0].name} is tested on", stacklevel=2)
+            return train, (tests[0] if tests else None)
+        if tests[:1] == [self.root / "test"] or not self.root.is_dir():
+            raise FileNotFoundError(
+                f"{train} is not there; it must be a folder with one folder of images per class, or {self.root} itself "
+                "must be one"
+            )
+        return self.root, None
 
 
-class ImageNetR(Folders):
+class ImageNetR(ImageFiles):
     """ImageNet-R, 30,000 renditions of 200 ImageNet classes.
 
     There is no official split. A random 20 % of each class, the same in every run, is the test set; the names
@@ -138,15 +185,9 @@ class ImageNetR(Folders):
         root = self._unpacked(cache_dir) if self.root.is_file() else self.root
         listing = list_classes(root, self.expected_classes)
         warn_of_left_out(root, listing.left_out)
-        found = listing.classes
-        test_names = self._test_names(root, found, cache_dir)
-
-        def chosen(test: bool) -> Files:
-            mine = {c: [p for p in paths if (_name(p, root) in test_names) == test] for c, paths in found.items()}
-            return Files("test" if test else "train", mine)
-
-        train, test = load_images("imagenetr", self.decoder, root, [chosen(False), chosen(True)], cache_dir)
-        return Dataset("imagenet-r", train, test, tuple(found))
+        parts = cut_parts("imagenet-r", listing.classes, root, 0.2, cache_dir)
+        train, test = load_images("imagenetr", self.decoder, root, parts, cache_dir)
+        return Dataset("imagenet-r", train, test, tuple(listing.classes))
 
     def _unpacked(self, cache_dir: Path) -> Path:
         """The folder that the archive's content was unpacked to, now or before."""
@@ -160,27 +201,6 @@ class ImageNetR(Folders):
             unpack(self.root, "imagenet-r", folder)
         contents.save()
         return folder
-
-    @staticmethod
-    def _test_names(root: Path, found: dict[str, list[Path]], cache_dir: Path) -> set[str]:
-        """Names of the test images, from the cache or drawn now; other file names are another split."""
-        names = [[_name(path, root) for path in paths] for paths in found.values()]
-        record = cache_dir / f"imagenet-r-test-{key(names)}.json"
-        if not record.is_file():
-            cuts = [cut_test(len(paths), 0.2, c, root / name) for c, (name, paths) in enumerate(found.items())]
-            drawn = [files[k] for files, cut in zip(names, cuts, strict=True) for k in cut]
-            write_atomically(record, json.dumps(drawn, indent=0).encode())
-        try:
-            kept = set(json.loads(record.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
-            kept = set()
-        if any(not 0 < len(kept.intersection(files)) < len(files) for files in names):
-            raise ValueError(f"{record} is damaged; delete it to have the split drawn again")
-        return kept
-
-
-def _name(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix()
 
 
 class _Listing(NamedTuple):
@@ -285,20 +305,20 @@ def _check_looks(folder: Path, names: Iterable[str]) -> None:
             )
 
 
-def check_same_classes(root: Path, train: Iterable[str], test: Iterable[str]) -> None:
-    """Raise FileNotFoundError where a class has a folder in one of the two parts alone."""
+def check_same_classes(train_in: Path, train: Iterable[str], test_in: Path, test: Iterable[str]) -> None:
+    """Raise FileNotFoundError where a class has a folder in one of two places alone."""
     unpaired = sorted(set(train) ^ set(test))
     if not unpaired:
         return
     name = unpaired[0]
-    there, lacking = ("train", "test") if name in set(train) else ("test", "train")
+    there, lacking = (train_in, test_in) if name in set(train) else (test_in, train_in)
     for other in unpaired[1:]:
         if _looks(other).casefold() == _looks(name).casefold():
             raise FileNotFoundError(
-                f"{root / lacking / name} is not there, but one that looks like it: {name!a} in {there}, "
-                f"{other!a} in {lacking}; rename one"
+                f"{lacking / name} is not there, but one that looks like it: {name!a} in {there.name}, "
+                f"{other!a} in {lacking.name}; rename one"
             )
     others = {1: "", 2: " nor is 1 other,"}.get(len(unpaired), f" nor are {len(unpaired) - 1} others,")
     raise FileNotFoundError(
-        f"{root / lacking / name} is not there,{others} and train and test need images of the same classes"
+        f"{lacking / name} is not there,{others} and train and test need images of the same classes"
     )

@@ -299,9 +299,10 @@ class Federation:
             raise
         if state:
             self.store.write("server", state)
-        if not isinstance(answers, OnDemand) and len(answers) == self.clients and len(different) == 1:
-            sent = self.template.first.upload_schema()
-            common = {name: tensor for name, tensor in answers[0].tensors.items() if name in sent}
+        alike = not isinstance(answers, OnDemand) and len(answers) == self.clients and len(different) == 1
+        if alike and not isinstance(sent, Total):  # of sums there are no uploads to compare
+            schema = self.template.first.upload_schema()
+            common = {name: tensor for name, tensor in answers[0].tensors.items() if name in schema}
             if common:
                 self.store.write(COMMON, common)
         return answers, metrics

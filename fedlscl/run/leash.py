@@ -14,7 +14,12 @@ VARIABLE = "FEDLSCL_ENDS_WITH_INPUT"
 def follow() -> None:
     """If this process was started by a sweep, end it as SIGTERM would once the sweep is gone."""
     if os.environ.pop(VARIABLE, None):  # what this process starts has another input
-        threading.Thread(target=_wait, args=(sys.stdin.fileno(),), daemon=True).start()
+        end_with(sys.stdin.fileno())
+
+
+def end_with(pipe: int) -> None:
+    """End this process as SIGTERM would once nobody holds the other end of a pipe that it reads from."""
+    threading.Thread(target=_wait, args=(pipe,), daemon=True).start()
 
 
 def _wait(pipe: int) -> None:
