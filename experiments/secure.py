@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 import json
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedlscl.cli import main as fedlscl
 from fedlscl.federation.secure.party import Party
 from fedlscl.federation.secure.session import Session
 from fedlscl.messages import Upload, schema_of
 from fedlscl.schedule import Round, Schedule
 
 HERE = Path(__file__).resolve().parent
-BIN = Path(sys.executable).parent
 ROUND = Round(1, 1, True, 0)
 DROPPED = (0.0, 0.1, 0.3)
 
@@ -126,8 +126,8 @@ def parity(folder: Path, methods: list[str], seeds: list[int], fields: list[str]
                 words = [f"--config={HERE / 'digits.yaml'}", f"--config={HERE / 'methods' / f'{method}.yaml'}", *fields]
                 words += [f"--seed_everything={seed}", "--tracking.wandb_mode=disabled", f"--run_dir={run_dir}"]
                 words += ["--federation.secure=true"] if secure == "secure" else []
-                command = [sys.executable, "-c", "from fedlscl.cli import main; main()", "fit", *words]
-                subprocess.run(command, check=True, capture_output=True)
+                with redirect_stdout(io.StringIO()):
+                    fedlscl(["fit", *words])
                 found.append(json.loads((run_dir / "summary.json").read_text()))
             yield row(method, seed, *found)
 
@@ -167,8 +167,9 @@ def main() -> None:
     parities.add_argument("folder", type=Path)
     parities.add_argument("--methods", nargs="+", required=True)
     parities.add_argument("--seeds", type=int, nargs="+", default=[42])
-    parities.add_argument("fields", nargs="*")
-    given = parser.parse_args()
+    words = [*sys.argv[1:], "--"]
+    at = words.index("--")
+    given, fields = parser.parse_args(words[:at]), words[at + 1 : -1]
     torch.set_num_threads(1)
     if given.part == "cost":
         columns = ("clients", "drop out", "values", "bytes up", "x plain", "bytes down", "s a client", "plain")
@@ -179,7 +180,7 @@ def main() -> None:
     else:
         print("| method | seed | plain | secure | largest difference | bytes up, plain | secure | ratio |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-        for line in parity(given.folder.resolve(), given.methods, given.seeds, given.fields):
+        for line in parity(given.folder.resolve(), given.methods, given.seeds, fields):
             print(line, flush=True)
 
 
