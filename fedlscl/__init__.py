@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fedlscl.continual import Continual as Continual
     from fedlscl.continual import NoReplay as NoReplay
     from fedlscl.continual import Replay as Replay
+    from fedlscl.data.client_folders import ClientFolders as ClientFolders
     from fedlscl.data.folders import ImageFolder as ImageFolder
     from fedlscl.data.folders import ImageNetR as ImageNetR
     from fedlscl.data.module import FederatedDataModule as FederatedDataModule
@@ -52,6 +53,7 @@ _HOMES = {
     "batches": ("Batch", "Images", "Output"),
     "client": ("Client",),
     "continual": ("Continual", "NoReplay", "Replay"),
+    "data.client_folders": ("ClientFolders",),
     "data.folders": ("ImageFolder", "ImageNetR"),
     "data.module": ("FederatedDataModule",),
     "data.packed": ("CIFAR100", "Digits"),

@@ -346,7 +346,7 @@ class Experiment:
             compute={name: Compute(**counts) for name, counts in federation.cost().items()},
             tested_pairs=None if pairs is None else len(pairs),
             untrained_pairs=None if pairs is None else sum(not pair.trained for pair in pairs),
-            images_kept=self.client.images_kept(min(map(sum, self.data.split.task_sizes)), self.server.listens),
+            images_kept=self.client.images_kept(self._fewest_classes, self.server.listens),
             skipped=_named(history, "skipped"),
             unanswered=_named(history, "unanswered"),
             nodes=federation.nodes,
@@ -358,6 +358,12 @@ class Experiment:
             config=dict(self.config),
             overrides=dict(self.overrides),
         )
+
+    @property
+    def _fewest_classes(self) -> int:
+        """Of any client; where nobody's are known, those of all together."""
+        split = self.data.split
+        return min(map(sum, split.task_sizes), default=sum(map(len, split.federation)))
 
     def _decorate(self, summary: Summary, tracker: Tracker | None) -> None:
         """Draw the pictures, and tell W&B how it ended: what fails here costs no number."""
