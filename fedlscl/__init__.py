@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fedlscl.continual import Continual as Continual
     from fedlscl.continual import NoReplay as NoReplay
     from fedlscl.continual import Replay as Replay
+    from fedlscl.data.client_folders import ClientFolders as ClientFolders
     from fedlscl.data.folders import ImageFolder as ImageFolder
     from fedlscl.data.folders import ImageNetR as ImageNetR
     from fedlscl.data.hubs import HuggingFace as HuggingFace
@@ -57,6 +58,7 @@ _HOMES = {
     "batches": ("Batch", "Images", "Output"),
     "client": ("Client",),
     "continual": ("Continual", "NoReplay", "Replay"),
+    "data.client_folders": ("ClientFolders",),
     "data.folders": ("ImageFolder", "ImageNetR"),
     "data.hubs": ("HuggingFace", "MedMNIST"),
     "data.listed": ("ImageTable",),

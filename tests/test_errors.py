@@ -84,6 +84,8 @@ def answer(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Any, str]]
         ("--backbone.std [0,1,1]", 1, "backbone.std is [0.0, 1.0, 1.0], must be numbers above 0"),
         ("--backbone.std [.nan,1,1]", 1, "backbone.std is [nan, 1.0, 1.0], must be numbers above 0"),
         ("--backbone.image_size 0", 1, "backbone.image_size is 0, must be 1 to 4096 pixels"),
+        ("--backbone.image_size 20", 1, "backbone.image_size is 20, must be a multiple of 8, the patches of"),
+        ("--data.split.by x.csv", 1, "data.split.by is 'x.csv', but there is no such file; it must be a CSV file, fo"),
         ("--backbone.model_args.in_chans 1", 1, "backbone.model_args has 'in_chans', none of those that may be given"),
         ("--backbone.model_args.img_size 8", 1, "backbone.model_args has 'img_size', none of those"),
         ("--backbone.model_args.checkpoint_path x", 1, "backbone.model_args has 'checkpoint_path', none of those"),

@@ -92,7 +92,7 @@ def finished(
 def test_a_run_folder_holds_what_was_promised(finished: tuple[Experiment, Summary]) -> None:
     experiment, _ = finished
     found = {path.name for path in experiment.run_dir.iterdir() if not path.name.startswith(".")}
-    pictures = {"accuracy_over_rounds.png", *(f"accuracy_matrix_{mask}.png" for mask in MASKS)}
+    pictures = {"split.png", "accuracy_over_rounds.png", *(f"accuracy_matrix_{mask}.png" for mask in MASKS)}
     assert found == {"config.yaml", "split.json", "metrics.csv", "summary.json", "checkpoint", *pictures}
     for name in pictures:
         assert (experiment.run_dir / name).read_bytes().startswith(b"\x89PNG")
@@ -258,7 +258,7 @@ def test_an_interruption_after_the_last_round_loses_nothing(
     again = replace(experiment, run_dir=tmp_path / "run").run(console())
     assert lasting(asdict(again)) == lasting(asdict(summary))
     assert rows(tmp_path / "run") == rows(experiment.run_dir)
-    assert len(list((tmp_path / "run").glob("*.png"))) == 5
+    assert len(list((tmp_path / "run").glob("*.png"))) == 6
 
 
 @pytest.fixture(scope="module")
@@ -385,9 +385,9 @@ def test_what_decorates_a_run_fails_after_its_numbers_are_safe(
         summary = make().run(console())
     assert Summary.read(folder / "summary.json") == summary
     assert "not all of its pictures could be drawn: RuntimeError: no font" in caplog.text
-    assert not list(folder.glob("*.png"))
+    assert [path.name for path in folder.glob("*.png")] == ["split.png"]  # as the run began with
     assert make().run(console()) == summary
-    assert len(list(folder.glob("*.png"))) == 5
+    assert len(list(folder.glob("*.png"))) == 6
 
 
 def test_what_a_killed_process_left_behind_is_removed(interrupted: Path, make: Make) -> None:

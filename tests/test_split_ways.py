@@ -48,6 +48,8 @@ def test_a_file_says_who_has_which_classes_in_which_task(tmp_path: Path) -> None
     assert classes(split) == [[(0, 1), (3,)], [(1,), (4,)]]
     assert [(client.private, client.public) for client in split.clients] == [((0, 3), (1,)), ((4,), (1,))]
     assert split.task_sizes == ((2, 1), (1, 1))
+    assert split.only([1]).task_sizes == ((1, 1),)
+    assert split.only([]).task_sizes == ()
     shared = [set(client.tasks[0].train.tolist()) & set(range(20, 40)) for client in split.clients]
     assert shared[0] | shared[1] == set(range(20, 40))  # every image of the class that both have, once
     assert not shared[0] & shared[1]

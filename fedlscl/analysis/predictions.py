@@ -20,6 +20,10 @@ from fedlscl.run.predict import Failure, Known, Prediction
 NAMED = 12
 """Classes that are named, of those that a client knows."""
 
+UNSURE = 0.6
+"""Probability below which an image may be of a class that the client has never seen: with Fed-LSCL and federated ridge
+on the digits most such images are below it, and few of the others."""
+
 BAR_FROM = 200
 """Images that take long enough for a progress bar."""
 
@@ -68,6 +72,7 @@ def show(
         The predictions, and why images could not be read.
     """
     console, kept, failures = Console(), [], []
+    unsure: list[Prediction] = []
     table = Table("image", "client", "class", "probability", box=box.SIMPLE_HEAD)
     for column in table.columns:
         column.overflow = "fold"  # nothing is cut
@@ -82,6 +87,8 @@ def show(
                 continue
             if keep:
                 kept.append(each)
+            if each.probability < UNSURE:
+                unsure.append(each)
             for name, probability in list(zip(each.classes, each.probabilities, strict=True))[:top]:
                 cells = (each.image, str(each.client), name, f"{probability:.3f}")
                 if console.is_terminal:
@@ -90,6 +97,12 @@ def show(
                     sys.stdout.write("\t".join(cells) + "\n")
     if table.row_count:
         console.print(table)
+    if unsure:
+        of = f"{len(unsure)} answers have" if len(unsure) > 1 else "1 answer has"
+        sys.stderr.write(
+            f"{of} a probability below {UNSURE}, as of {_visible(unsure[0].image)}: such an image may be of no class "
+            "that the client knows\n"
+        )
     return kept, failures
 
 

@@ -75,7 +75,12 @@ def make_split(
     if spec.by is None:
         plan = _counted(train, spec, seed, names)
     elif spec.by != FOLDERS:
-        plan = _shared(read_assignment(path_of(spec.by, "data.split.by"), spec.clients, spec.tasks, names))
+        file = path_of(spec.by, "data.split.by")
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"data.split.by is '{spec.by}', but there is no such file; it must be a CSV file, {FOLDERS}, or null"
+            )
+        plan = _shared(read_assignment(file, spec.clients, spec.tasks, names))
     else:
         plan = _owned(train, spec, seed, owners)
     trains, tests = [train] * spec.clients, [test] * spec.clients

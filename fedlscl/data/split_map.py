@@ -160,8 +160,8 @@ def _listed(found: SplitMap, client: int, task: int, room: int) -> str:
 def rows(found: SplitMap) -> Iterator[list[str]]:
     """The whole map as cells: a row for each class, a column for each client, with task and training images.
 
-    The first row has the headings; a last column has the images that nobody gets, where there are any. Where the client
-    is tested on a class without a training image, the cell says 0.
+    The first row has the headings; a last column has the images that nobody gets, where there are any. Where a
+    client is tested on a class without a training image, the cell says 0.
     """
     rest = bool(found.left_out.any())
     yield ["class", *(f"client {client}" for client in range(found.clients)), *(["left out"] if rest else [])]

@@ -248,7 +248,9 @@ class Split:
 
     @property
     def task_sizes(self) -> tuple[tuple[int, ...], ...]:
-        """Classes of each task, for each client whose tasks are known."""
+        """Classes of each task, for each client; with `by`, for each whose tasks are known."""
+        if self.spec.by is None:
+            return (self.spec.client_task_sizes,) * len(self.clients)
         return tuple(tuple(len(task.classes) for task in client.tasks) for client in self.present)
 
     def to_json(self) -> str:

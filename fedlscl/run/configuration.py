@@ -50,7 +50,7 @@ NOT_IN_A_PROJECT = set("/\\#?%:")
 """Signs that W&B takes in no project's name."""
 
 NOT_PART_OF_A_RUN = ("run_dir", "tracking", "config")
-PATHS = ("run_dir", "data.cache_dir", "data.source.root", "backbone.weights", "cnn.weights")
+PATHS = ("run_dir", "data.cache_dir", "data.source.root", "backbone.weights", "cnn.weights", "data.split.by")
 NETWORKS = ("model", "backbone", "cnn")
 
 

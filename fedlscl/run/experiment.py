@@ -132,7 +132,6 @@ class Experiment:
                 if summary is None:
                     federation = self.federation()
                     tracker = self._tracker(federation.store.progress)
-                    self._show_split(console, new=not federation.history)
             except (ValueError, OSError) as error:
                 raise ImpossibleRun(str(error)) from error
             with self._stopping():
@@ -142,6 +141,7 @@ class Experiment:
                         self._decorate(summary, None)
                 else:
                     with tracker:
+                        self._show_split(console, new=not federation.history)
                         files = folder.begin(beginning, federation.store.progress.get("files", {}))
                         summary = self._go_on(files, federation, tracker, console)
             summary_table(summary, console, picture=self.run_dir / PICTURE, run_dir=self.run_dir)
@@ -190,12 +190,14 @@ class Experiment:
         if new:
             for line in short_lines(found, console.width):
                 console.print(Text(line), soft_wrap=True)
-        if not path.exists():
+        if new or not path.exists():
             try:
                 from fedlscl.run import plots  # and with it matplotlib
 
                 plots.split_picture(found, path, f"{self.setting}, seed {self.seed}")
-            except Exception as error:  # whatever matplotlib, its fonts and the disk come up with
+            except OSError:  # of a disk that the run needs too
+                raise
+            except Exception as error:  # whatever matplotlib and its fonts come up with
                 log.warning("'%s' could not be drawn: %s: %s", path, type(error).__name__, error)
 
     @contextmanager
@@ -344,7 +346,7 @@ class Experiment:
             compute={name: Compute(**counts) for name, counts in federation.cost().items()},
             tested_pairs=None if pairs is None else len(pairs),
             untrained_pairs=None if pairs is None else sum(not pair.trained for pair in pairs),
-            images_kept=self.client.images_kept(min(map(sum, self.data.split.task_sizes)), self.server.listens),
+            images_kept=self.client.images_kept(self._fewest_classes, self.server.listens),
             skipped=_named(history, "skipped"),
             unanswered=_named(history, "unanswered"),
             nodes=federation.nodes,
@@ -356,6 +358,12 @@ class Experiment:
             config=dict(self.config),
             overrides=dict(self.overrides),
         )
+
+    @property
+    def _fewest_classes(self) -> int:
+        """Of any client; where nobody's are known, those of all together."""
+        split = self.data.split
+        return min(map(sum, split.task_sizes), default=sum(map(len, split.federation)))
 
     def _decorate(self, summary: Summary, tracker: Tracker | None) -> None:
         """Draw the pictures, and tell W&B how it ended: what fails here costs no number."""

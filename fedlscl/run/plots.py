@@ -32,6 +32,9 @@ DPI = 150
 AS_WRITTEN: dict[Any, Any] = {"text.parse_math": False}
 """Settings of matplotlib under which a name may hold any sign: a $ begins no formula."""
 
+LONGEST = 24
+"""Characters of a class's name that a picture shows."""
+
 MAX_CLASSES = 100
 """Rows of a split's picture bear the name of their class, and its numbers, up to this many."""
 
@@ -164,11 +167,13 @@ def split_picture(found: SplitMap, path: Path, title: str) -> None:
         title: put above the picture.
     """
     classes, columns = len(found.names), found.clients + 1
-    # as tall as its rows need, within what a page takes
-    width, height = float(np.clip(0.62 * columns + 2.2, 5.5, 16)), float(np.clip(0.24 * classes + 1.4, 2.6, 24))
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    draw_split(figure.subplots(), found)
-    figure.suptitle(title, fontsize=11, parse_math=False)
+    # as tall as its rows need, within what a page takes; a layout that is computed would take longer than the drawing
+    label = 0.45 + 0.07 * min(max(map(len, found.names)), LONGEST) if classes <= MAX_CLASSES else 0.5
+    width, height = float(np.clip(0.62 * columns + 1.5 + label, 5.5, 16)), float(np.clip(0.24 * classes + 1.6, 2.8, 24))
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    axes = figure.add_axes((label / width, 0.55 / height, 1 - (label + 0.15) / width, 1 - 1.4 / height))
+    draw_split(axes, found)
+    figure.suptitle(title, fontsize=11, parse_math=False, y=1 - 0.2 / height)
     _save(figure, path)
 
 
@@ -190,7 +195,7 @@ def draw_split(axes: Axes, found: SplitMap) -> None:
     image[:, found.clients :][found.left_out > 0] = (0.85, 0.85, 0.85, 1)
     axes.imshow(image, aspect="auto", interpolation="nearest")
     if len(found.names) <= MAX_CLASSES:
-        axes.set_yticks(range(len(found.names)), labels=[name[:24] for name in found.names], fontsize=7)
+        axes.set_yticks(range(len(found.names)), labels=[name[:LONGEST] for name in found.names], fontsize=7)
         axes.set_yticks(np.arange(0.5, len(found.names) - 1), minor=True)
     axes.set_ylabel("class" if len(found.names) <= MAX_CLASSES else f"{len(found.names)} classes")
     every = -(-found.clients // MAX_NUMBERED)
