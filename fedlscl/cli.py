@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 import warnings
 from difflib import get_close_matches
 from pathlib import Path
@@ -198,6 +199,7 @@ def _check_name(field: str, variable: str, folder: Path) -> None:
 
 def study_command(words: list[str]) -> None:
     """`fedlscl study`: from a folder of images to an answer."""
+    begun = time.monotonic()
     _end_when_told()
     parser = parser_of("study", STUDY)
     parser.add_argument("source", type=str, help="folder of images, CSV file, torchvision:NAME, huggingface:OWNER/NAME")
@@ -217,7 +219,7 @@ def study_command(words: list[str]) -> None:
 
     methods = tuple(options.methods) if options.methods else None
     asked = Asked(options.source, options.clients, options.tasks, options.weights, methods)
-    study(asked, options.minutes, options.out, Console())
+    study(asked, options.minutes, options.out, begun, Console())
 
 
 def deal_command(words: list[str]) -> None:

@@ -37,8 +37,8 @@ BELOW: dict[str, tuple[str, ...]] = {
 BY_NAME = ("fedlscl", "fedlscl.methods", "fedlscl.run.names")
 """They import by name: the class that a user or a configuration names."""
 
-REPORTING = "fedlscl.analysis."
-"""It tells finished runs apart by the names in their summaries, and nothing that trains may know it."""
+REPORTING = ("fedlscl.analysis.", "fedlscl.study.")
+"""They tell runs apart by the names in their summaries or configurations, and nothing that trains may know them."""
 
 
 @cache

@@ -14,6 +14,7 @@ from pictures import pixels, write_folder
 from PIL import Image
 
 from fedlscl.data.folders import ImageFolder
+from fedlscl.data.held_out import HeldOut
 from fedlscl.data.hubs import HuggingFace, MedMNIST
 from fedlscl.data.listed import ImageTable
 from fedlscl.data.packed import CIFAR10
@@ -74,6 +75,19 @@ def test_a_folder_of_validation_images_takes_the_place_of_a_missing_one_for_test
     (tmp_path / "more" / "test").rename(root / "test")
     with pytest.warns(UserWarning, match="val left out; test is tested on"):
         ImageFolder(str(root), 8).load(tmp_path)
+
+
+def test_images_held_out_are_neither_trained_on_nor_test_images(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "pets", train=10)
+    whole = ImageFolder(str(root), 8).load(tmp_path)
+    part = HeldOut(ImageFolder(str(root), 8)).load(tmp_path)
+    assert (np.bincount(part.train.labels).tolist(), np.bincount(part.test.labels).tolist()) == ([7, 7], [3, 3])
+    assert of(part.train) | of(part.test) == of(whole.train)
+    assert of(part.train).isdisjoint(of(part.test))
+    copied = (ImageSet(set_.images[np.arange(len(set_.labels))], set_.labels) for set_ in (part.train, part.test))
+    assert part.sha256 == Dataset("pets", *copied, part.classes).sha256 != whole.sha256
+    with pytest.raises(ValueError, match=r"data\.source\.fraction is 1\.5"):
+        HeldOut(ImageFolder(str(root), 8), 1.5)
 
 
 # ------------------------------------------------------------------------ tables
@@ -272,9 +286,9 @@ def test_cifar10_is_read_from_its_binary_version(tmp_path: Path) -> None:
 def test_without_its_package_a_hub_is_refused_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     monkeypatch.setitem(__import__("sys").modules, "medmnist", None)
-    with pytest.raises(ImportError, match=r"HuggingFace needs the package datasets, .*pip install 'fedlscl\[hugging"):
+    with pytest.raises(ImportError, match=r"the package datasets is not installed .*pip install 'fedlscl\[hugging"):
         HuggingFace("owner/name", 8).load(tmp_path)
-    with pytest.raises(ImportError, match=r"MedMNIST needs the package medmnist, .*pip install 'fedlscl\[medmnist\]'"):
+    with pytest.raises(ImportError, match=r"the package medmnist is not installed .*'fedlscl\[medmnist\]'"):
         MedMNIST("bloodmnist").load(tmp_path)
 
 

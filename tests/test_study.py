@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rich.console import Console
 from fedlscl.cli import main
 from fedlscl.data.dealing import make_split
 from fedlscl.data.folders import ImageFolder
+from fedlscl.data.held_out import held_out
 from fedlscl.data.splits import SplitSpec
 from fedlscl.run.sweep import PlannedRun
 from fedlscl.study import answer, backbone, budget, command, ending, look, plan
@@ -99,8 +101,9 @@ def test_a_proposed_split_works_with_every_seed(counts: list[int], clients: int,
     spec = SplitSpec(**found.fields)
     assert (spec.clients, spec.tasks <= tasks) == (clients, True)
     assert min(spec.task_sizes) >= 2 or spec.tasks == 1
-    for tested in ("official", "holdout30"):
-        split = make_split(train, test, SplitSpec(**{**found.fields, "local_test": tested}), 2)
+    held = held_out(train)
+    for labels in ((train, test), (train[~held], train[held])):
+        split = make_split(*labels, spec, 2)
         used = {label for client in split.clients for task in client.tasks for label in task.classes}
         assert len(used) == len(counts) or any("left out" in note for note in found.notes)
 
@@ -222,10 +225,10 @@ def test_the_methods_of_a_study_are_those_of_the_experiments() -> None:
 
 
 def test_methods_may_be_files(tmp_path: Path) -> None:
-    found = plan.methods_of(["fedncm", str(METHODS / "lorm.yaml")], CHOICES)
-    assert list(found) == ["fedncm", "lorm"]
+    found = plan.methods_of(["fedncm", str(METHODS / "lorm.yaml"), "ccvr"], CHOICES)
+    assert list(found) == ["fedncm", "lorm", "ccvr"]
     assert found["lorm"]["config"]["server"] == {"class_path": "LoRMServer"}
-    with pytest.raises(ValueError, match=r"methods: 'fedncn' must be one of local_ncm, .*or a file such as"):
+    with pytest.raises(ValueError, match=r"methods: 'fedncn' must be one of local_ncm, .*or another method, or a file"):
         plan.methods_of(["fedncn"], CHOICES)
     (tmp_path / "odd.yaml").write_text("model: {}\n")
     with pytest.raises(ValueError, match="holds no model and server"):
@@ -273,8 +276,8 @@ class Pretended:
         value = self.accuracies[method] + seed % 3
         acc = {mask: constant(value, 3, 5) for mask in ("task", "seen", "federation", "none")}
         sent = traffic(0 if method.startswith("local") else 1000, clients=5)
-        held = "images held out of training" if planned.run_dir.parent.name == "choose" else "test images"
-        made = make_summary(method, seed, setting="digits", acc=acc, bytes_up=sent, bytes_down=sent, evaluated_on=held)
+        setting = "digits-held-out" if planned.run_dir.parent.name == "choose" else "digits"
+        made = make_summary(method, seed, setting=setting, acc=acc, bytes_up=sent, bytes_down=sent)
         made.write(planned.run_dir / "summary.json")
         return Done(0)
 
@@ -301,6 +304,7 @@ def test_a_study_ends_with_an_answer_and_is_not_run_twice(
     assert "since --weights names no file, no ViT is in the local hub cache, and the hub gives none (it is far" in said
     assert "fedncm, seed 0: failed: it could not be" in said
     assert "Take fed_ridge: ridge regression" in said
+    assert "Not compared: fedncm (failed)." in said
     assert "It has 70.5 ± 0.7 % of the test images right (2 seeds); local_ncm, the best without any exchange" in said
     assert "10.0 ± 0.0 points more" in said
     expected = {("choose", method, seed) for method in ("local_ncm", "fed_ridge") for seed in (0, 1)}
@@ -308,8 +312,7 @@ def test_a_study_ends_with_an_answer_and_is_not_run_twice(
     assert {*runs.started} == expected | {("choose", "fedncm", 0)}
     assert "Take fed_ridge" in (tmp_path / "mine" / "answer.md").read_text(encoding="utf-8")
     report = (tmp_path / "mine" / "report.html").read_text(encoding="utf-8")
-    assert "images held out of training" in report
-    assert "test images" in report
+    assert sorted(title.partition(" (")[0] for title in report.split(" and ")) == ["digits", "digits-held-out"]
 
     runs.started.clear()
     runs.accuracies["fedncm"] = 71.0
@@ -318,6 +321,11 @@ def test_a_study_ends_with_an_answer_and_is_not_run_twice(
     assert runs.started[0] == ("choose", "fedncm", 0)  # what failed is tried again, and nothing else
     assert {method for _, method, _ in runs.started} == {"fedncm"}
     assert "Level with it on held-out training images: fed_ridge" in again
+    with pytest.raises(SystemExit, match="methods: 'fedncn' must be one of"):
+        main(["study", "digits", "--out", "other", "--methods", "fedncn"])
+    with pytest.raises(SystemExit, match="weights: there is no file 'none'"):
+        main(["study", "digits", "--out", "other", "--weights", "none"])
+    assert not (tmp_path / "other").exists()
     with pytest.raises(SystemExit, match="out 'mine' holds a study of other words"):
         main([*words, "20", "--clients", "3"])
 
@@ -325,7 +333,7 @@ def test_a_study_ends_with_an_answer_and_is_not_run_twice(
 def test_a_run_for_which_there_is_no_time_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedlscl.study.running.POLL_SECONDS", 0)
     runs = Pretended({"slow": 1.0, "fast": 2.0})
-    clock = Clock(tmp_path, 100.0)
+    clock = Clock.of(tmp_path, 100.0, time.monotonic())
     runner = Runner(runs, 2, clock, Pace({"slow": 50.0, "fast": 5.0}), Console(file=io.StringIO()))
     folder = tmp_path / "runs" / "choose"
     words = ("fedlscl", "fit", "--config", "x", "--config")
@@ -338,7 +346,7 @@ def test_a_run_for_which_there_is_no_time_is_left_out(tmp_path: Path, monkeypatc
     assert tasks[1].result is not None
     clock.begun -= 60
     clock.save()
-    later = Clock.of(tmp_path, 100.0)
-    assert 60 <= later.used < 70
+    later = Clock.of(tmp_path, 100.0, time.monotonic())
+    assert later.before >= 60
     (tmp_path / "progress.json").write_text("{")
-    assert Clock.of(tmp_path, 100.0).used < 10
+    assert Clock.of(tmp_path, 100.0, time.monotonic()).before == 0

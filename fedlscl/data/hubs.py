@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import zipfile
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +74,12 @@ class HuggingFace(ImageFiles):
             ValueError: it has other parts or columns, or is of a kind that is not read.
         """
         sweep(cache_dir)
-        datasets = extra("datasets", "huggingface", "HuggingFace", LEAST)
+        try:
+            import datasets
+        except ImportError as error:
+            raise missing("datasets", "huggingface", error) from error
+        if int(datasets.__version__.partition(".")[0]) < LEAST:
+            raise ImportError(f"datasets is {datasets.__version__}, must be {LEAST} or newer: pip install -U datasets")
         parts = {part: self._part(datasets, part) for part in (self.train, self.test) if part is not None}
         labels = {part: self._labels(rows) for part, rows in parts.items()}
         classes = self._classes(parts[self.train], labels)
@@ -180,7 +184,11 @@ class MedMNIST(Source):
             ValueError: there is no such set, it has several classes an image or volumes, or the file is damaged.
         """
         sweep(cache_dir)
-        known = extra("medmnist", "medmnist", "MedMNIST").INFO
+        try:
+            from medmnist import INFO
+        except ImportError as error:
+            raise missing("medmnist", "medmnist", error) from error
+        known: Any = INFO
         usable = [name for name, info in known.items() if "3d" not in name and "multi-label" not in info["task"]]
         if self.name not in usable:
             raise ValueError(
@@ -237,18 +245,6 @@ def _array(file: Path, name: str, cache_dir: Path) -> NDArray[Any]:
         return array  # the mapping outlives the file's name
 
 
-def extra(package: str, name: str, user: str, least: int = 0) -> Any:
-    """A package that is an extra of this one, imported now.
-
-    Raises:
-        ImportError: it is not installed, or older than its major version `least`.
-    """
-    try:
-        found: Any = import_module(package)
-    except ImportError as error:
-        raise ImportError(
-            f"{user} needs the package {package}, which is not installed ({error}): pip install 'fedlscl[{name}]'"
-        ) from error
-    if int(getattr(found, "__version__", "0").partition(".")[0]) < least:
-        raise ImportError(f"{user} needs {package} {least} or newer, not {found.__version__}: pip install -U {package}")
-    return found
+def missing(package: str, extra: str, error: ImportError) -> ImportError:
+    """What to say of a package that is an extra of this one and not installed."""
+    return ImportError(f"the package {package} is not installed ({error}): pip install 'fedlscl[{extra}]'")

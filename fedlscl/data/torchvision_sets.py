@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from fedlscl.data.cache import Files, load_images
 from fedlscl.data.cutting import cut_parts, test_part
 from fedlscl.data.folders import ImageFiles
-from fedlscl.data.source import Dataset, ImageSet, cut_test
+from fedlscl.data.held_out import held_out
+from fedlscl.data.source import Dataset, ImageSet
 from fedlscl.data.temporary import sweep
 
 
@@ -239,9 +240,6 @@ def _channels(images: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _cut(images: ImageSet, fraction: float, name: str) -> tuple[ImageSet, ImageSet]:
-    is_test = np.zeros(len(images.labels), dtype=bool)
-    for label in np.unique(images.labels).tolist():
-        found = np.flatnonzero(images.labels == label)
-        is_test[found[cut_test(len(found), fraction, label, f"{name}, class {label}")]] = True
+    is_test = held_out(images.labels, fraction, name)
     train, test = (ImageSet(images.images[mask], images.labels[mask]) for mask in (~is_test, is_test))
     return train, test

@@ -132,6 +132,8 @@ def lines(
     if choice.level:
         cheapest = "of these it sends least" if mine.exchanges else "and it sends nothing"
         take += f" Level with it on held-out training images: {', '.join(choice.level)}; {cheapest}."
+    elif choice.reference is None:
+        take += " It is the only method that was run."
     else:
         take += f" On held-out training images ({_seeds(seeds)}) it is ahead of all others."
     much = f"It has {mine.text} of the test images right ({_seeds(len(mine.values))})"
@@ -157,7 +159,10 @@ def _difference(mine: Standing, other: Standing) -> str:
     mean = statistics.mean(apart)
     spread = f" ± {statistics.stdev(apart):.1f}" if len(apart) > 1 else ""
     far = f"{abs(mean):.1f}{spread} points {'more' if mean >= 0 else 'less'}"
-    return f"level, since the deviations overlap ({far})" if overlap(mine, other) else far
+    if overlap(mine, other):
+        return f"level, since the deviations overlap ({far})"
+    # what was chosen is not changed by test images, but nobody should be left in the dark
+    return far if mean >= 0 else f"{far}, so that the choice was not the best for these images"
 
 
 def _seeds(count: int) -> str:

@@ -51,9 +51,7 @@ def choose(weights: str | None, choices: Mapping[str, Any], gpu: bool) -> Backbo
         ValueError: it is of no plain ViT of timm that can be told by its name or its tensors.
     """
     if weights is not None:
-        file = path_of(weights, "weights")
-        if not file.is_file():
-            raise FileNotFoundError(f"weights: there is no file '{weights}'")
+        file = file_of(weights)
         name = name_of(file)
         return Backbone({"name": name, "weights": str(file.resolve())}, choices["cnn"], f"{name}, of the file given")
     names = [entry["name"] for entry in choices["backbones"] if gpu or not entry["gpu"]]
@@ -70,6 +68,17 @@ def choose(weights: str | None, choices: Mapping[str, Any], gpu: bool) -> Backbo
         f"the shipped {shipped['backbone']['weights']}, pretrained on drawn signs at 32 px, since --weights names no "
         f"file, no ViT is in the local hub cache, and the hub gives none ({reason}); of photos it knows nothing",
     )
+
+
+def file_of(weights: str) -> Path:
+    """The file that a user names.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not (file := path_of(weights, "weights")).is_file():
+        raise FileNotFoundError(f"weights: there is no file '{weights}'")
+    return file
 
 
 def name_of(file: Path) -> str:

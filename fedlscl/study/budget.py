@@ -14,9 +14,6 @@ import numpy as np
 
 from fedlscl.data.splits import SplitSpec
 
-HELD_OUT = 0.3
-"""Of a client's training images, those held out where a method is chosen."""
-
 MARGIN = 1.3
 """Times a prediction: a machine has other things to do."""
 

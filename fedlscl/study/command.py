@@ -18,6 +18,7 @@ from fedlscl.checks import at_least
 from fedlscl.checks import path as path_of
 from fedlscl.data.dealing import make_split
 from fedlscl.data.folders import ImageFolder
+from fedlscl.data.held_out import held_out
 from fedlscl.data.listed import ImageTable
 from fedlscl.data.module import cache_folder
 from fedlscl.data.source import Dataset, Source
@@ -27,19 +28,21 @@ from fedlscl.run.fields import read_yaml
 from fedlscl.run.names import Parser, load
 from fedlscl.study import backbone, budget, look, plan, proposal
 from fedlscl.study.ending import Ending
+from fedlscl.study.plan import HELD, OFFICIAL
 from fedlscl.study.running import START, Clock
 
 LEAST_MINUTES = 0.5
 DOUBTFUL = "doubtful.csv"
 
 
-def study(asked: plan.Asked, minutes: float, out: str | None, console: Console) -> None:
+def study(asked: plan.Asked, minutes: float, out: str | None, begun: float, console: Console) -> None:
     """Plan a study and run it, or go on with it.
 
     Args:
         asked: what it is about.
         minutes: that there are, over all starts; not counted is the report.
         out: its folder; None = studies/<name of the source>.
+        begun: when this start began, by `time.monotonic`.
         console: where to print.
 
     Raises:
@@ -48,18 +51,21 @@ def study(asked: plan.Asked, minutes: float, out: str | None, console: Console) 
     """
     at_least(1, "study", clients=asked.clients, tasks=asked.tasks)
     at_least(LEAST_MINUTES, "study", minutes=minutes)
+    choices = read_yaml(plan.CHOICES)
+    look.source_of(asked.source)
+    plan.methods_of(asked.methods, choices)
+    if asked.weights is not None:
+        backbone.file_of(asked.weights)
     folder = path_of(out) if out is not None else Path("studies") / _name(asked.source)
     make_folder(folder)
     try:
         with locked(folder / ".lock"):
-            _study(folder, asked, minutes, console)
+            _study(folder, asked, Clock.of(folder, 60 * minutes, begun), choices, console)
     except BlockingIOError as error:
         raise ValueError(f"out '{folder}' is in use by another process; wait for it or give another --out") from error
 
 
-def _study(folder: Path, asked: plan.Asked, minutes: float, console: Console) -> None:
-    choices = read_yaml(plan.CHOICES)
-    clock = Clock.of(folder, 60 * minutes)
+def _study(folder: Path, asked: plan.Asked, clock: Clock, choices: Mapping[str, Any], console: Console) -> None:
     planned = plan.Study.read(folder)
     if planned is None:
         planned = _plan(folder, asked, clock, choices, console)
@@ -68,7 +74,7 @@ def _study(folder: Path, asked: plan.Asked, minutes: float, console: Console) ->
             f"out '{folder}' holds a study of other words ({planned.asked}); give the same, or another --out"
         )
     else:
-        console.print(Text(f"Going on with {folder}: {clock.used / 60:.1f} of {minutes:g} minutes are used."))
+        console.print(Text(f"Going on with {folder}: {clock.used / 60:.1f} of {clock.limit / 60:g} minutes are used."))
     methods = plan.methods_of(asked.methods, choices)
     told = {name: methods.get(name, choices["other"]) for name in planned.methods}
     Ending(planned, clock, told, console).run()
@@ -93,12 +99,12 @@ def _plan(folder: Path, asked: plan.Asked, clock: Clock, choices: Mapping[str, A
     jobs, threads = plan.workers(gpu)
 
     _say(console, "Images", asked.source)
-    seen, cache = _looked_at(folder, source, console)
+    smallest = sizes[-1]["image_size"]
+    seen, cache = _looked_at(folder, source, smallest, console)
     _say(console, "Backbone", chosen.why)
     seeds = tuple(choices["seeds"])
     counts, tests = list(seen.train), list(seen.test)
 
-    smallest = sizes[-1]["image_size"]
     measured = backbone.seconds_per_image(chosen.fields, smallest, threads)
     predictions = []
     for size in sizes:
@@ -119,22 +125,23 @@ def _plan(folder: Path, asked: plan.Asked, clock: Clock, choices: Mapping[str, A
     side = fitted.size["image_size"]
     dataset = _loaded(source, side, seen, cache)
     spec, name = SplitSpec(**split.fields), _name(asked.source)
-    labels = dataset.train.labels, dataset.test.labels
-    dealt = {
-        tested: make_split(*labels, SplitSpec(**{**split.fields, "local_test": tested}), seeds[0], dataset.classes)
-        for tested in ("holdout30", "official")
+    held = held_out(dataset.train.labels)
+    labels = {
+        HELD: (dataset.train.labels[~held], dataset.train.labels[held]),
+        OFFICIAL: (dataset.train.labels, dataset.test.labels),
     }
+    dealt = {part: make_split(*both, spec, seeds[0], dataset.classes) for part, both in labels.items()}
     for line in split.notes:
         _say(console, "Split", line)
-    console.print(proposal.drawn(dealt["official"], dataset.train.labels, dataset.classes))
+    console.print(proposal.drawn(dealt[OFFICIAL], dataset.train.labels, dataset.classes))
     used = ", ".join(
         f"{'all' if value is None else f'up to {value}'} {what} images of a class"
         for what, value in (("training", spec.train_per_class), ("test", spec.test_per_class))
     )
     rounds = fitted.size["rounds"]
     notes = [
-        f"{used}, at {side} px, {rounds} round{'s'[: rounds > 1]} a task, {fitted.seeds} of {len(seeds)} seeds: what "
-        f"probably fits into {clock.limit / 60:g} minutes, {jobs} runs at a time, {threads} threads a run "
+        f"{used}, at {side} px, {rounds} round{'s'[: rounds > 1]} a task, {fitted.seeds} of {len(seeds)} seeds at "
+        f"least: what probably fits into {clock.limit / 60:g} minutes, {jobs} runs at a time, {threads} threads a run "
         f"({1000 * measured:.1f} ms for an image's pass through the ViT at {smallest} px)",
         *(
             f"{left}: left out, a run would take about {seconds / 60:.0f} min"
@@ -147,7 +154,7 @@ def _plan(folder: Path, asked: plan.Asked, clock: Clock, choices: Mapping[str, A
         folder,
         asked,
         clock.limit / 60,
-        seeds[: fitted.seeds],
+        seeds,
         fitted.methods,
         {method: round(fitted.seconds[method], 1) for method in fitted.methods},
         {
@@ -195,10 +202,10 @@ def _takes_size(source: Mapping[str, object]) -> bool:
     return source["class_path"] in ("ImageFolder", "ImageTable", "Torchvision", "HuggingFace")
 
 
-def _looked_at(folder: Path, source: Mapping[str, object], console: Console) -> tuple[look.Look, Path]:
+def _looked_at(folder: Path, source: Mapping[str, object], size: int, console: Console) -> tuple[look.Look, Path]:
     cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
-    built = _built(source, look.SMALLEST)
+    built = _built(source, size)
     if isinstance(built, ImageFolder | ImageTable):
         seen = look.look_at_files(built, cache)
     else:

@@ -44,10 +44,10 @@ class Ending:
         """All of it."""
         chosen_of = self._choose()
         standings = [
-            answer.Standing.of(method, runs, self.planned.images["holdout30"]) for method, runs in chosen_of.items()
+            answer.Standing.of(method, runs, self.planned.images[plan.HELD]) for method, runs in chosen_of.items()
         ]
         choice = answer.choose(standings)
-        tested = self._test(choice, max(len(runs) for runs in chosen_of.values()))
+        tested = self._test(choice)
         self._end(standings, choice, tested)
 
     def _choose(self) -> dict[str, list[Run]]:
@@ -67,6 +67,7 @@ class Ending:
                 self.console.print(f"No time for seed {planned.seeds[number]} and those behind it.")
                 break
             rest = (len(groups) - number - 1) * self.pace.sum(known) + len(groups) * tests
+            rest = min(rest, self.jobs * max(0.0, self.clock.left) - self.pace.sum(due))  # what there is no time for
             skipped = self.runner.run(tasks, self._time_for(tasks[0], tests), rest, _in_words)
             for task in skipped:
                 about = duration(self.pace.of(task.method))
@@ -88,23 +89,24 @@ class Ending:
 
         return may
 
-    def _test(self, choice: answer.Choice, seeds: int) -> dict[str, answer.Standing]:
+    def _test(self, choice: answer.Choice) -> dict[str, answer.Standing]:
         """What was chosen, and what it is compared with, trained on all training images and tested on test images."""
         both = [method for method in (choice.chosen, choice.reference) if method is not None]
         self.console.rule(f"Testing {' and '.join(both)}, on test images", align="left", style="dim")
         done: dict[str, list[Run]] = {method: [] for method in both}
-        for number, seed in enumerate(self.planned.seeds[:seeds]):
+        seeds = self.planned.seeds
+        for number, seed in enumerate(seeds):
             tasks = self.planned.tasks(both, False, seed)
             due = [task.method for task in tasks if not task.planned.finished]
             if number and due and self.pace.sum(due) > self.jobs * self.clock.left:
                 self.console.print(f"No time for a test with seed {seed} and those behind it.")
                 break
-            later = (seeds - number - 1) * self.pace.sum(both)
+            later = (len(seeds) - number - 1) * self.pace.sum(both)
             self.runner.run(tasks, lambda task: True, later, _in_words)
             for task in tasks:
                 if (found := task.result) is not None:
                     done[task.method].append(found)
-        official = self.planned.images["official"]
+        official = self.planned.images[plan.OFFICIAL]
         tested = {method: answer.Standing.of(method, runs, official) for method, runs in done.items() if runs}
         if choice.chosen not in tested:
             failed = "; ".join(why for (method, _), why in self.runner.failed.items() if method == choice.chosen)
@@ -120,7 +122,11 @@ class Ending:
         for row in rows:
             table.add_row(*row)
         seeds = min(len(standing.values) for standing in standings)
-        lines = answer.lines(choice, tested, self.told, seeds)
+        lines: tuple[str, ...] = answer.lines(choice, tested, self.told, seeds)
+        there = {standing.method for standing in standings}
+        if absent := [method for method in self.planned.methods if method not in there]:
+            why = dict.fromkeys(absent, "no time") | {method: "failed" for method, _ in self.runner.failed}
+            lines += (f"Not compared: {', '.join(f'{method} ({why[method]})' for method in absent)}.",)
         again = shlex.join(self.planned.words(choice.chosen, False, self.planned.seeds[0]))
         write_atomically(folder / ANSWER, _markdown(lines, rows, self.planned.notes, again).encode())
         report = folder / REPORT

@@ -16,16 +16,23 @@ from fedlscl.run.fields import read_yaml
 from fedlscl.run.planned import PlannedRun
 from fedlscl.study.running import Task
 
+HELD, OFFICIAL = "held out", "official"
+"""The two parts that a study tests on: of the training images, to choose a method, and the test images."""
+
 STUDY, SETTING, HELD_OUT, METHODS, RUNS = "study.yaml", "setting.yaml", "held_out.yaml", "methods", "runs"
 MEMORY = 3e9
 """Bytes that a run may take."""
+
+CHECKOUT = Path(__file__).parents[2]
+"""What has `experiments/` beside the package, unless that is installed elsewhere."""
 
 CHOICES = Path(__file__).with_name("choices.yaml")
 
 HEADS = {
     STUDY: "What `fedlscl study` was asked for and what it chose; seeds and methods may be changed here.",
     SETTING: "The setting: `fedlscl fit --config {folder}/setting.yaml --config {folder}/methods/NAME.yaml`",
-    HELD_OUT: "Over the setting, to choose a method: tested on 30 % of each client's training images, not trained on.",
+    HELD_OUT: "Over the setting, to choose a method: 30 % of each class's training images are tested on, none trained. "
+    "What is changed of the source in the setting is to be changed here, too.",
 }
 
 
@@ -104,7 +111,8 @@ class Study:
         for name, config in methods.items():
             self._put(f"{METHODS}/{name}.yaml", {"method": name, **config})
         self._put(SETTING, setting)
-        self._put(HELD_OUT, {"data": {"split": {"local_test": "holdout30"}}})
+        inner = {"class_path": "HeldOut", "init_args": {"source": setting["data"]["source"]}}
+        self._put(HELD_OUT, {"setting": f"{setting['setting']}-{HELD.replace(' ', '-')}", "data": {"source": inner}})
         stored = {name: value for name, value in asdict(self).items() if name != "folder"}
         self._put(STUDY, {name: list(value) if isinstance(value, tuple) else value for name, value in stored.items()})
 
@@ -143,7 +151,7 @@ def methods_of(names: Sequence[str] | None, choices: Mapping[str, Any]) -> dict[
     """The methods that are meant, with what choices.yaml says of each.
 
     Args:
-        names: of choices.yaml, or files like those of experiments/methods; None = the usual ones.
+        names: of choices.yaml or of experiments/methods, or files like those there; None = the usual ones.
         choices: the content of choices.yaml.
 
     Raises:
@@ -154,10 +162,11 @@ def methods_of(names: Sequence[str] | None, choices: Mapping[str, Any]) -> dict[
         return dict(known)
     found: dict[str, dict[str, Any]] = {}
     for name in names:
-        file = Path(name)
         if name in known:
             found[name] = {**known[name], "run": "usual"}
-        elif file.suffix in (".yaml", ".yml") and file.is_file():
+            continue
+        beside = (base / "experiments" / "methods" / f"{name}.yaml" for base in (Path(), CHECKOUT))
+        if (file := next((path for path in (Path(name), *beside) if path.is_file()), None)) is not None:
             config = read_yaml(file)
             if not isinstance(config, dict) or not {"model", "server"} <= config.keys():
                 raise ValueError(f"methods: {file} holds no model and server, which a method has")
@@ -165,7 +174,8 @@ def methods_of(names: Sequence[str] | None, choices: Mapping[str, Any]) -> dict[
             found[str(config.get("method", file.stem))] = {**choices["other"], "run": "usual", "config": own}
         else:
             raise ValueError(
-                f"methods: '{name}' must be one of {', '.join(known)}, or a file such as experiments/methods/lorm.yaml"
+                f"methods: '{name}' must be one of {', '.join(known)}, or another method, or a file, such as "
+                "experiments/methods/lorm.yaml"
             )
     return found
 

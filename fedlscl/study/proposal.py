@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from fedlscl.data.dealing import make_split
+from fedlscl.data.held_out import held_out
 from fedlscl.data.splits import Split, SplitSpec
 
 PRIVATE = 0.75
@@ -55,7 +56,8 @@ def propose(
         ValueError: no split works; why, and what would.
     """
     counts = np.bincount(train, minlength=len(classes))
-    least = int(min(counts.min(), train_per_class or counts.max()))
+    held = held_out(train)
+    least = int(min(np.bincount(train[~held]).min(), train_per_class or counts.max()))
     caps = {"train_per_class": train_per_class, "test_per_class": test_per_class}
     private = int(PRIVATE * len(classes)) // clients
     shares = [(private, len(classes) - clients * private), (len(classes) // clients, 0)]
@@ -77,8 +79,8 @@ def propose(
             }
             try:
                 for seed in seeds:
-                    for tested in ("official", "holdout30"):
-                        make_split(train, test, _spec({**fields, "local_test": tested}), seed)
+                    for labels in ((train, test), (train[~held], train[held])):
+                        make_split(*labels, _spec(fields), seed)
             except ValueError as error:
                 reason = error
                 continue

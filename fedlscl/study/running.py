@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +31,9 @@ PROGRESS = "progress.json"
 START = 5.0
 """Seconds until a run begins, before any run has said how long it takes here."""
 
+TICK = 5.0
+"""Seconds after which the time that is used is noted again."""
+
 PRELOADED = ("fedlscl.run.configuration", "fedlscl.run.plots", "timm", "torchvision")
 """What takes seconds to import: it is imported once, in a process that others are copied from where there is such."""
 
@@ -42,21 +45,24 @@ class Clock:
     Args:
         folder: of the study, where it is noted.
         limit: seconds that there are.
+        before: seconds of earlier starts.
+        begun: when this start began, by `time.monotonic`.
     """
 
     folder: Path
     limit: float
-    before: float = 0.0
-    begun: float = field(default_factory=time.monotonic)
+    before: float
+    begun: float
+    _saved: float = 0.0
 
     @classmethod
-    def of(cls, folder: Path, limit: float) -> Clock:
-        """The clock of a study that may have been started before."""
+    def of(cls, folder: Path, limit: float, begun: float) -> Clock:
+        """The clock of a study that may have been started before; `begun` is when this start began."""
         content = content_of(folder / PROGRESS)
         try:
-            return cls(folder, limit, float(json.loads(content)["seconds"]) if content else 0.0)
+            return cls(folder, limit, float(json.loads(content)["seconds"]) if content else 0.0, begun)
         except (ValueError, KeyError, TypeError):  # somebody has changed it
-            return cls(folder, limit)
+            return cls(folder, limit, 0.0, begun)
 
     @property
     def used(self) -> float:
@@ -68,8 +74,14 @@ class Clock:
         """Seconds, below 0 where it took longer."""
         return self.limit - self.used
 
+    def tick(self) -> None:
+        """Note what is used, if that was last done a while ago: whoever kills a study has still used its time."""
+        if self.used - self._saved > TICK:
+            self.save()
+
     def save(self) -> None:
         """Note what is used."""
+        self._saved = self.used
         write_atomically(self.folder / PROGRESS, json.dumps({"seconds": round(self.used, 1)}).encode())
 
 
@@ -218,6 +230,7 @@ class Runner:
                             skipped.append(task)
                     bar.update(shown, description=self._now(running, waiting, later))
                     time.sleep(POLL_SECONDS)
+                    self.clock.tick()
                     for process in [process for process in running if process.exitcode is not None]:
                         task, begun = running.pop(process)
                         self._ended(task, process.exitcode, time.monotonic() - begun, say)
