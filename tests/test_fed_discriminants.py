@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from helpers import make_vit, outcome, restore_client, run
 from numpy.typing import NDArray
@@ -46,30 +48,36 @@ def scatter(x: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.flo
     return sum((np.cov(x[labels == c].T, bias=True) * (labels == c).sum() for c in np.unique(labels)), np.zeros(()))
 
 
-def scores(x: NDArray[np.float64], means: NDArray[np.float64], shrunk: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of Gaussians with these means and one covariance, up to what is the same for all classes."""
-    solved = np.linalg.solve(shrunk, means.T)
-    return x @ solved - (means.T * solved).sum(axis=0) / 2
+def scores(x: Any, means: Any, shrunk: Any, middle: Any, lengths: Any = None) -> Any:
+    """Of Gaussians with these means and one covariance, or of weights divided by these lengths."""
+    apart = (means - middle).T
+    solved = np.linalg.solve(shrunk, apart)
+    if lengths is not None:
+        return (x - middle) @ solved / lengths
+    return (x - middle) @ solved - (apart * solved).sum(axis=0) / 2
 
 
-def test_the_head_is_the_sum_of_the_discriminants_of_the_pooled_images() -> None:
+@pytest.mark.parametrize("unit", [False, True])
+def test_the_head_is_the_sum_of_the_discriminants_of_the_pooled_images(unit: bool) -> None:
     features, labels = (part.numpy() for part in images())
-    head, choice = Discriminants(2), Choice((1.0, 0.25, 9.0, 9.0), 0.3)  # the second block is not there
+    head, choice = Discriminants(2), Choice((1.0, 0.25, 9.0, 9.0), 0.3, unit)  # the second block is not there
     total = added(of(head, part) for part in torch.arange(IMAGES).split(13))
     expected = np.zeros((IMAGES, 3))
     for weight, x in zip((1.0, 0.25), (features[:, :WIDTH], features[:, WIDTH:]), strict=True):
         covariance = scatter(x, labels) / (IMAGES - 3)
         shrunk = 0.7 * covariance + 0.3 * np.trace(covariance) / WIDTH * np.eye(WIDTH)
         means = np.stack([x[labels == c].mean(axis=0) for c in range(3)])
-        expected += weight * scores(x, means, shrunk)
+        middle = x.mean(axis=0)
+        lengths = np.linalg.norm(np.linalg.solve(shrunk, (means - middle).T), axis=0) if unit else None
+        expected += weight * scores(x, means, shrunk, middle, lengths)
     found = head.solve({0: total}, choice)
     np.testing.assert_allclose((features @ found.weight.numpy().T + found.bias.numpy())[:, :3], expected, rtol=1e-9)
     assert head.counts(total).tolist() == [20, 19, 1, 0]
 
 
 def test_weights_are_those_of_the_last_block_first() -> None:
-    assert Discriminants(4).weights(Choice((1, 2, 3, 4), 0.1)) == [3, 4, 1, 2]
-    assert Discriminants(4).weights(Choice((1, 2), 0.1)) == [0, 0, 1, 2]
+    assert Discriminants(4).weights(Choice((1, 2, 3, 4), 0.1, False)) == [3, 4, 1, 2]
+    assert Discriminants(4).weights(Choice((1, 2), 0.1, False)) == [0, 0, 1, 2]
 
 
 def test_a_left_out_image_is_in_no_sum() -> None:
@@ -79,13 +87,19 @@ def test_a_left_out_image_is_in_no_sum() -> None:
     for number, fitted in enumerate(head.discriminants(total, 0.2)):
         x = features[:, number * WIDTH : (number + 1) * WIDTH]
         covariance = scatter(x, labels) / (IMAGES - 3)
-        found = fitted.left_out(torch.tensor(x), torch.tensor(labels)).numpy()
+        middle, all_means = x.mean(axis=0), np.stack([x[labels == c].mean(axis=0) for c in range(3)])
+        whole = 0.8 * covariance + 0.2 * np.trace(covariance) / WIDTH * np.eye(WIDTH)
+        lengths = np.linalg.norm(np.linalg.solve(whole, (all_means - middle).T), axis=0)
+        plain, unit = (part.numpy() for part in fitted.left_out(torch.tensor(x), torch.tensor(labels)))
         for at in range(IMAGES):
             others = np.arange(IMAGES) != at if labels[at] != 2 else np.ones(IMAGES, dtype=bool)
             without = scatter(x[others], labels[others]) / (IMAGES - 3)  # trace and degrees of freedom stay
             shrunk = 0.8 * without + 0.2 * np.trace(covariance) / WIDTH * np.eye(WIDTH)
             means = np.stack([x[others & (labels == c)].mean(axis=0) for c in range(3)])
-            np.testing.assert_allclose(found[at, :3], scores(x[at], means, shrunk), rtol=1e-8, atol=1e-9)
+            np.testing.assert_allclose(plain[at, :3], scores(x[at], means, shrunk, middle), rtol=1e-8, atol=1e-9)
+            np.testing.assert_allclose(
+                unit[at, :3], scores(x[at], means, shrunk, middle, lengths), rtol=1e-8, atol=1e-9
+            )
 
 
 def test_hits_are_counted_among_the_classes_that_compete() -> None:

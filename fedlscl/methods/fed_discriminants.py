@@ -1,13 +1,13 @@
 """Linear discriminants on several blocks of the frozen ViT, from sums over all clients: a method of our own.
 
 See docs/methods/fed_discriminants.md. There is no objective and no gradient. Each of the last four blocks gives two
-vectors an image, class token and mean patch token (d). With the mean mu_c of class c over all images, the covariance S
-within classes, and A = (1 - g) S + g (tr S / d) I, such a vector x has the scores
+vectors an image, class token and mean patch token (d). With the mean mu_c of class c and the mean m over all images,
+the covariance S within classes, A = (1 - g) S + g (tr S / d) I, and w_c = A^-1 (mu_c - m), a vector x has the scores
 
-    x^T A^-1 mu_c - mu_c^T A^-1 mu_c / 2.
+    (x - m)^T w_c - (mu_c - m)^T w_c / 2   or   (x - m)^T w_c / |w_c|.
 
-The logits are the weighted sum of the scores of all vectors. Each client takes the weights and the g, of a few, with
-which most of its training images are right when each is left out of the sums.
+The logits are the weighted sum of the scores of all vectors. Each client takes the weights, the g, and which of the two
+scores, of a few, with which most of its training images are right when each is left out of the sums.
 
 Aggregation: a sum over clients and tasks; each client solves for a head of its own.
 
@@ -19,9 +19,11 @@ Logged: server/images; discriminants/choice, the number of the client's choice.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fedlscl.messages import Download, Rule, Schema, TensorSpec, Upload, not_negative
@@ -46,8 +48,7 @@ from fedlscl.server import Answer, Answers, Context, Metrics
 BLOCKS = 4
 """How many of the last blocks give features; a ViT with fewer gives those that it has."""
 
-SHRINKAGES = (0.1, 0.3, 0.5, 0.7)
-WEIGHTS = ((1, 0), (1, 1), (1, 1, 1 / 2, 1 / 2, 1 / 3, 1 / 3, 1 / 4, 1 / 4), (1,) * 8)
+WEIGHTS = ((1, 1 / 2), (1,) * 8)
 """Of class token and mean patch token of the last block, of the one before, and so on; 0 where there is none."""
 
 
@@ -55,45 +56,58 @@ class Choice(NamedTuple):
     """What a client chooses."""
 
     weights: tuple[float, ...]
-    shrinkage: float
+    shrinkage: float  # g
+    unit: bool  # whether the weights of every class are of length 1
 
 
-CHOICES = tuple(Choice(weights, shrinkage) for weights in WEIGHTS for shrinkage in SHRINKAGES)
+CHOICES = tuple(Choice(*one) for one in product(WEIGHTS, (0.1, 0.3), (False, True)))
 
 
 class Discriminant(NamedTuple):
     """What follows from the sums over one of the vectors, with one shrinkage."""
 
     inverse: Tensor  # (d, d) A^-1
-    means: Tensor  # (K, d) mu_c, 0 for a class without images
+    middle: Tensor  # (d,) m
+    apart: Tensor  # (K, d) mu_c - m, 0 for a class without images
     counts: Tensor  # (K,) images of each class
     share: float  # of a single image's (x - mu_c)(x - mu_c)^T in A
 
-    def head(self) -> tuple[Tensor, Tensor]:
+    def head(self, unit: bool) -> tuple[Tensor, Tensor]:
         """Weights (K, d) and biases (K,)."""
-        weight = self.means @ self.inverse
-        return weight, -(weight * self.means).sum(dim=1) / 2
+        weight = self.apart @ self.inverse
+        bias = -(weight * self.apart).sum(dim=1) / 2
+        if unit:
+            weight, bias = F.normalize(weight, dim=1), torch.zeros_like(bias)
+        return weight, bias - weight @ self.middle
 
-    def left_out(self, x: Tensor, labels: Tensor) -> Tensor:
+    def left_out(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Scores (n, K) of vectors (n, d) behind the sums, each with mu and S as they are without itself.
 
-        The degrees of freedom and tr S stay. That takes (1 - g) n_c / (n_c - 1) (x - mu_c)(x - mu_c)^T / freedom from A
-        (Sherman and Morrison, 1950). A class of which there is no other image is as it was.
+        The degrees of freedom, tr S, m, and the lengths of weights stay. That takes (1 - g) n_c / (n_c - 1)
+        (x - mu_c)(x - mu_c)^T / freedom from A (Sherman and Morrison, 1950). A class of which there is no other image
+        is as it was.
+
+        Returns:
+            The scores, and those of weights of length 1.
         """
         n, rows = self.counts[labels], torch.arange(len(x))
         others = (n - 1).clamp(min=1)
-        apart = (x - self.means[labels]) * (n > 1)[:, None]
-        u = apart @ self.inverse  # (n, d) A^-1 r, which A^-1 grows by u u^T gained
+        x = x - self.middle
+        r = (x - self.apart[labels]) * (n > 1)[:, None]
+        u = r @ self.inverse
         taken = self.share * n / others
-        factor = 1 / (1 - taken * (apart * u).sum(dim=1))  # A without the image times u is r / factor
-        gained = taken * factor
-        along = u @ self.means.T  # (n, K)
-        products = x @ self.inverse @ self.means.T + (gained * (x * u).sum(dim=1))[:, None] * along
-        squares = ((self.means @ self.inverse) * self.means).sum(dim=1) + gained[:, None] * along.square()
+        factor = 1 / (1 - taken * (r * u).sum(dim=1))  # r times the inverse without the image is factor u
+        gained = taken * factor  # of u u^T by that inverse
+        along = u @ self.apart.T  # (n, K)
+        weight = self.apart @ self.inverse
+        products = x @ weight.T + (gained * (x * u).sum(dim=1))[:, None] * along
+        squares = (weight * self.apart).sum(dim=1) + gained[:, None] * along.square()
         # the own class's mean is mu - r / (n - 1)
+        own = factor * along[rows, labels]
         products[rows, labels] -= factor * (x * u).sum(dim=1) / others
-        squares[rows, labels] += factor * ((apart * u).sum(dim=1) / others - 2 * along[rows, labels]) / others
-        return products - squares / 2
+        squares[rows, labels] += (factor * (r * u).sum(dim=1) / others - 2 * own) / others
+        lengths = weight.norm(dim=1).clamp(min=torch.finfo(weight.dtype).tiny)
+        return products - squares / 2, products / lengths
 
 
 class Discriminants(ClosedFormHead):
@@ -142,13 +156,16 @@ class Discriminants(ClosedFormHead):
             spread = covariance.diagonal().mean().clamp(min=1e-6)  # 0 where no class has two images
             shrunk = (1 - shrinkage) * covariance
             shrunk.diagonal().add_(shrinkage * spread)
-            found.append(Discriminant(torch.linalg.inv(shrunk), mean, images, (1 - shrinkage) / freedom))
+            middle = (mean.T @ images) / images.sum()
+            apart = (mean - middle) * (images > 0)[:, None]
+            share = (1 - shrinkage) / freedom
+            found.append(Discriminant(torch.linalg.inv(shrunk), middle, apart, images, share))
         return found
 
     def solve(self, sums: Mapping[int, Sums], choice: Choice = CHOICES[0]) -> Solution:
         """The head with some choice."""
         (total,) = sums.values()
-        heads = [one.head() for one in self.discriminants(total, choice.shrinkage)]
+        heads = [one.head(choice.unit) for one in self.discriminants(total, choice.shrinkage)]
         weights = self.weights(choice)
         weight = torch.cat([of * one for of, (one, _) in zip(weights, heads, strict=True)], dim=1)
         bias = torch.stack([of * one for of, (_, one) in zip(weights, heads, strict=True)]).sum(dim=0)
@@ -164,14 +181,16 @@ class Discriminants(ClosedFormHead):
             classes: (K,) true for those that compete.
         """
         parts, found = features.chunk(self.groups, dim=1), {}
-        for shrinkage in SHRINKAGES:
+        for shrinkage in {choice.shrinkage for choice in CHOICES}:
             fitted = self.discriminants(sums, shrinkage)
-            found[shrinkage] = torch.stack([f.left_out(x, labels) for f, x in zip(fitted, parts, strict=True)])
+            scores = [one.left_out(x, labels) for one, x in zip(fitted, parts, strict=True)]
+            for unit in (False, True):
+                found[shrinkage, unit] = torch.stack([of[unit] for of in scores])
         right = []
         for choice in CHOICES:
             weights = torch.tensor(self.weights(choice), dtype=torch.float64)
-            scores = torch.einsum("g,gnk->nk", weights, found[choice.shrinkage])
-            right.append((scores.masked_fill(~classes, -torch.inf).argmax(dim=1) == labels).sum())
+            summed = torch.einsum("g,gnk->nk", weights, found[choice.shrinkage, choice.unit])
+            right.append((summed.masked_fill(~classes, -torch.inf).argmax(dim=1) == labels).sum())
         return torch.stack(right)
 
 
