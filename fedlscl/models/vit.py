@@ -230,6 +230,21 @@ class FrozenViT(nn.Module):
         features: Tensor = vit.forward_head(encoded, pre_logits=True)
         return features
 
+    def summaries(self, images: Tensor, blocks: int) -> Tensor:
+        """Class token and mean patch token (B, 2 n, d) behind each of the last n blocks, normalised as behind the last.
+
+        Args:
+            images: uint8 (B, 3, H, W).
+            blocks: n; the order is that of the blocks, the class token of each first.
+        """
+        vit, parts = self._model(), list[Tensor]()
+        tokens = self.lower(self.prepare(images), self.depth - blocks)
+        for block in vit.blocks[self.depth - blocks :]:
+            tokens = block(tokens)
+            normalised = vit.norm(tokens)
+            parts += [normalised[:, 0], normalised[:, self.num_prefix_tokens :].mean(dim=1)]
+        return torch.stack(parts, dim=1)
+
     def forward(self, images: Tensor) -> Tensor:
         """Frozen features (B, d) of uint8 images (B, 3, H, W)."""
         return self.upper(self.lower(self.prepare(images), 0), 0)
