@@ -36,7 +36,7 @@ from fedlscl.run.console import FederationProgress, summary_table
 from fedlscl.run.errors import told
 from fedlscl.run.fields import short
 from fedlscl.run.folder import CHECKPOINT, CONFIG, METRICS, SPLIT, SUMMARY, RunFolder
-from fedlscl.run.summary import Accuracy, Compute, Skipped, Summary, Traffic, contradictory
+from fedlscl.run.summary import Accuracy, Compute, Promise, Skipped, Summary, Traffic, contradictory
 from fedlscl.run.tracking import Tracker, WandbMode, mended
 from fedlscl.schedule import Schedule
 from fedlscl.server import Server
@@ -288,6 +288,7 @@ class Experiment:
             tested_pairs=None if pairs is None else len(pairs),
             untrained_pairs=None if pairs is None else sum(not pair.trained for pair in pairs),
             images_kept=self.client.images_kept(sum(spec.client_task_sizes), self.server.listens),
+            privacy=self._promise(federation),
             skipped=_named(history, "skipped"),
             unanswered=_named(history, "unanswered"),
             nodes=federation.nodes,
@@ -298,6 +299,21 @@ class Experiment:
             versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             config=dict(self.config),
             overrides=dict(self.overrides),
+        )
+
+    def _promise(self, federation: Federation) -> Promise | None:
+        """What the run has kept of the privacy that was asked for."""
+        if (privacy := self.client.privacy) is None:
+            return None
+        tasks, again = self.data.split.spec.tasks, federation.released_again
+        return Promise(
+            epsilon=privacy.spent(tasks, again),
+            delta=privacy.delta,
+            unit=privacy.unit,
+            noise=privacy.noise,
+            of="sum" if self.schedule.secure else "upload",
+            multiplier=privacy.multiplier(tasks),
+            releases=privacy.releases(tasks) + again,
         )
 
     def _decorate(self, summary: Summary, tracker: Tracker | None) -> None:
