@@ -33,7 +33,8 @@ def runs(setting: Path, methods: list[str], epsilons: list[float], seed: int, fi
     for method in methods:
         for epsilon in epsilons:
             words = ["--config", str(setting), "--config", str(HERE / "methods" / f"{method}.yaml")]
-            words += ["--federation.secure", "true", "--federation.rounds", "1", "--seed_everything", str(seed), *fields]
+            words += ["--federation.secure", "true", "--federation.rounds", "1"]
+            words += ["--seed_everything", str(seed), *fields]
             if epsilon < math.inf:
                 words += ["--model.privacy.epsilon", str(epsilon), "--model.privacy.noise", "seed"]
             with tempfile.TemporaryDirectory() as folder:

@@ -81,11 +81,11 @@ class Privacy:
 
     def multiplier(self, tasks: int) -> float:
         """z, the standard deviation of the noise where one unit adds at most 1."""
-        return noise_multiplier(self.epsilon, self.delta) * self.releases(tasks) ** 0.5
+        return noise_multiplier(self.epsilon, self.delta) * math.sqrt(self.releases(tasks))
 
     def spent(self, tasks: int, repeated: int) -> float:
         """The epsilon of a run in which a unit was released `repeated` times more than was planned."""
-        return epsilon_of(self.multiplier(tasks) / (self.releases(tasks) + repeated) ** 0.5, self.delta)
+        return epsilon_of(self.multiplier(tasks) / math.sqrt(self.releases(tasks) + repeated), self.delta)
 
     def noisy(
         self, tensors: Mapping[str, Tensor], scales: Mapping[str, Tensor], deviation: float, key: bytes
@@ -104,11 +104,11 @@ class Privacy:
         """
         if self.clip is not None:
             tensors, deviation = clipped(tensors, scales, self.clip), deviation * self.clip
-        drawn = torch.from_numpy(normal(key, sum(tensors[name].numel() for name in scales)))
-        parts = dict(zip(scales, drawn.split([tensors[name].numel() for name in scales]), strict=True))
+        sizes = [scale.numel() for scale in scales.values()]
+        drawn = torch.split(torch.from_numpy(normal(key, sum(sizes))), sizes)
         return {
-            name: tensors[name] + (parts[name].reshape(tensors[name].shape) * scale * (deviation / GRID)).round() * GRID
-            for name, scale in scales.items()
+            name: tensors[name] + (part.reshape(scale.shape) * scale * (deviation / GRID)).round() * GRID
+            for (name, scale), part in zip(scales.items(), drawn, strict=True)
         }
 
     def key(self, seed: int, client: int, round: int) -> bytes:
@@ -119,7 +119,7 @@ class Privacy:
 
 
 def clipped(tensors: Mapping[str, Tensor], scales: Mapping[str, Tensor], limit: float) -> dict[str, Tensor]:
-    """Tensors scaled down, all alike, so that divided by their scales they have at most a length; multiples of `GRID`."""
+    """Multiples of `GRID`, scaled down alike so that, divided by their scales, they have at most a certain length."""
     length = math.sqrt(sum(float((tensors[name] / scale).square().sum()) for name, scale in scales.items()))
     if length <= limit * (1 - 2**-20):
         return dict(tensors)
@@ -164,7 +164,7 @@ def _log_phi(x: float) -> float:
 
 
 def _least(enough: Callable[[float], bool]) -> float:
-    """The least positive number that is enough, where all larger ones are; never too small, and by at most 1e-9 too large."""
+    """The least positive number that is enough, where all larger ones are, or one that is larger by a part of 1e-9."""
     low, high = 1e-6, 1.0
     while not enough(high):
         low, high = high, 2 * high

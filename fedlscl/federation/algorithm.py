@@ -114,16 +114,12 @@ class Federation:
     def released_again(self) -> int:
         """How many times more than was planned anything of an image may have left its client, at most.
 
-        Where sums are not secure, a client that is left out after the server has its upload sends it once more.
+        A client that was left out sends its sums once more; where they are secure, those of before are in no sum.
         """
-        refused = Counter(
-            client
-            for result in self.history
-            for client in result.skipped
-            if client in result.bytes_up and not self.schedule.secure
-        )
+        left_out = Counter(client for result in self.history for client in result.skipped)
+        refused = 0 if self.schedule.secure else max(left_out.values(), default=0)
         repeated: int = self.store.progress.get(BEGUN, {"repeated": 0})["repeated"]
-        return repeated + max(refused.values(), default=0)
+        return repeated + refused
 
     def _round(self, round: Round, callback: FederationCallback) -> RoundResult:
         """Clients fit, the server answers, all evaluate."""

@@ -87,9 +87,10 @@ class NoisyMeans(NoisyHead):
 class NoisyRidge(NoisyHead):
     """`Ridge` from G = sum of h h^T and S = sum of y h^T.
 
-    How much an image adds. Of a symmetric matrix a triangle is released, with each value off the diagonal times sqrt(2):
-    its length is then that of the whole matrix, and |h h^T|^2 = sum over i of h_i^4 + 2 sum over i > j of h_i^2 h_j^2
-    = |h|^4. To S it adds h in one row. With G times a = `SHARE` its length is sqrt(a^2 |h|^4 + |h|^2), at most
+    How much an image adds. Of a symmetric matrix a triangle is released. With each value off the diagonal times sqrt(2)
+    its length is that of the whole matrix, |h h^T| = |h|^2, since |h|^4 = sum over i of h_i^4 + 2 sum over i > j of
+    h_i^2 h_j^2; without, it could be as long, where h has one value alone, so that nothing would be gained. To S an
+    image adds h in one row. With G times a = `SHARE` the length of both is sqrt(a^2 |h|^4 + |h|^2), at most
     sqrt(a^2 + 1). Noise of this deviation in each of these values is one of sqrt(a^2 + 1) / a on the diagonal of G, of
     that over sqrt(2) off it, and of sqrt(a^2 + 1) in S.
 
@@ -154,4 +155,5 @@ def of_unit_length(features: Tensor) -> Tensor:
     """(B, p) multiples of `STEP`, of any length, as such of a length of at most 1, and hardly less."""
     length = features.norm(dim=1, keepdim=True).clamp(min=STEP)
     # rounded towards zero no value grows; the factor is for the error of the division
-    return (features / length * ((1 - 2**-20) / STEP)).trunc() * STEP
+    shortened: Tensor = (features / length * ((1 - 2**-20) / STEP)).trunc() * STEP
+    return shortened
