@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import copy_of, make_client, restore_client, run, same
+from helpers import copy_of, make_client, make_federation, restore_client, run, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fedlscl.client import Client
+from fedlscl.data.module import FederatedDataModule
 from fedlscl.federation.algorithm import Federation
 from fedlscl.methods.fed_lscl import FedLSCL
 from fedlscl.methods.frozen_vit import FrozenViTClient
@@ -22,6 +24,7 @@ from fedlscl.methods.statistics.client import LocalStatisticsClient, StatisticsC
 from fedlscl.methods.statistics.heads import ClassCovariances, ClassMeans, Ridge, square
 from fedlscl.methods.statistics.noisy import NOISE, NoisyHead, noisy, of_unit_length
 from fedlscl.methods.statistics.server import StatisticsServer
+from fedlscl.models.vit import FrozenViT
 from fedlscl.privacy import GRID, Privacy, clipped, delta_of, epsilon_of, noise_multiplier, normal
 from fedlscl.run.summary import Promise
 
@@ -191,19 +194,27 @@ def test_little_noise_leads_to_the_head_without_noise(make: Make) -> None:
 # ---- a round that is repeated
 
 
-def test_a_round_that_is_repeated_is_paid_for(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    federation = make(client=StatisticsClient(ClassMeans(), privacy=Privacy(4.0)), server=StatisticsServer(), rounds=1)
-    assert federation.released_again == 0
+def test_a_round_that_is_repeated_is_paid_for(
+    tmp_path: Path, data: FederatedDataModule, vit: FrozenViT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begun() -> Federation:
+        client = StatisticsClient(ClassMeans(), privacy=Privacy(4.0))
+        return make_federation(tmp_path / "run", data, vit, client, StatisticsServer())
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    first = begun()
+    assert first.released_again == 0
     with monkeypatch.context() as patch:
-        patch.setattr(StatisticsServer, "aggregate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(StatisticsServer, "aggregate", killed)
         with pytest.raises(KeyboardInterrupt):
-            next(federation.run())
-    again = Federation(
-        federation.schedule, federation.template, type(federation.store)(federation.store.folder), federation.transport
-    )
+            run(first)
+    again = begun()
     run(again)
     assert again.released_again == 1
     assert len(again.history) == 2
+    assert begun().released_again == 1
 
 
 # ---- what is refused
