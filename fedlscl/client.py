@@ -6,6 +6,7 @@ Shapes: B batch, K classes of the whole federation, m buffered samples, n sample
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,6 +21,7 @@ from fedlscl.continual import Continual, Step
 from fedlscl.losses import masked_cross_entropy
 from fedlscl.memory import SELECTIONS, select
 from fedlscl.messages import Upload
+from fedlscl.privacy import Privacy
 from fedlscl.schedule import Round
 
 TALLIES = 64
@@ -48,6 +50,7 @@ class Client(InferenceClient):
             around, and flipped in half of the cases; null as it is. Test images, and what is measured between steps,
             stay as they are, and so do images that `continual` compares with outputs kept of them. What a frozen model
             makes of an image is then computed in every step and not once.
+        privacy: differential privacy of what is sent, for heads in closed form alone; null for none.
     """
 
     automatic_optimization = False
@@ -55,6 +58,11 @@ class Client(InferenceClient):
     required: ClassVar[tuple[tuple[str, str | type | tuple[str | type, ...]], ...]] = ()
     # why training images must be shown as they are, if they must
     unaugmented: ClassVar[str] = ""
+    # why noise on what is sent would protect nobody
+    unprotected: ClassVar[str] = (
+        "sends what depends on parameters that it trains on the images in steps without noise, so that noise on sums "
+        "of it protects nobody; that takes DP-SGD, which is not there"
+    )
     # why the training step does more than what can be recorded on a GPU and repeated, if it does: it looks at which
     # images those of a batch are, draws from a generator of its own, or waits for a number
     uncapturable: ClassVar[str] = ""
@@ -75,6 +83,7 @@ class Client(InferenceClient):
         selection: Literal["lowest_loss", "herding", "random"] = "lowest_loss",
         snapshot: Literal["deployed", "local"] = "deployed",
         augment: Literal["crop_flip"] | None = None,
+        privacy: Privacy | None = None,
     ) -> None:
         super().__init__()
         at_least(0, "model", learning_rate=learning_rate, buffer_size=buffer_size)
@@ -90,7 +99,12 @@ class Client(InferenceClient):
         compared = "model.continual compares with outputs kept of" if continual.observes == "current" else ""
         if augment is not None and (why := self.unaugmented or compared):
             raise ValueError(f"model.augment is {augment}, but {why} the images as they are; take null")
-        self.continual = continual
+        if privacy is not None and self.unprotected:
+            raise ValueError(
+                f"model.privacy is set, but {type(self).__name__} {self.unprotected}; leave it out, or take "
+                "StatisticsClient with the head Ridge or ClassMeans"
+            )
+        self.continual, self.privacy = continual, privacy
         self.learning_rate, self.epochs, self.batch_size = learning_rate, epochs, batch_size
         self.evaluation_batch_size, self.gradient_clip = evaluation_batch_size, gradient_clip
         self.train_mask, self.buffer_size, self.selection = train_mask, buffer_size, selection
@@ -304,5 +318,19 @@ class Client(InferenceClient):
             self.memory.upcoming = self.observe(remembered, lambda x: self.continual.preserved(self.output(x)))
 
     def upload(self) -> Upload:
-        """What the server gets of this round."""
+        """What the server gets of this round, where it sees each upload."""
+        upload = self.unprotected_upload()
+        return replace(upload, tensors=self.protected(upload.tensors, 1))
+
+    def unprotected_upload(self) -> Upload:
+        """The same without noise, which stays with the client."""
         return Upload(self.index, self.memory.begun, self.round.number, len(self.current), self.outgoing())
+
+    def protected(self, tensors: Mapping[str, Tensor], clients: int) -> Mapping[str, Tensor]:
+        """Tensors that are sent, or added up, as they may leave the client: with noise where `privacy` is set.
+
+        Args:
+            tensors: as they are.
+            clients: so many clients' noise together is enough, since what leaves them is seen as a sum alone.
+        """
+        return tensors

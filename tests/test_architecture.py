@@ -17,7 +17,7 @@ FILES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 SPINE = (
-    *("seeds", "files", "checks", "classes", "losses", "messages", "schedule", "evaluation", "memory"),
+    *("seeds", "files", "checks", "privacy", "classes", "losses", "messages", "schedule", "evaluation", "memory"),
     *("batches", "continual", "client_model", "client_inference", "client", "robust", "server"),
 )
 """What the author of a method must know, each module above those that it may import."""

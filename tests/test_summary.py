@@ -12,20 +12,20 @@ import pytest
 from made_runs import accuracy, make_summary
 
 from fedlscl.evaluation import MASKS, summarise
-from fedlscl.run.summary import Accuracy, NotASummary, Skipped, Summary, Traffic, contradictory
+from fedlscl.run.summary import Accuracy, NotASummary, Promise, Skipped, Summary, Traffic, contradictory
 
 RECORDED = sorted((Path(__file__).parent.parent / "experiments" / "results").rglob("*.json"))
 LAYOUT = [
     *("method", "setting", "seed", "backbone", "cnn", "task_aware", "evaluated_on"),
     *("split_sha256", "data_sha256", "weights_sha256", "cnn_weights_sha256", "accuracy", "bytes_up", "bytes_down"),
-    *("bytes_setup_per_client", "compute", "tested_pairs", "untrained_pairs", "images_kept"),
+    *("bytes_setup_per_client", "compute", "tested_pairs", "untrained_pairs", "images_kept", "privacy"),
     *("skipped", "unanswered", "nodes", "seconds", "peak_memory_mib", "threads", "machine", "versions"),
     *("config", "overrides"),
 ]
 LACKING = {
     **{"task_aware": [], "data_sha256": None, "weights_sha256": None, "compute": {}, "config": {}, "overrides": {}},
     **{"tested_pairs": None, "untrained_pairs": None, "images_kept": None, "unanswered": [], "nodes": {}},
-    "cnn_weights_sha256": None,
+    **{"cnn_weights_sha256": None, "privacy": None},
 }
 """What older summaries lack, and what they are read as."""
 
@@ -57,6 +57,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     summary = make_summary(
         cnn=("resnet18", "vgg16"),
         task_aware=("task",),
+        privacy=Promise(5.2, 1e-5, "image", "system", "upload", 1.08, 2),
         data_sha256="a" * 64,
         skipped=(Skipped(2, 1, "gone"),),
         bytes_up=Traffic.of([[3, None], [5, 4]]),

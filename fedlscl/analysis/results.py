@@ -321,6 +321,7 @@ def _row(run: Run) -> dict[str, Any]:
         "evaluated_on": summary.evaluated_on,
         **{f"{name}_{mask}": getattr(summary.under(mask), name) for name in metrics for mask in MASKS},
         "images_kept": run.images_kept,
+        **({"epsilon": promise.epsilon, "delta": promise.delta} if (promise := summary.privacy) else {}),
         "bytes_up": summary.bytes_up.total,
         "bytes_down": summary.bytes_down.total,
         "bytes_per_client_round": run.bytes_per_client_round,

@@ -46,6 +46,10 @@ KEPT = (
     'Under "images kept" is how many training images of each class a client keeps at most after their task, to replay '
     "them or to answer the server with."
 )
+PROMISED = (
+    'Under "epsilon" is the differential privacy of what clients have sent, over all tasks and rounds; in brackets to '
+    'whom it is promised, and delta. With noise from the run\'s "seed", which the server knows, nothing is.'
+)
 BELOW = "best first, the bounds, which see the images of all clients and tasks at once, in a group below the others."
 STAR = "A star: the task of each test image, which had to be known, chose the parameters that classified it."
 MASK_NAMES = {
@@ -165,6 +169,17 @@ def known(variant: Variant, value: Callable[[Run], float | None]) -> list[float]
 def kept(variant: Variant | None) -> Cell:
     """The images of each class that a client keeps after their task."""
     return number(variant.runs[0].images_kept if variant else None, 0)
+
+
+def promised(variant: Variant | None) -> Cell:
+    """The epsilon of differential privacy, the largest over the seeds, and its delta."""
+    promises = [run.summary.privacy for run in variant.runs if run.summary.privacy] if variant else []
+    if not promises:
+        return Cell(MISSING)
+    most = max(promises, key=lambda promise: promise.epsilon)
+    seed = ", seed" if most.noise == "seed" else ""
+    text = f"{most.epsilon:.3g} ({most.unit}, {most.delta:g}{seed})"
+    return Cell(text, numbers={"": most.epsilon, "delta": most.delta})
 
 
 def spread(values: Sequence[float], digits: int) -> Cell:

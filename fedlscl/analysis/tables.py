@@ -22,6 +22,7 @@ from fedlscl.analysis.rows import (
     COMPETING,
     KEPT,
     MARKS,
+    PROMISED,
     STAR,
     Named,
     accuracies,
@@ -32,6 +33,7 @@ from fedlscl.analysis.rows import (
     number,
     number_of_tasks,
     ordered,
+    promised,
     seeds,
     sentences,
     spread,
@@ -96,7 +98,7 @@ def overview(comparison: Comparison) -> Table:
         "overview",
         "Every method under all masks",
         comparison.title,
-        sentences(_METRICS, _ORDER, COMPETING, STAR, KEPT, unnamed(comparison, variants)),
+        sentences(_METRICS, _ORDER, COMPETING, STAR, KEPT, _promised(variants), unnamed(comparison, variants)),
         _metrics_header(variants),
         _metrics(variants, among_methods),
     )
@@ -117,7 +119,7 @@ def varied(comparison: Comparison, shown: Sequence[Variant]) -> Table:
         "variants",
         "What was varied besides, under all masks",
         comparison.title,
-        sentences(_METRICS, _ORDER, STAR, KEPT, unnamed(comparison, variants)),
+        sentences(_METRICS, _ORDER, STAR, KEPT, _promised(variants), unnamed(comparison, variants)),
         _metrics_header(variants),
         _metrics(variants, lambda mask: lambda variant: False),
     )
@@ -229,7 +231,13 @@ _ORDER = f"Rows by their final average under seen, {BELOW}"
 
 def _metrics_header(variants: Sequence[Named]) -> tuple[str, ...]:
     finals = (f"final, {mask}" for mask in masks_of(variants))
-    return ("method", "seeds", "images kept", "new, task", *finals, "average, seen", "forgetting, seen")
+    own = ("epsilon",) if _promised(variants) else ()
+    return ("method", "seeds", "images kept", *own, "new, task", *finals, "average, seen", "forgetting, seen")
+
+
+def _promised(variants: Sequence[Named]) -> str:
+    """What the column of epsilon means, where one of these has any."""
+    return PROMISED if any(promised(variant).numbers for _, variant in variants) else ""
 
 
 def _metrics(
@@ -250,8 +258,13 @@ def _metrics(
         column(metric("seen", "average_incremental"), "seen"),
         column(metric("seen", "forgetting"), "seen", least=True),
     ]
+    with_epsilon = bool(_promised(variants))
     return tuple(
-        (Cell(label), seeds(variant), kept(variant), *(cells[place] for cells in columns))
+        (
+            *(Cell(label), seeds(variant), kept(variant)),
+            *([promised(variant)] if with_epsilon else []),
+            *(cells[place] for cells in columns),
+        )
         for place, (label, variant) in enumerate(variants)
     )
 

@@ -93,7 +93,7 @@ class Node:
         message = None
         if masking is not None:
             party = self._party(round)
-            message = party.mask(masking, terms_of(client, self.worker.template.server))
+            message = party.mask(masking, terms_of(client, self.worker.template.server, party.threshold))
             self.store.write(_secure(round.number), party.state())
         elif uploads:
             message = client.upload().to_bytes()

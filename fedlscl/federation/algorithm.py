@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -27,6 +29,9 @@ from fedlscl.schedule import Round, Schedule
 from fedlscl.server import Answer, Answers, Context, Metrics, OnDemand, Total
 
 log = logging.getLogger(__name__)
+BEGUN = "begun"
+"""Under which name the store notes which round has begun last, and how many were begun again."""
+
 USUAL = "usual"
 """The name under which the store holds how large uploads are, see `fedlscl.robust.medians`."""
 
@@ -63,6 +68,11 @@ class Federation:
         self.schedule.check(self.clients)
         self.template.begin()
         self.sums = SecureSums(self.schedule, self.template) if self.schedule.secure else None
+        if self.sums is not None and self.template.client.privacy is not None and self.schedule.rounds > 1:
+            raise ValueError(
+                f"federation.rounds is {self.schedule.rounds}, but with federation.secure and model.privacy each round "
+                "adds noise to the sums, and only the first of a task adds images; take 1"
+            )
         if self.server.server_images:
             self.server.hold(*self.template.data.server_images(self.server.server_images))
         self.setup_bytes = sum(tensor.nbytes for tensor in self.template.common_start.values())
@@ -87,11 +97,32 @@ class Federation:
         history = self.store.progress.get("history", [])
         tasks, seed = self.template.data.split.spec.tasks, self.template.seed
         for round in self.schedule.after(len(history), tasks, seed):
+            begun = self._begin(round)
             result = self._round(round, callback)
             callback.on_round_end(result)
             history = [*history, result.to_json()]
-            self.store.commit({"round": round.number, "history": history, **callback.state_dict()})
+            self.store.commit({"round": round.number, "history": history, **begun, **callback.state_dict()})
             yield result
+
+    def _begin(self, round: Round) -> dict[str, Any]:
+        """With privacy, note that a round begins: if it is not the first time, images are released once more."""
+        if self.template.client.privacy is None:
+            return {}
+        before = self.store.progress.get(BEGUN, {"round": 0, "repeated": 0})
+        now = {"round": round.number, "repeated": before["repeated"] + (before["round"] == round.number)}
+        self.store.commit({**self.store.progress, BEGUN: now})
+        return {BEGUN: now}
+
+    @property
+    def released_again(self) -> int:
+        """How many times more than was planned anything of an image may have left its client, at most.
+
+        A client that was left out sends its sums once more; where they are secure, those of before are in no sum.
+        """
+        left_out = Counter(client for result in self.history for client in result.skipped)
+        refused = 0 if self.schedule.secure else max(left_out.values(), default=0)
+        repeated: int = self.store.progress.get(BEGUN, {"repeated": 0})["repeated"]
+        return repeated + refused
 
     def _round(self, round: Round, callback: FederationCallback) -> RoundResult:
         """Clients fit, the server answers, all evaluate."""

@@ -153,7 +153,8 @@ class InProcess:
             state = self.worker.fit(client, round, logger)
             message = None
             if masking is not None:
-                message = self._parties[index].mask(masking, terms_of(client, self.worker.template.server))
+                party = self._parties[index]
+                message = party.mask(masking, terms_of(client, self.worker.template.server, party.threshold))
             elif uploads:
                 message = client.upload().to_bytes()
         except CLIENTS_FAULT as error:

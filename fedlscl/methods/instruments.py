@@ -83,6 +83,10 @@ class Generating(Client):
     scale: float  # of the LoRA's product, alpha / r
     generator: ParameterGenerator  # phi
     head: nn.Module
+    unprotected = (
+        "trains phi on the images in steps without noise, and all that it sends, also T = sum of C_i Phi_i, depends on "
+        "phi: noise on sums of that protects nobody; that takes DP-SGD, which is not there"
+    )
     _warned = False
 
     @abstractmethod

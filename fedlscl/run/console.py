@@ -193,6 +193,7 @@ def summary_table(summary: Summary, console: Console, *, picture: Path, run_dir:
         Text(f"final average (%) by mask: {averages}"),
         *([Text("* with parameters that the task of each image, which had to be known, has chosen")] if told else []),
         *([Text(_untrained(summary))] if summary.untrained_pairs else []),
+        *([Text(summary.privacy.text)] if summary.privacy else []),
         Text(f"bytes per client and round: {'  '.join(ways)}"),
         Text(f"seconds: {seconds['total']:.1f} ({parts})  peak memory: {summary.peak_memory_mib:.0f} MiB"),
         Text(f"picture: {picture}"),

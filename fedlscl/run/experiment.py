@@ -39,7 +39,7 @@ from fedlscl.run.console import FederationProgress, summary_table
 from fedlscl.run.errors import told
 from fedlscl.run.fields import short
 from fedlscl.run.folder import CHECKPOINT, CONFIG, METRICS, SPLIT, SUMMARY, RunFolder
-from fedlscl.run.summary import Accuracy, Compute, Skipped, Summary, Traffic, contradictory
+from fedlscl.run.summary import Accuracy, Compute, Promise, Skipped, Summary, Traffic, contradictory
 from fedlscl.run.tracking import Tracker, WandbMode, mended, wandb_is
 from fedlscl.schedule import Schedule
 from fedlscl.server import Server
@@ -347,6 +347,7 @@ class Experiment:
             tested_pairs=None if pairs is None else len(pairs),
             untrained_pairs=None if pairs is None else sum(not pair.trained for pair in pairs),
             images_kept=self.client.images_kept(self._fewest_classes, self.server.listens),
+            privacy=self._promise(federation),
             skipped=_named(history, "skipped"),
             unanswered=_named(history, "unanswered"),
             nodes=federation.nodes,
@@ -364,6 +365,21 @@ class Experiment:
         """Of any client; where nobody's are known, those of all together."""
         split = self.data.split
         return min(map(sum, split.task_sizes), default=sum(map(len, split.federation)))
+
+    def _promise(self, federation: Federation) -> Promise | None:
+        """What the run has kept of the privacy that was asked for."""
+        if (privacy := self.client.privacy) is None:
+            return None
+        tasks, again = self.data.split.spec.tasks, federation.released_again
+        return Promise(
+            epsilon=privacy.spent(tasks, again),
+            delta=privacy.delta,
+            unit=privacy.unit,
+            noise=privacy.noise,
+            of="sum" if self.schedule.secure else "upload",
+            multiplier=privacy.multiplier(tasks),
+            releases=privacy.releases(tasks) + again,
+        )
 
     def _decorate(self, summary: Summary, tracker: Tracker | None) -> None:
         """Draw the pictures, and tell W&B how it ended: what fails here costs no number."""

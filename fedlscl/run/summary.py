@@ -149,6 +149,39 @@ class Compute:
 
 
 @dataclass(frozen=True)
+class Promise:
+    """The differential privacy of what clients have sent, over all tasks and rounds, see `fedlscl.privacy`.
+
+    Args:
+        epsilon: what was spent; more than was asked for where something was released again.
+        delta: the probability with which it does not hold.
+        unit: to whom it is promised: each image, or each client.
+        noise: `system`, or `seed`: the server can then take it off, and nothing is promised.
+        of: what has so much noise: a `sum`, or each `upload`.
+        multiplier: of the noise, beside what a unit adds to one release.
+        releases: in how many releases a unit is at most.
+    """
+
+    epsilon: float
+    delta: float
+    unit: str
+    noise: str
+    of: str
+    multiplier: float
+    releases: int
+
+    @property
+    def text(self) -> str:
+        """All of it in a line."""
+        void = " (noise from the run's seed, which the server knows: for measuring, it protects nobody)"
+        return (
+            f"differential privacy of each {self.unit}: epsilon {self.epsilon:.3g}, delta {self.delta:g} over "
+            f"{self.releases} release{'s' * (self.releases > 1)} with noise on each {self.of}"
+            f"{void if self.noise == 'seed' else ''}"
+        )
+
+
+@dataclass(frozen=True)
 class Skipped:
     """A client that was left out of a round.
 
@@ -189,6 +222,7 @@ class Summary:
         untrained_pairs: in how many of these the client has no training image of the class.
         images_kept: how many training images of each class, at most, a client keeps after their task; None where the
             question has no meaning or nobody said.
+        privacy: what is promised to the images or clients; None for nothing.
         skipped: the clients that were left out of a round.
         unanswered: the clients that kept their model in a round, since no answer could be used, likewise.
         nodes: by client the fingerprint of the key that its node had; empty where clients had none of their own.
@@ -220,6 +254,7 @@ class Summary:
     tested_pairs: int | None = None
     untrained_pairs: int | None = None
     images_kept: int | None = None
+    privacy: Promise | None = None
     skipped: tuple[Skipped, ...]
     unanswered: tuple[Skipped, ...] = ()
     nodes: Mapping[str, str] = field(default_factory=dict)

@@ -110,7 +110,7 @@ class FlowerTransport:
     ) -> None:
         self.template, self.store, self.grid, self.timeout = template, store, grid, timeout
         self.configuration = configuration
-        if store.progress and LEDGER not in store.files:
+        if store.progress.get("history") and LEDGER not in store.files:
             raise ValueError(
                 f"{store.folder} holds a run in one process; go on with `fedlscl fit`, or give another run_dir"
             )

@@ -89,6 +89,11 @@ class Party:
             }
         )
 
+    @property
+    def threshold(self) -> int:
+        """How many clients' values are in the sum at least; known after `share`."""
+        return int(self._kept["threshold"])
+
     def mask(self, message: bytes, tensors: Mapping[str, Tensor]) -> bytes:
         """Put values under masks that come off in the sum over all clients that are still there.
 

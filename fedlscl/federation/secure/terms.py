@@ -15,23 +15,29 @@ from fedlscl.server import Server, Total
 SAMPLES = "number of samples"
 
 
-def terms_of(client: Client, server: Server) -> dict[str, Tensor]:
+def terms_of(client: Client, server: Server, least: int) -> dict[str, Tensor]:
     """What a client that has been fitted adds to the sum.
 
-    It looks at its own upload as the server would, which sees it no more.
+    It looks at its own upload as the server would, which sees it no more. Noise is added afterwards.
+
+    Args:
+        client: the client.
+        server: knows what is added up.
+        least: how many clients' values are in a sum at least.
 
     Raises:
         MessageError: if the upload does not fit its schema, or the server's rules.
     """
-    upload = Upload.from_bytes(client.upload().to_bytes(), client.upload_schema())
+    upload = Upload.from_bytes(client.unprotected_upload().to_bytes(), client.upload_schema())
     server.check(upload)
-    return _all(upload, server)
+    return _all(upload.samples, client.protected(server.terms(upload), least))
 
 
 def shapes_of(schema: Schema, server: Server) -> Shapes:
     """The names and shapes of what every client adds, from the schema of an upload."""
     zeros = {name: torch.zeros(spec.largest, dtype=spec.dtype) for name, spec in schema.items()}
-    return {name: tensor.shape for name, tensor in _all(Upload(0, 0, 0, 0, zeros), server).items()}
+    terms = server.terms(Upload(0, 0, 0, 0, zeros))
+    return {name: tensor.shape for name, tensor in _all(0, terms).items()}
 
 
 def total_of(tensors: Mapping[str, Tensor], clients: tuple[int, ...]) -> Total:
@@ -40,6 +46,6 @@ def total_of(tensors: Mapping[str, Tensor], clients: tuple[int, ...]) -> Total:
     return Total(clients, int(sums.pop(SAMPLES)), sums)
 
 
-def _all(upload: Upload, server: Server) -> dict[str, Tensor]:
-    terms = {SAMPLES: torch.tensor(upload.samples), **server.terms(upload)}
-    return dict(sorted(terms.items()))  # one behind another they must be in the same order at every client
+def _all(samples: int, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    everything = {SAMPLES: torch.tensor(samples), **terms}
+    return dict(sorted(everything.items()))  # one behind another they must be in the same order at every client

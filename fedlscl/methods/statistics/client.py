@@ -6,6 +6,7 @@ Shapes: B batch, d features of the ViT, p features that the head sees, K classes
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +16,15 @@ from fedlscl.batches import Batch, Output
 from fedlscl.checks import at_least
 from fedlscl.client import Client
 from fedlscl.continual import NoReplay
+from fedlscl.data.splits import Split
 from fedlscl.memory import above, below
 from fedlscl.messages import Download, Schema
 from fedlscl.methods.joint import Pooled
 from fedlscl.methods.statistics.heads import STEP, ClosedFormHead, added, as_message, head_schema
+from fedlscl.methods.statistics.noisy import NOISE, NoisyHead, noisy, of_unit_length
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
+from fedlscl.privacy import Privacy
 from fedlscl.schedule import Round
 
 
@@ -35,18 +39,32 @@ class StatisticsClient(Client):
         projection: M, the number of random features relu(f R) that the head sees, R from N(0, 1 / d) and the same for
             all; 0 for the ViT's own features.
         evaluation_batch_size: largest batch; the larger, the more memory and, on a GPU, speed.
+        privacy: differential privacy of the images or clients: noise on the sums, for `Ridge` and `ClassMeans`.
     """
 
     uncapturable = "it adds up on the CPU and trains nothing"
+    unprotected: ClassVar[str] = ""
 
     seed: Tensor  # () of R
     collected: Tensor  # () the last task whose images are in a sum
 
-    def __init__(self, head: ClosedFormHead, projection: int = 0, evaluation_batch_size: int = 128) -> None:
+    def __init__(
+        self,
+        head: ClosedFormHead,
+        projection: int = 0,
+        evaluation_batch_size: int = 128,
+        privacy: Privacy | None = None,
+    ) -> None:
         size = max(2, evaluation_batch_size)
-        super().__init__(NoReplay(), batch_size=size, evaluation_batch_size=evaluation_batch_size, buffer_size=0)
+        super().__init__(
+            NoReplay(),
+            batch_size=size,
+            evaluation_batch_size=evaluation_batch_size,
+            buffer_size=0,
+            privacy=privacy,
+        )
         at_least(0, "model", projection=projection)
-        self.head, self.projection = head, projection
+        self.head, self.projection = head if privacy is None else noisy(head), projection
 
     # ---- the head
 
@@ -71,8 +89,11 @@ class StatisticsClient(Client):
 
     def seen_by_head(self, features: Tensor) -> Tensor:
         """(B, p) from the features (B, d) of the ViT, in float64 and without an error that the batch could change."""
-        exact = rounded(features.cpu())
-        return rounded((exact @ self.matrix(exact)).relu()) if self.projection else exact
+        seen = rounded(features.cpu())
+        if self.projection:
+            seen = rounded((seen @ self.matrix(seen)).relu())
+        # how long they are makes no difference to a head without intercept
+        return seen if self.privacy is None else of_unit_length(seen)
 
     def precompute(self, images: Tensor) -> dict[str, Tensor]:
         """The frozen features (B, d)."""
@@ -91,6 +112,10 @@ class StatisticsClient(Client):
         return Output(logits.masked_fill(~head["known"].to(logits.device), -torch.inf), features)
 
     # ---- one round
+
+    def check(self, split: Split) -> None:
+        """Any split will do; from its tasks follows how much noise there must be."""
+        self.tasks = split.spec.tasks
 
     def begin_round(self, round: Round) -> None:
         """No sums yet."""
@@ -128,6 +153,17 @@ class StatisticsClient(Client):
         """The sums over images that were not sent before."""
         return self.sums
 
+    def protected(self, tensors: Mapping[str, Tensor], clients: int) -> Mapping[str, Tensor]:
+        """Sums with noise, and how much."""
+        if self.privacy is None or not tensors:
+            return tensors
+        assert isinstance(self.head, NoisyHead)
+        deviation = self.privacy.multiplier(self.tasks) / clients**0.5
+        scales = self.head.scales(self.features, self.num_classes)
+        key = self.privacy.key(self.round.seed, self.index, self.round.number)
+        found = self.privacy.noisy(tensors, scales, deviation, key)
+        return {**found, NOISE: torch.tensor((deviation * (self.privacy.clip or 1)) ** 2, dtype=torch.float64)}
+
     def upload_schema(self) -> Schema:
         """What the head needs."""
         return self.head.schema(self.features, self.num_classes)
@@ -143,6 +179,8 @@ class StatisticsClient(Client):
 
 class LocalStatisticsClient(StatisticsClient):
     """A head from the client's own images alone; for the settings see `StatisticsClient`."""
+
+    unprotected = "sends nothing"
 
     def build(self, vit: FrozenViT, cnn: SmallModelSpec, cnn_name: str, num_classes: int) -> None:
         """No sums yet."""
@@ -179,6 +217,8 @@ class LocalStatisticsClient(StatisticsClient):
 
 class JointStatisticsClient(Pooled, LocalStatisticsClient):
     """A head from all images of all clients and tasks: what a frozen ViT can do with these sums, as a reference."""
+
+    unprotected = "has all images in one place"
 
     def begin_round(self, round: Round) -> None:
         """All images are there from the first task on."""

@@ -112,6 +112,10 @@ class ClosedFormHead(ABC):
             n: TensorSpec(shape, torch.float64, optional=True, rule=self.rules.get(n)) for n, shape in shapes.items()
         }
 
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """What is logged of some sums."""
+        return {"images": float(self.counts(sums).sum())}
+
     def problem(self, sums: Sums, images: int) -> str | None:
         """Why these cannot be the sums over so many images, or None."""
         counts = self.counts(sums)

@@ -84,7 +84,7 @@ class StatisticsServer(Server):
         return self._solved(context)
 
     def _solved(self, context: Context) -> tuple[Answers, Metrics]:
-        counts = self.head.counts(added(self.sums.values()))
-        solution = self.head.solve(self.sums)
-        metrics = {"images": float(counts.sum()), **solution.metrics}
+        total = added(self.sums.values())
+        counts, solution = self.head.counts(total), self.head.solve(self.sums)
+        metrics = {**self.head.metrics(total), **solution.metrics}
         return dict.fromkeys(range(context.clients), Answer(as_message(solution, counts))), metrics
