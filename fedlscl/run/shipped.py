@@ -17,7 +17,7 @@ from fedlscl.run.errors import meant
 
 Kind = Literal["setting", "method"]
 FOLDERS: dict[Kind, Path] = {"setting": Path("experiments"), "method": Path("experiments/methods")}
-CHECKOUT = Path(__file__).parents[2]
+CHECKOUT = Path(__file__).resolve().parents[2]
 """What has `experiments/` beside the package, unless that is installed elsewhere."""
 
 CONFIG = ("--config", "-c")
