@@ -36,7 +36,7 @@ class Party:
         self._kept: dict[str, Tensor] = {}
 
     def state(self) -> dict[str, Tensor]:
-        """What it must know in the next step, secrets included; nothing when all is done."""
+        """What it must know in the next step, secrets included; none of them when all is done."""
         return {"done": torch.tensor(self._done), **self._kept}
 
     @classmethod
