@@ -51,9 +51,10 @@ def module(setting: dict[str, Any], root: str | None, seed: int) -> FederatedDat
     """The setting's data, a part of the training images held out."""
     source = setting["data"]["source"]
     given = {**source.get("init_args", {}), **({"root": root} if root else {})}
-    split = {n: tuple(v) if isinstance(v, list) else v for n, v in setting["data"]["split"].items()}
+    split: dict[str, Any] = {**setting["data"]["split"], "local_test": "holdout30"}
+    split = {name: tuple(value) if isinstance(value, list) else value for name, value in split.items()}
     kind = Digits if source["class_path"] == "Digits" else ImageFolder
-    data = FederatedDataModule(kind(**given), SplitSpec(**{**split, "local_test": "holdout30"}), seed=seed)
+    data = FederatedDataModule(kind(**given), SplitSpec(**split), seed=seed)
     data.prepare_data()
     data.setup()
     return data
@@ -103,7 +104,7 @@ class Search:
     @staticmethod
     def _features(vit: FrozenViT, pixels: Tensor) -> Tensor:
         with torch.no_grad():
-            return torch.cat([vit.summaries(part, BLOCKS) for part in pixels.split(64)])
+            return torch.cat([vit.summaries(part, BLOCKS) for part in torch.split(pixels, 64)])
 
     def sums(self, head: ClosedFormHead, x: Tensor, at: Tensor) -> Sums:
         """Over some images."""
