@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -56,11 +57,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["fedncm", "fed_ridge"])
     parser.add_argument("--epsilons", nargs="+", type=float, default=[1, 2, 4, 8, math.inf])
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 1999, 2024])
-    parser.add_argument("fields", nargs="*")
-    given = parser.parse_args()
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    given, fields = parser.parse_args(words[:end]), words[end + 1 :]
     found: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for seed in given.seeds:
-        for line in runs(given.setting, given.methods, given.epsilons, seed, given.fields):
+        for line in runs(given.setting, given.methods, given.epsilons, seed, fields):
             print(line, flush=True)
             row = json.loads(line)
             for mask in MASKS:

@@ -160,6 +160,15 @@ def test_sums_have_the_noise_that_is_stated(make: Make, head: Any, secure: bool 
         assert abs(float(noise.mean())) < 4 * (2 * per_release / noise.numel()) ** 0.5
 
 
+def test_what_is_promised_to_clients_takes_more_noise(make: Make) -> None:
+    """As long as five images, in a release for each of two tasks."""
+    client = StatisticsClient(ClassMeans(), privacy=Privacy(2.0, unit="client", clip=5.0))
+    federation = make(client=client, server=StatisticsServer())
+    next(federation.run())
+    variance = float(federation.server.sums[0][NOISE])  # type: ignore[attr-defined]
+    assert variance == pytest.approx(3 * 2 * (5 * noise_multiplier(2.0, 1e-5)) ** 2)
+
+
 def test_noise_of_the_seed_is_the_same_again_and_that_of_the_system_is_not(make: Make) -> None:
     def weight(noise: Any) -> Tensor:
         client = StatisticsClient(ClassMeans(), privacy=Privacy(4.0, noise=noise))

@@ -26,7 +26,7 @@ from fedlscl.continual import NoReplay, Replay
 from fedlscl.evaluation import MASKS
 from fedlscl.methods import GLFCClient, SmallModelClient
 from fedlscl.run.names import Parser, load
-from fedlscl.run.summary import Compute
+from fedlscl.run.summary import Compute, Promise
 
 ROOT = Path(__file__).parent.parent / "experiments"
 METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.yaml"))
@@ -138,6 +138,20 @@ def test_tables_say_how_many_images_a_client_keeps(method: str) -> None:
         for table in (overview(runs), costs_of(runs), *([table2(runs)] if method in COMPONENTS else [table1(runs)])):
             column = table.header.index("images kept") - 1
             assert rows(table)[method][column].text == KEPT.get(method, "0")
+
+
+def test_epsilon_stands_beside_what_is_private_and_nowhere_else() -> None:
+    promises = (
+        Promise(4.0, 1e-5, "image", "system", "sum", 1.08, 1),
+        Promise(5.2, 1e-5, "image", "system", "sum", 1.08, 2),
+    )
+    runs = [make_run("fed_ridge", seed=seed, privacy=promise) for seed, promise in enumerate(promises)]
+    table = overview(comparison(*runs, make_run("fedncm")))
+    assert "whom it is promised" in table.note
+    column = table.header.index("epsilon") - 1
+    assert [rows(table)[method][column].text for method in ("fed_ridge", "fedncm")] == ["5.2 (image, 1e-05)", MISSING]
+    assert len(rows(table)["fedncm"]) == len(table.header) - 1
+    assert "epsilon" not in overview(comparison(make_run("fedncm"))).header
 
 
 def test_a_replay_that_never_passes_keeps_nothing_and_what_a_run_notes_counts() -> None:
