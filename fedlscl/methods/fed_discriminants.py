@@ -26,13 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedlscl.messages import Download, Rule, Schema, TensorSpec, Upload, not_negative
+from fedlscl.messages import Download, Rule, Schema, TensorSpec, not_negative
 from fedlscl.methods.statistics.client import StatisticsClient
 from fedlscl.methods.statistics.heads import (
     ClosedFormHead,
     Solution,
     Sums,
-    added,
     as_message,
     one_hot,
     semidefinite_triangles,
@@ -267,11 +266,7 @@ class DiscriminantsServer(StatisticsServer):
 
     serves, needs, gives = "DiscriminantsClient", ("moments",), ("moments",)
 
-    def aggregate(self, uploads: Mapping[int, Upload], context: Context) -> tuple[Answers, Metrics]:
-        """The sums over all images so far, or no answer where nobody sent anything new."""
-        new = [upload.tensors for upload in uploads.values() if upload.tensors]
-        if not new:
-            return {}, {}
-        self.sums[0] = added([self.sums.get(0, {}), *new])
+    def answers(self, context: Context) -> tuple[Answers, Metrics]:
+        """The sums over all images so far."""
         images = float(self.head.counts(self.sums[0]).sum())
         return dict.fromkeys(range(context.clients), Answer(self.sums[0])), {"images": images}

@@ -62,7 +62,7 @@ class StatisticsServer(Server):
             if upload.tensors:
                 new, key = True, client if self.head.by_client else 0
                 self.sums[key] = added([self.sums.get(key, {}), upload.tensors])
-        return self._solved(context) if new else ({}, {})
+        return self.answers(context) if new else ({}, {})
 
     def beyond_sums(self) -> str | None:
         """Some heads need sums by client."""
@@ -81,9 +81,10 @@ class StatisticsServer(Server):
         if problem := self.head.problem(total.tensors, int(counts.sum())):
             raise MessageError(f"the clients' sum {problem}")
         self.sums[0] = added([self.sums.get(0, {}), total.tensors])
-        return self._solved(context)
+        return self.answers(context)
 
-    def _solved(self, context: Context) -> tuple[Answers, Metrics]:
+    def answers(self, context: Context) -> tuple[Answers, Metrics]:
+        """What follows from the sums so far, the same for all clients."""
         total = added(self.sums.values())
         counts, solution = self.head.counts(total), self.head.solve(self.sums)
         metrics = {**self.head.metrics(total), **solution.metrics}
