@@ -157,6 +157,7 @@ def test_the_largest_size_is_taken_that_fits() -> None:
     assert fitted(3 * 80 * 1.3 / 2 - 1) == ("large", 1, ("fast", "slow"), {})
     assert fitted(220 * 1.3 / 2 - 1) == ("small", 1, ("fast", "slow"), {})
     assert fitted(1) == ("small", 1, ("fast",), {"slow": 30.0})
+    assert budget.fit([({}, {"one": 5.0, "two": 5.0})], (), 1, 1, 1).methods == ("one",)
     assert budget.fit(both, ("slow",), 3, 3 * 30 * 1.3 / 2, 2).methods == ("fast",)
     assert budget.fit(both, ("slow",), 3, 3 * 220 * 1.3 / 2, 2).methods == ("fast", "slow")
 

@@ -104,7 +104,7 @@ def fit(
     count, size, every = next(fitting, options[-1])
     runs = without(every)
     while len(runs) > 1 and not fits(runs, count):
-        del runs[max(runs, key=lambda name: runs[name])]
+        del runs[max(reversed([*runs]), key=lambda name: runs[name])]
     for name in extras:
         if fits({**runs, name: every[name]}, count):
             runs[name] = every[name]
