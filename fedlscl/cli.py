@@ -30,6 +30,7 @@ usage: fedlscl fit --config SETTING [--config METHOD] [--run_dir DIR] [--any.fie
        fedlscl tables|plot|report RUNS [RUNS ...] [--out PATH]
        fedlscl predict RUN_DIR IMAGE|FOLDER [...] [--client N ...] [--task N] [--top K] [--out FILE.csv|FILE.json]
        fedlscl deal FOLDER --config SETTING [--config METHOD] [--any.field VALUE]
+       fedlscl audit RUN [RUN ...] [--out FOLDER] [--seeds N] [-- --any.field VALUE]
 
   fit      run a federation, or continue it if its run folder holds an unfinished run
   sweep    run all of a W&B sweep file (sweeps/*.yaml) on this machine, or continue it
@@ -38,6 +39,7 @@ usage: fedlscl fit --config SETTING [--config METHOD] [--run_dir DIR] [--any.fie
   report   one HTML page with tables, figures and every run
   predict  classify image files with one client's model of a run
   deal     write each client's data, and the server's, into a folder of its own, for a federation of several machines
+  audit    attack what the server of finished runs received: what could it learn of the clients' images?
 
 Settings (data, models, schedule) are in experiments/*.yaml, methods in experiments/methods/*.yaml; a later --config
 and single fields override what came before. `fedlscl fit --help` lists every field, `--print_config` shows the result.
@@ -53,6 +55,12 @@ PREDICT = (
     "Classify image files with clients' models of a run, by the classes that each client has learned. An image that "
     "cannot be read is named, the others are answered, and the exit code is 1. Where the output is no terminal, each "
     "line is image, client, class and probability, with tabs between."
+)
+
+AUDIT = (
+    "Attack what the server of finished runs received: exact leaks, membership, reconstruction. The runs must have kept "
+    "it (--tracking.received true); those of the same method are put together. Words behind -- change fields for the "
+    "audit, such as --server.iterations 250 where the server makes images."
 )
 
 SETTING_VARIABLE, METHOD_VARIABLE = "FEDLSCL_SETTING", "FEDLSCL_METHOD"
@@ -262,6 +270,22 @@ def report_command(words: list[str]) -> None:
     _say(f"report: {path}")
 
 
+def audit_command(words: list[str]) -> None:
+    """`fedlscl audit`: what the server of finished runs could learn of the clients' images."""
+    parser = _parser("audit", AUDIT)
+    parser.add_argument("runs", type=str, nargs="+", help="folders of finished runs with --tracking.received true")
+    parser.add_argument("--out", type=str, default="audit", help="folder to write tables and pictures into")
+    parser.add_argument("--seeds", type=int, default=1, help="how often each run is attacked, with other draws")
+    parser.add_argument("--reconstruct", type=int, default=2, help="of how many clients of a run images are made")
+    at = words.index("--") if "--" in words else len(words)
+    options, further = parser.parse_args(words[:at]), words[at + 1 :]
+    from fedlscl.audit.command import audit
+
+    folders = [path_of(run) for run in options.runs]
+    for file in audit(folders, path_of(options.out), options.seeds, options.reconstruct, further, _say)[:1]:
+        sys.stdout.write(file.read_text(encoding="utf-8"))
+
+
 COMMANDS = {
     "fit": fit_command,
     "sweep": sweep_command,
@@ -270,6 +294,7 @@ COMMANDS = {
     "report": report_command,
     "predict": predict_command,
     "deal": deal_command,
+    "audit": audit_command,
 }
 
 

@@ -29,6 +29,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "methods": ("data", "models", "federation"),
     "run": ("data", "models", "federation"),
     "analysis": ("run",),
+    "audit": ("data", "models", "federation", "run", "analysis"),
     "deployment": ("data", "models", "federation", "run"),
 }
 """The folders that each folder may import from, besides itself and the spine."""

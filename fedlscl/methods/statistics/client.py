@@ -37,6 +37,7 @@ class StatisticsClient(Client):
         evaluation_batch_size: largest batch; the larger, the more memory and, on a GPU, speed.
     """
 
+    discloses = "task"
     uncapturable = "it adds up on the CPU and trains nothing"
 
     seed: Tensor  # () of R
@@ -73,6 +74,10 @@ class StatisticsClient(Client):
         """(B, p) from the features (B, d) of the ViT, in float64 and without an error that the batch could change."""
         exact = rounded(features.cpu())
         return rounded((exact @ self.matrix(exact)).relu()) if self.projection else exact
+
+    def disclosed(self, images: Tensor) -> Tensor:
+        """What the head sees, in float64."""
+        return self.seen_by_head(self.vit(images))
 
     def precompute(self, images: Tensor) -> dict[str, Tensor]:
         """The frozen features (B, d)."""
