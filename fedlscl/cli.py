@@ -58,9 +58,9 @@ PREDICT = (
 )
 
 AUDIT = (
-    "Attack what the server of finished runs received: exact leaks, membership, reconstruction. The runs must have kept "
-    "it (--tracking.received true); those of the same method are put together. Words behind -- change fields for the "
-    "audit, such as --server.iterations 250 where the server makes images."
+    "Attack what the server of finished runs received: exact leaks, membership, reconstruction. The runs must have "
+    "kept it (--tracking.received true); those of the same method are put together. Words behind -- change fields for "
+    "the audit, such as --server.iterations 250 where the server makes images."
 )
 
 SETTING_VARIABLE, METHOD_VARIABLE = "FEDLSCL_SETTING", "FEDLSCL_METHOD"

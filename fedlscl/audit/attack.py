@@ -200,7 +200,7 @@ class _Client:
         if self.contents.sums is None or self.contents.counts is None:
             return []
         sums, counts = self.contents.sums.sum(dim=0), self.contents.counts.sum(dim=0)
-        return [(sums[label] / counts[label], label) for label in self.images.labels.unique().tolist()]
+        return [(sums[label] / counts[label], label) for label in torch.unique(self.images.labels).tolist()]
 
     def _usual(self, public: Tensor, label: int) -> Tensor:
         return _usual(self.run, public, label)

@@ -35,9 +35,9 @@ def audit(
         FileNotFoundError: if a folder holds no finished run, or not what its server received.
         ValueError: if a number or the runs are impossible.
     """
-    for name, value, least in (("seeds", seeds, 1), ("reconstruct", reconstruct, 0)):
-        if value < least:
-            raise ValueError(f"{name} is {value}, must be at least {least}")
+    for name, number, least in (("seeds", seeds, 1), ("reconstruct", reconstruct, 0)):
+        if number < least:
+            raise ValueError(f"{name} is {number}, must be at least {least}")
     found: dict[str, list[Found]] = {}
     shared: dict[str, tuple[str, Path]] = {}
     of_runs = []

@@ -42,7 +42,7 @@ def exact_leaks(contents: Contents) -> list[Claim]:
 
 
 def owners(claims: list[Claim], features: Tensor, labels: Tensor) -> list[int | None]:
-    """For each claim which of some images (n, e) with labels (n,) has that feature; None if none has, or claimed class."""
+    """For each claim which of some images (n, e) with labels (n,) has its feature, and its class; None if none has."""
     found: list[int | None] = []
     for claim in claims:
         distances = (features.double() - claim.feature).norm(dim=1)

@@ -77,7 +77,8 @@ def measured(groups: Sequence[tuple[Scores, Scores]], seed: int = 0) -> Membersh
 
 def nearest(rows: Tensor, features: Tensor) -> Tensor:
     """(n,) minus the distance of features (n, e) to the nearest of the rows (r, e) that were sent."""
-    return -torch.cdist(features.double(), rows.double(), compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1)
+    distances = torch.cdist(features.double(), rows.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    return -distances.amin(dim=1)
 
 
 def leverage(gram: Tensor, features: Tensor) -> Tensor:
@@ -93,7 +94,8 @@ def leverage(gram: Tensor, features: Tensor) -> Tensor:
         x = torch.nn.functional.pad(x, (0, 1), value=1.0)
     values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
     least = 1e-6 * values.abs().mean().clamp(min=1e-30)
-    return -((x @ vectors).square() / values.clamp(min=least)).sum(dim=1)
+    sizes: Tensor = ((x @ vectors).square() / values.clamp(min=least)).sum(dim=1)
+    return -sizes
 
 
 def pull(contents: Contents, features: Tensor, labels: Tensor, public: Tensor, of_public: Tensor) -> Tensor:
@@ -109,15 +111,16 @@ def pull(contents: Contents, features: Tensor, labels: Tensor, public: Tensor, o
         public: (p, e) features of public images.
         of_public: (p,) their labels.
     """
-    assert contents.sums is not None and contents.counts is not None
+    assert contents.sums is not None
+    assert contents.counts is not None
     sums, counts = contents.sums.sum(dim=0), contents.counts.sum(dim=0)
     x, known, scores = features.double(), public.double(), torch.zeros(len(features), dtype=torch.float64)
-    means = {label: known[of_public == label].mean(dim=0) for label in of_public.unique().tolist()}
+    means = {label: known[of_public == label].mean(dim=0) for label in torch.unique(of_public).tolist()}
     overall = known.mean(dim=0)
     apart = known - torch.stack([means[label] for label in of_public.tolist()])
     covariance = apart.T @ apart / max(len(apart) - len(means), 1)
     covariance.diagonal().add_(0.1 * covariance.diagonal().mean())
-    for label in labels.unique().tolist():
+    for label in torch.unique(labels).tolist():
         of_class, mean = labels == label, means.get(label, overall)
         sent = sums[label] / counts[label].clamp(min=1)
         scores[of_class] = (x[of_class] - mean) @ torch.linalg.solve(covariance, sent - mean)

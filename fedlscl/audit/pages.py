@@ -21,8 +21,8 @@ PAGE = "audit.md"
 INTRODUCTION = """\
 # What the server could learn
 
-Attacks on what the server received, by `fedlscl audit`. An attack that finds nothing shows that this attack finds nothing with
-this much knowledge, and no more; a better one may. What is exact, or close to it, is lost for certain.
+Attacks on what the server received, by `fedlscl audit`. An attack that finds nothing shows that this attack finds
+nothing with this much knowledge, and no more; a better one may. What is exact, or close to it, is lost for certain.
 """
 
 
@@ -123,11 +123,11 @@ def _reconstruction(runs: Runs, about: str) -> Table:
             rows.append((*cells, alike, usual, Cell(again)))
     header = (*("method", "the server has", "of", "it knows", "images"), "similarity", "class mean", "found again (%)")
     note = (
-        "Similarity is the correlation of the pixels of the image made by a decoder, trained on public images, with the "
-        "true image's; beside it that of the mean of public images of the true class, which takes no message. Found "
-        "again: the true image is the most similar one among the client's of its class. Of images that the server itself "
-        "makes, the client's most similar image stands for the true one, also for the class mean. In brackets the 95 % "
-        "interval of bootstrap draws over images."
+        "Similarity is the correlation of the pixels of the image made by a decoder, trained on public images, with "
+        "the true image's; beside it that of the mean of public images of the true class, which takes no message. "
+        "Found again: the true image is the most similar one among the client's of its class. Of images that the "
+        "server itself makes, the client's most similar image stands for the true one, also for the class mean. In "
+        "brackets the 95 % interval of bootstrap draws over images."
     )
     return Table("reconstruction", "Reconstruction", about, note, header, tuple(rows))
 

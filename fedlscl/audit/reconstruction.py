@@ -35,9 +35,12 @@ class Decoder:
         self.mean, self.scale = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
         targets = images.flatten(1)
         with seeds.seeded(seed, "decoder"):
-            widths = (x.shape[1], WIDTH, WIDTH)
-            hidden = [part for pair in zip(widths, widths[1:], strict=False) for part in (nn.Linear(*pair), nn.GELU())]
-            self.net = nn.Sequential(*hidden, nn.Linear(WIDTH, targets.shape[1]), nn.Sigmoid())
+            first, second, last = (
+                nn.Linear(x.shape[1], WIDTH),
+                nn.Linear(WIDTH, WIDTH),
+                nn.Linear(WIDTH, targets.shape[1]),
+            )
+            self.net = nn.Sequential(first, nn.GELU(), second, nn.GELU(), last, nn.Sigmoid())
             optimizer = torch.optim.AdamW(self.net.parameters(), lr=RATE, weight_decay=1e-2)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
             for _ in range(STEPS):
@@ -62,7 +65,8 @@ def correlation(one: Tensor, other: Tensor) -> Tensor:
     a, b = (
         images.double().flatten(1) - images.double().flatten(1).mean(dim=1, keepdim=True) for images in (one, other)
     )
-    return (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-12)
+    found: Tensor = (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-12)
+    return found
 
 
 def found_again(made: Tensor, true: Tensor, among: Tensor, labels: Tensor, of_others: Tensor) -> tuple[float, float]:

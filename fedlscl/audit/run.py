@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlscl import seeds
@@ -90,7 +91,8 @@ class AuditedRun:
         self._public()
         self.common = False  # whether all clients' features are those of one model, which does not change
         some = self.public.only(torch.arange(min(4, len(self.public.indices))))
-        start, *ends = (self.features(k, state, some) for k, state in ((0, "start"), (0, "end"), (-1, "end")))
+        last = self.template.clients - 1
+        start, ends = self.features(0, "start", some), [self.features(k, "end", some) for k in (0, last)]
         self.common = start is not None and all(end is not None and torch.equal(start, end) for end in ends)
 
     # ---- images
@@ -109,7 +111,7 @@ class AuditedRun:
         self.public = self.pool("test", test[::2]) if self.halved else self.pool("train", left)
         self.test_part = split.evaluate_on
 
-    def pool(self, part: Part, indices: np.ndarray | Tensor) -> Pool:  # type: ignore[type-arg]
+    def pool(self, part: Part, indices: NDArray[np.int64] | Tensor) -> Pool:
         """Images of one part of the data set."""
         places = torch.as_tensor(indices)
         chosen = self.data.dataset.train if part == "train" else self.data.dataset.test
@@ -134,7 +136,7 @@ class AuditedRun:
             test = test[test % 2 == 1]
         pool, rng = self.pool(self.test_part, test), seeds.generator(self.seed, "audit", client, seed)
         chosen: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for label in members.labels.unique().tolist():
+        for label in torch.unique(members.labels).tolist():
             places = [(one.labels == label).nonzero().flatten() for one in (members, pool)]
             count = min(map(len, places))
             for found, of_class in zip(chosen, places, strict=True):
@@ -160,9 +162,9 @@ class AuditedRun:
         """(n, e) what a client's uploads hold of images, by one of its models."""
         key = (None if self.common else (index, state), pool.part, pool.indices.numpy().tobytes())
         if key not in self._features:
-            body = self.client(index % self.template.clients, state)
+            body = self.client(index, state)
             with torch.no_grad():
-                found = [body.disclosed(images) for images in self.pixels(pool).split(BATCH)]
+                found = [body.disclosed(images) for images in torch.split(self.pixels(pool), BATCH)]
             known = [one for one in found if one is not None]
             self._features[key] = torch.cat(known) if known else None
         return self._features[key]
@@ -183,7 +185,9 @@ class AuditedRun:
         classes, found = body.data.class_mask(0, task), list[Tensor]()
         with torch.no_grad():
             for pool in pools:
-                logits = torch.cat([body(x, body.precompute(x)).logits for x in self.pixels(pool).split(BATCH)]).float()
+                logits = torch.cat(
+                    [body(x, body.precompute(x)).logits for x in torch.split(self.pixels(pool), BATCH)]
+                ).float()
                 logits = logits.masked_fill(~classes, -torch.inf)
                 losses = torch.nn.functional.cross_entropy(logits, pool.labels, reduction="none")
                 found.append(losses.clamp(max=LARGEST_LOSS))
@@ -201,7 +205,7 @@ class AuditedRun:
         return self._last([sight for sight in self.sights if not sight.summed])
 
     def totals(self) -> list[Sight]:
-        """The same of the sums over the clients, received as such or what secure sums would have made of the uploads."""
+        """The same of sums over the clients, received as such or what secure sums would have made of the uploads."""
         if sums := [sight for sight in self.sights if sight.summed]:
             return self._last(sums)
         server = self.template.server
@@ -220,7 +224,7 @@ class AuditedRun:
         return self._last([*found.values()])
 
     def _last(self, sights: Sequence[Sight]) -> list[Sight]:
-        """Of each client, or sum, the last that says anything; of each task, where a message is of one task's images."""
+        """Of each client, or sum, the last that says anything; of each task, where a message is of its images."""
         each_task = self.template.first.discloses == "task"
         found: dict[tuple[object, ...], Sight] = {}
         for sight in sights:
