@@ -12,27 +12,29 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 import json
-import subprocess
+import multiprocessing
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from fedlscl.cli import main as fedlscl
 from fedlscl.federation.secure.party import Party
 from fedlscl.federation.secure.session import Session
+from fedlscl.federation.secure.words import ADVERTISE, MASK, SHARE, UNMASK
 from fedlscl.messages import Upload, schema_of
 from fedlscl.schedule import Round, Schedule
 
 HERE = Path(__file__).resolve().parent
-BIN = Path(sys.executable).parent
 ROUND = Round(1, 1, True, 0)
 DROPPED = (0.0, 0.1, 0.3)
 
@@ -52,68 +54,90 @@ class Meter:
         self.seconds[name] += time.process_time() - before
 
 
-def cost(clients: int, values: int) -> Iterator[str]:
+State = dict[str, NDArray[Any]]
+
+
+class Work(NamedTuple):
+    """A step of one client."""
+
+    step: str
+    client: int
+    state: State
+    message: bytes
+    values: int
+
+
+def tensors(client: int, values: int) -> dict[str, Tensor]:
+    """What a client adds to the sum."""
+    return {"values": torch.randn(values, generator=torch.Generator().manual_seed(client))}
+
+
+def done(work: Work) -> tuple[bytes, State, float]:
+    """The reply, the client's state after it, and its seconds of CPU time."""
+    state = {name: torch.from_numpy(array) for name, array in work.state.items()}
+    party = Party.restored(work.client, ROUND, state) if state else Party(work.client, ROUND)
+    added = tensors(work.client, work.values)
+    before = time.process_time()
+    reply = party.mask(work.message, added) if work.step == MASK else party.reply(work.step, work.message)
+    seconds = time.process_time() - before
+    return reply, {name: tensor.numpy() for name, tensor in party.state().items()}, seconds
+
+
+def cost(clients: int, values: int, jobs: int) -> Iterator[str]:
     """Rows of a table: one for each part of the clients that drops out."""
-    least, shapes = Schedule(1, secure=True).least(clients), {"values": torch.Size((values,))}
-
-    def tensors(client: int) -> dict[str, Tensor]:
-        return {"values": torch.randn(values, generator=torch.Generator().manual_seed(client))}
-
     plain = Meter()
     total = torch.zeros(values, dtype=torch.float64)
     for client in range(clients):
-        upload = Upload(client, 1, 1, 1, tensors(client))
+        upload = Upload(client, 1, 1, 1, tensors(client, values))
         with plain.timed("client"):
             message = upload.to_bytes()
         with plain.timed("server"):
             total += Upload.from_bytes(message, schema_of(upload.tensors)).tensors["values"].double()
 
-    meter, session = Meter(), Session(range(clients), ROUND, least, 30, shapes)
-    parties = {client: Party(client, ROUND) for client in range(clients)}
+    least, meter = Schedule(1, secure=True).least(clients), Meter()
+    session = Session(range(clients), ROUND, least, 30, {"values": torch.Size((values,))})
+    states: dict[int, State] = {client: {} for client in range(clients)}
 
     def step(
-        meter: Meter,
-        messages: Callable[[], Mapping[int, bytes]],
-        answer: Callable[[int, bytes], bytes],
-        take: Callable[[int, bytes], None],
-    ) -> None:
+        name: str, meter: Meter, messages: Callable[[], Mapping[int, bytes]], take: Callable[[int, bytes], None]
+    ) -> dict[int, State]:
+        after: dict[int, State] = {}
         with meter.timed("server"):
             asked = messages()
-        for client, message in asked.items():
-            meter.down[client] += len(message)
-            with meter.timed("client"):
-                reply = answer(client, message)
-            meter.up[client] += len(reply)
+        works = [Work(name, client, states[client], message, values) for client, message in asked.items()]
+        replies = pool.imap(done, works, 4)
+        for work, (reply, state, seconds) in zip(works, replies, strict=True):
+            meter.seconds["client"] += seconds
+            meter.down[work.client] += len(work.message)
+            meter.up[work.client] += len(reply)
+            after[work.client] = state
             with meter.timed("server"):
-                take(client, reply)
+                take(work.client, reply)
+        return after
 
-    step(meter, session.invitations, lambda c, m: parties[c].advertise(m), session.advertised)
-    step(meter, session.rosters, lambda c, m: parties[c].share(m), session.shared)
-    sent: dict[int, bytes] = {}
-    step(meter, session.deliveries, lambda c, m: parties[c].mask(m, tensors(c)), sent.__setitem__)
-    for part in DROPPED:
-        now, of_server, seen = copy.deepcopy(session), copy.deepcopy(meter), round((1 - part) * clients)
-        helping = {client: Party.restored(client, ROUND, parties[client].state()) for client in range(seen)}
-        with of_server.timed("server"):
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        states = step(ADVERTISE, meter, session.invitations, session.advertised)
+        states = step(SHARE, meter, session.rosters, session.shared)
+        sent: dict[int, bytes] = {}
+        states = step(MASK, meter, session.deliveries, sent.__setitem__)
+        for part in DROPPED:
+            now, used, seen = copy.deepcopy(session), copy.deepcopy(meter), round((1 - part) * clients)
+            exact = torch.zeros(values, dtype=torch.float64)
             for client in range(seen):
-                now.masked(client, sent[client])
-        step(of_server, now.requests, partial(unmasked, helping), now.revealed)
-        with of_server.timed("server"):
-            found = now.total()["values"]
-        exact = torch.stack([tensors(client)["values"].double() for client in range(seen)]).sum(0)
-        error = float((found - exact).abs().max())
-        up, down = (sum(of[client] for client in range(seen)) / seen for of in (of_server.up, of_server.down))
-        one, other = of_server.seconds, plain.seconds
-        yield (
-            f"| {clients} | {clients - seen} | {values:,} | {up:,.0f} | {up / len(message):.2f} | {down:,.0f} | "
-            f"{one['client'] / clients:.3g} | {other['client'] / clients:.2g} | "
-            f"{one['server']:.3g} | {other['server']:.2g} | {error:.1e} |"
-        )
-
-
-def unmasked(parties: Mapping[int, Party], client: int, message: bytes) -> bytes:
-    """A client's last reply."""
-    return parties[client].unmask(message)
+                exact += tensors(client, values)["values"].double()
+                with used.timed("server"):
+                    now.masked(client, sent[client])
+            step(UNMASK, used, now.requests, now.revealed)
+            with used.timed("server"):
+                found = now.total()["values"]
+            error = float((found - exact).abs().max())
+            up, down = (sum(of[client] for client in range(seen)) / seen for of in (used.up, used.down))
+            one, other = used.seconds, plain.seconds
+            yield (
+                f"| {clients} | {clients - seen} | {values:,} | {up:,.0f} | {up / len(message):.2f} | {down:,.0f} | "
+                f"{one['client'] / clients:.3g} | {other['client'] / clients:.2g} | "
+                f"{one['server']:.3g} | {other['server']:.2g} | {error:.1e} |"
+            )
 
 
 def parity(folder: Path, methods: list[str], seeds: list[int], fields: list[str]) -> Iterator[str]:
@@ -126,8 +150,8 @@ def parity(folder: Path, methods: list[str], seeds: list[int], fields: list[str]
                 words = [f"--config={HERE / 'digits.yaml'}", f"--config={HERE / 'methods' / f'{method}.yaml'}", *fields]
                 words += [f"--seed_everything={seed}", "--tracking.wandb_mode=disabled", f"--run_dir={run_dir}"]
                 words += ["--federation.secure=true"] if secure == "secure" else []
-                command = [sys.executable, "-c", "from fedlscl.cli import main; main()", "fit", *words]
-                subprocess.run(command, check=True, capture_output=True)
+                with redirect_stdout(io.StringIO()):
+                    fedlscl(["fit", *words])
                 found.append(json.loads((run_dir / "summary.json").read_text()))
             yield row(method, seed, *found)
 
@@ -163,23 +187,25 @@ def main() -> None:
     costs = parts.add_parser("cost")
     costs.add_argument("--values", type=int, default=104_066, help="by default those of fed_lscl_sums on the digits")
     costs.add_argument("--clients", type=int, nargs="+", default=[5, 50, 500])
+    costs.add_argument("--jobs", type=int, default=1, help="processes for the clients")
     parities = parts.add_parser("parity")
     parities.add_argument("folder", type=Path)
     parities.add_argument("--methods", nargs="+", required=True)
     parities.add_argument("--seeds", type=int, nargs="+", default=[42])
-    parities.add_argument("fields", nargs="*")
-    given = parser.parse_args()
+    words = [*sys.argv[1:], "--"]
+    at = words.index("--")
+    given, fields = parser.parse_args(words[:at]), words[at + 1 : -1]
     torch.set_num_threads(1)
     if given.part == "cost":
         columns = ("clients", "drop out", "values", "bytes up", "x plain", "bytes down", "s a client", "plain")
         print(f"| {' | '.join(columns)} | s of the server | plain | error |\n{'| --- ' * 11}|")
         for clients in given.clients:
-            for line in cost(clients, given.values):
+            for line in cost(clients, given.values, given.jobs):
                 print(line, flush=True)
     else:
         print("| method | seed | plain | secure | largest difference | bytes up, plain | secure | ratio |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-        for line in parity(given.folder.resolve(), given.methods, given.seeds, given.fields):
+        for line in parity(given.folder.resolve(), given.methods, given.seeds, fields):
             print(line, flush=True)
 
 

@@ -133,7 +133,7 @@ def test_secrets_are_shared_differently_each_time() -> None:
 # ---- fixed point
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.lists(st.floats(-1e5, 1e5), min_size=3, max_size=3), min_size=1, max_size=9), st.integers(8, 36))
 def test_a_sum_in_fixed_point_is_the_sum(rows: list[list[float]], bits: int) -> None:
     tensors = [{"x": torch.tensor(row, dtype=torch.float64)} for row in rows]
@@ -229,7 +229,7 @@ def test_what_is_sealed_opens_for_its_receiver_alone() -> None:
             masks.opened(key, message, sender, receiver)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(1, 200), st.data())
 def test_the_check_of_a_sum_is_the_sum_of_the_checks_and_shows_any_change(size: int, data: st.DataObject) -> None:
     rng = np.random.default_rng(size)

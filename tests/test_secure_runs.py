@@ -202,6 +202,23 @@ def test_a_sum_over_other_images_than_the_split_has_is_refused(ridge: Make, monk
         run(ridge())
 
 
+def test_a_sum_from_which_nothing_follows_ends_the_round(ridge: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what the others have added to it would be lost."""
+    terms = StatisticsServer.terms
+
+    def broken(self: StatisticsServer, upload: Upload) -> Mapping[str, Tensor]:
+        found = terms(self, upload)
+        return {**found, "class_sums": found["class_sums"] + (0.25 if upload.client == 1 else 0)}
+
+    federation = ridge()
+    with monkeypatch.context() as patch:
+        patch.setattr(StatisticsServer, "terms", broken)
+        words = r"^nothing follows from the secure sum of round 1: the clients' sum is over .* images of the classes"
+        with pytest.raises(NobodyLeft, match=words):
+            run(federation)
+    assert accuracies(federation) == accuracies(ridge())
+
+
 # ---- what is refused
 
 

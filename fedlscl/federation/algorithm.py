@@ -110,6 +110,10 @@ class Federation:
                     answers, metrics = self._aggregate(sent, round, callback)
                     result.server = dict(metrics)
                 except IMPOSSIBLE as error:
+                    if self.sums is not None:  # nobody knows whose fault it is, and what was added up is not kept
+                        raise NobodyLeft(
+                            f"nothing follows from the secure sum of round {round.number}: {in_a_line(error)}"
+                        ) from error
                     log.warning("no client has an answer in round %d: %s", round.number, in_a_line(error))
                     result.unanswered = dict.fromkeys(range(self.clients), in_a_line(error))
         self._answer(round, answers, set(participants) - set(result.skipped), result)

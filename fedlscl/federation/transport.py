@@ -18,7 +18,6 @@ from fedlscl.federation.store import Store, client_name
 from fedlscl.federation.template import Template
 from fedlscl.federation.worker import Accuracy, Worker
 from fedlscl.files import Damaged
-from fedlscl.messages import MessageError
 from fedlscl.schedule import Round
 
 log = logging.getLogger(__name__)
@@ -131,7 +130,7 @@ class InProcess:
                 self._parties[client] = Party(client, round)
             try:
                 yield client, self._parties[client].reply(step, message), None
-            except MessageError as error:
+            except ValueError as error:  # such as a MessageError
                 yield client, None, f"{type(error).__name__}: {error}"
 
     def fit(
