@@ -198,8 +198,9 @@ def test_sets_of_features_of_a_run_are_attacked(tmp_path: Path, cache: Path, mon
     found = attacks.attack(AuditedRun(tmp_path / "again"), reconstruct=1)
     exact = found.exact[attacks.UPLOAD]
     assert exact.claimed == exact.right == exact.images == 3 * 12
-    for attacker, sure in (("the client's own CNN", True), ("CNN from the run's seed", False)):
+    for attacker, sure in zip(attacks.ATTACKERS.values(), (False, False, True), strict=True):
         key = (attacks.UPLOAD, "images in the buffer", "distance to the nearest row", attacker)
         assert all(auc(*pair) == 1.0 for pair in found.members[key]) is sure
+        assert len(found.members[key]) == (1 if attacker.startswith("that") else 3)
         assert len(found.made[attacks.UPLOAD, "features of single images", attacker].similarity) == 12
     assert attacks.SUM not in found.exact  # its server needs more than sums

@@ -21,7 +21,11 @@ from fedlscl.run.received import Sight
 
 UPLOAD, SUM = "one client's upload", "sum over the clients"
 PUBLIC = "public model"
-ATTACKERS: Mapping[State, str] = {"start": "CNN from the run's seed", "end": "the client's own CNN"}
+ATTACKERS: Mapping[State, str] = {
+    "start": "CNN from the run's seed",
+    "imitated": "that, trained on public images",
+    "end": "the client's own CNN",
+}
 """What is known of the model whose features travel, where it is not public and does not travel."""
 
 SIDE = 32
@@ -79,7 +83,7 @@ def attack(run: AuditedRun, seed: int = 0, reconstruct: int = 2) -> Found:
     for view, sights in ((UPLOAD, run.uploads()), (SUM, run.totals())):
         for sight in sights:
             for client in sight.clients:
-                _Client(run, sight, client, view, seed, decoders).attack(found, client < reconstruct)
+                _Client(run, sight, client, view, seed, decoders, client < reconstruct).attack(found)
     _heads(run, found)
     for client in range(min(reconstruct, run.template.clients)):
         for sight in run.richer(client):
@@ -92,10 +96,17 @@ class _Client:
     """One client, behind one message or sum."""
 
     def __init__(
-        self, run: AuditedRun, sight: Sight, client: int, view: str, seed: int, decoders: dict[object, Decoder]
+        self,
+        run: AuditedRun,
+        sight: Sight,
+        client: int,
+        view: str,
+        seed: int,
+        decoders: dict[object, Decoder],
+        thorough: bool,
     ) -> None:
         self.run, self.sight, self.client, self.view = run, sight, client, view
-        self.seed, self.decoders = seed, decoders
+        self.seed, self.decoders, self.thorough = seed, decoders, thorough
         self.pools = run.members(client, sight)
         self.images = next(iter(self.pools.values()))
         end = run.features(client, "end", self.images)
@@ -103,14 +114,19 @@ class _Client:
         self.contents = Contents() if end is None else Contents.of(sight.tensors, end.shape[1])
         self.attackers: dict[str, State] = {}
         if end is not None:
-            self.attackers = {PUBLIC: "end"} if run.common else {name: state for state, name in ATTACKERS.items()}
+            known = {name: state for state, name in ATTACKERS.items() if state != "imitated" or self._imitable()}
+            self.attackers = {PUBLIC: "end"} if run.common else known
 
-    def attack(self, found: Found, reconstruct: bool) -> None:
+    def _imitable(self) -> bool:
+        """Training takes time, and public images among the training images."""
+        return self.thorough and not self.run.halved
+
+    def attack(self, found: Found) -> None:
         """Everything."""
         self._membership(found)
         claims = exact_leaks(self.contents)
         self._exact(found.exact[self.view], claims)
-        if reconstruct and self.own is not None:
+        if self.thorough and self.own is not None:
             self._reconstruct(found, claims)
 
     # ---- exact leaks

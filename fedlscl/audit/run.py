@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,6 +18,7 @@ from fedlscl import seeds
 from fedlscl.client import Client
 from fedlscl.data.source import Part
 from fedlscl.federation import store as checkpoint
+from fedlscl.federation.template import Template
 from fedlscl.federation.worker import Worker
 from fedlscl.files import content_of
 from fedlscl.messages import Download, Upload
@@ -33,8 +34,8 @@ LARGEST_LOSS = 1e4
 PUBLIC_LEAST = 5
 """Images that nobody trains on, a class: with fewer, half of the test images stand for public ones."""
 
-State = Literal["end", "start"]
-"""Which of a client's models: as the run left it, or as it was before the first round."""
+State = Literal["end", "start", "imitated"]
+"""Which of a client's models: as the run left it, as it was before the first round, or as a server can imitate it."""
 
 
 class Pool(NamedTuple):
@@ -70,7 +71,7 @@ class AuditedRun:
         self.sights = kept(folder)
         experiment = Configuration(["--config", str(folder / CONFIG), "--run_dir", str(folder), *words]).build()
         experiment.load()
-        self.seed, self.template = experiment.seed, experiment.template()
+        self.seed, self.template, self.schedule = experiment.seed, experiment.template(), experiment.schedule
         self.data = self.template.data
         files = RunFolder(folder)
         stored = json.loads(files.needed(SPLIT, files.sums()))
@@ -87,6 +88,7 @@ class AuditedRun:
             server.hold(*self.data.server_images(server.server_images))
         self.worker = Worker(self.template)
         self._restored: tuple[int, State] | None = None
+        self._imitated: dict[int, dict[str, Tensor]] = {}
         self._features: dict[tuple[object, ...], Tensor | None] = {}
         self._public()
         self.common = False  # whether all clients' features are those of one model, which does not change
@@ -152,11 +154,35 @@ class AuditedRun:
     def client(self, index: int, state: State) -> Client:
         """A client's model at the end of the run, or before its first round, as follows from the run's seed."""
         if self._restored != (index, state):
-            end = checkpoint.read(self.folder / CHECKPOINT, checkpoint.client_name(index)) if state == "end" else None
-            start = None if state == "end" else self.template.start_message(index)
-            self.worker.restore(index, end, start)
+            if state == "start":
+                self.worker.restore(index, None, self.template.start_message(index))
+            elif state == "end":
+                end = checkpoint.read(self.folder / CHECKPOINT, checkpoint.client_name(index))
+                self.worker.restore(index, end, None)
+            else:
+                if index not in self._imitated:
+                    self._imitated[index] = self._imitate(index)
+                self.worker.restore(index, self._imitated[index], None)
             self._restored = index, state
         return self.template.model_of(index).eval()
+
+    def _imitate(self, index: int) -> dict[str, Tensor]:
+        """A client's state after it has learned its classes on public images, from its first weights, by itself."""
+        data, alone = copy(self.data), self.data.split.only([index])
+        own = alone.clients[index]
+        held = [self.public.indices[torch.isin(self.public.labels, torch.tensor(task.classes))] for task in own.tasks]
+        tasks = (replace(task, train=images.numpy()) for task, images in zip(own.tasks, held, strict=True))
+        clients = list(alone.clients)
+        clients[index] = replace(own, tasks=tuple(tasks))
+        data.split = replace(alone, clients=tuple(clients))
+        one = self.template
+        worker = Worker(Template(one.client, data, one.vit, one.cnn, one.seed, one.trainer, one.server))
+        state: dict[str, Tensor] | None = None
+        for round in self.schedule.after(0, len(own.tasks), self.seed):
+            body = worker.restore(index, state, one.start_message(index))
+            state = worker.fit(body, round, None)
+        assert state is not None  # there is a round at least
+        return state
 
     def features(self, index: int, state: State, pool: Pool) -> Tensor | None:
         """(n, e) what a client's uploads hold of images, by one of its models."""
