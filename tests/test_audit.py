@@ -184,6 +184,15 @@ def test_sums_of_a_run_are_attacked(
     # the model that follows from one upload alone is told from it
     assert len(found.members[attacks.SUM, key[1], "loss of the model", attacks.PUBLIC]) == 6
 
+    # secure sums are what the audit of a run without them says that they would be
+    main(["fit", *words, "--tracking.received", "true", "--federation.secure", "true", "--run_dir", f"{run_dir}-sums"])
+    secure = attacks.attack(AuditedRun(tmp_path / "run-sums"), reconstruct=0)
+    assert [*secure.exact] == [attacks.SUM]
+    assert secure.exact[attacks.SUM] == found.exact[attacks.SUM]
+    for what, groups in secure.members.items():
+        for ours, theirs in zip(groups, found.members[what], strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
 
 @pytest.mark.usefixtures("command_line")
 def test_sets_of_features_of_a_run_are_attacked(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

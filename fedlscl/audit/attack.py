@@ -253,11 +253,12 @@ def _note(result: Made, true: Tensor, made: Tensor, usual: Tensor) -> None:
 
 def _heads(run: AuditedRun, found: Found) -> None:
     """The classes of a client show in which rows of a head its first round has moved, where a head travels."""
-    exact, start = found.exact[UPLOAD], run.template.common_start
+    start = run.template.common_start
     heads = [name for name, t in start.items() if t.ndim == 2 and len(t) == run.data.num_classes]
     first = [sight for sight in run.sights if sight.round == 1 and not sight.summed]
     for sight in first if heads else []:
         moved = changed_rows(start[heads[-1]], sight.tensors[heads[-1]])
         true = sorted(run.data.split.clients[sight.clients[0]].tasks[0].classes)
+        exact = found.exact[UPLOAD]
         exact.asked += 1
         exact.classes += moved.nonzero().flatten().tolist() == true
