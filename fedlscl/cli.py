@@ -31,6 +31,7 @@ usage: fedlscl fit --config SETTING [--method METHOD] [--run_dir DIR] [--any.fie
        fedlscl tables|plot|report RUNS [RUNS ...] [--out PATH]
        fedlscl predict RUN_DIR IMAGE|FOLDER [...] [--client N ...] [--task N] [--top K] [--out FILE.csv|FILE.json]
        fedlscl deal FOLDER --config SETTING [--method METHOD] [--any.field VALUE]
+       fedlscl audit RUN [RUN ...] [--out FOLDER] [--seeds N] [-- --any.field VALUE]
        fedlscl settings|methods|doctor|completion
 
   fit         run a federation, or continue it if its run folder holds an unfinished run
@@ -42,6 +43,7 @@ usage: fedlscl fit --config SETTING [--method METHOD] [--run_dir DIR] [--any.fie
   report      one HTML page with tables, figures and every run
   predict     classify image files with one client's model of a run
   deal        write each client's data, and the server's, into a folder of its own, for a federation of several machines
+  audit       attack what the server of finished runs received: what could it learn of the clients' images?
   settings    the settings (data, models, schedule) that there are by name
   methods     the methods that there are by name
   doctor      versions, devices, disk, and what can be reached
@@ -67,6 +69,12 @@ PREDICT = (
     "Classify image files with clients' models of a run, by the classes that each client has learned. An image that "
     "cannot be read is named, the others are answered, and the exit code is 1. Where the output is no terminal, each "
     "line is image, client, class and probability, with tabs between."
+)
+
+AUDIT = (
+    "Attack what the server of finished runs received: exact leaks, membership, reconstruction. The runs must have "
+    "kept it (--tracking.received true); those of the same method are put together. Words behind -- change fields for "
+    "the audit, such as --server.iterations 250 where the server makes images."
 )
 
 SETTING_VARIABLE, METHOD_VARIABLE = "FEDLSCL_SETTING", "FEDLSCL_METHOD"
@@ -303,6 +311,24 @@ def completion_command(words: list[str]) -> None:
     sys.stdout.write(completion(COMMANDS))
 
 
+def audit_command(words: list[str]) -> None:
+    """`fedlscl audit`: what the server of finished runs could learn of the clients' images."""
+    parser = parser_of("audit", AUDIT)
+    parser.add_argument("runs", type=str, nargs="+", help="folders of finished runs with --tracking.received true")
+    parser.add_argument("--out", type=str, default="audit", help="folder to write tables and pictures into")
+    parser.add_argument("--seeds", type=int, default=1, help="how often each run is attacked, with other draws")
+    parser.add_argument("--reconstruct", type=int, default=2, help="of how many clients of a run images are made")
+    at = words.index("--") if "--" in words else len(words)
+    options, further = parser.parse_args(words[:at]), words[at + 1 :]
+    from_here()
+    with loading():
+        from fedlscl.audit.command import audit
+
+    folders = [path_of(run) for run in options.runs]
+    for file in audit(folders, path_of(options.out), options.seeds, options.reconstruct, further, say)[:1]:
+        sys.stdout.write(file.read_text(encoding="utf-8"))
+
+
 COMMANDS = {
     "fit": fit_command,
     "split": split_command,
@@ -313,6 +339,7 @@ COMMANDS = {
     "report": report_command,
     "predict": predict_command,
     "deal": deal_command,
+    "audit": audit_command,
     "settings": settings_command,
     "methods": methods_command,
     "doctor": doctor_command,

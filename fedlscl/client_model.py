@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -32,6 +32,9 @@ class ClientModel(LightningModule, ABC):
     The object that a configuration builds holds settings only; `assemble` gives it networks, and `restore` makes it one
     client or another, so that one object serves all clients in turn.
     """
+
+    # the training images that show in an upload: of the `task`, in the `buffer`, or all, by what a `model` has learned
+    discloses: ClassVar[Literal["model", "task", "buffer"]] = "model"
 
     vit: FrozenViT
     precomputed: Lookup
@@ -100,6 +103,13 @@ class ClientModel(LightningModule, ABC):
     def upload_schema(self) -> Schema:
         """What an upload must look like."""
         return schema_of(self.shared())
+
+    def disclosed(self, images: Tensor) -> Tensor | None:
+        """The features (B, e) of uint8 images (B, 3, H, W) whose rows or sums an upload holds; None if it has none.
+
+        For `fedlscl audit`, which then attacks them; `discloses` says which images' features these are.
+        """
+        return None
 
     def download(self, message: Download) -> None:
         """Take over what the server answered: new values of the shared tensors by default."""

@@ -30,6 +30,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "run": ("data", "models", "federation"),
     "analysis": ("run",),
     "study": ("data", "models", "run", "analysis"),
+    "audit": ("data", "models", "federation", "run", "analysis"),
     "deployment": ("data", "models", "federation", "run"),
 }
 """The folders that each folder may import from, besides itself and the spine."""

@@ -138,6 +138,7 @@ class Federation:
             sent = self._sum(self.sums, round, participants, result, callback)
         answers: Answers = {}
         if sent:
+            callback.on_received(round.task, round.number, sent)
             with result.timed("aggregate"):
                 try:
                     answers, metrics = self._aggregate(sent, round, callback)

@@ -11,6 +11,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 
 from fedlscl.evaluation import MASKS, measured_mean
+from fedlscl.messages import Received
+from fedlscl.server import Total
 
 
 @dataclass
@@ -65,6 +67,9 @@ class FederationCallback:
 
     def on_fit_end(self) -> None:
         """A client's turn is over, in whatever way."""
+
+    def on_received(self, task: int, round: int, sent: Received | Total) -> None:
+        """The server has what clients sent, or the sums of it, and has done nothing with it yet."""
 
     def on_aggregate_start(self, task: int, round: int) -> Logger | None:
         """The server begins to aggregate; returns where the metrics of its fits go."""

@@ -61,6 +61,8 @@ class FedLSCL(Generating):
         **kwargs: settings of every client, see `Client`.
     """
 
+    discloses = "buffer"
+
     def __init__(
         self,
         block: int = 3,
@@ -136,6 +138,10 @@ class FedLSCL(Generating):
         """E (B, e), of length 1."""
         features: Tensor = self.cnn(images)
         return features
+
+    def disclosed(self, images: Tensor) -> Tensor:
+        """E, whose set or whose moments travel."""
+        return self.features(images)
 
     def precompute(self, images: Tensor) -> dict[str, Tensor]:
         """The tokens that enter the adapted block (B, T, d)."""

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,12 @@ from lightning.pytorch.loggers import Logger
 
 from fedlscl.evaluation import MASKS, FloatArray
 from fedlscl.federation.callback import RoundResult
+from fedlscl.messages import Received
 from fedlscl.run.console import FederationProgress, ProgressCallback
+from fedlscl.run.received import keep
 from fedlscl.run.summary import Accuracy
 from fedlscl.run.tracking import ClientLogger, Tracker
+from fedlscl.server import Total
 
 
 class RunCallback(ProgressCallback):
@@ -28,6 +32,7 @@ class RunCallback(ProgressCallback):
         rounds: of each task.
         progress: what the federation's store holds of earlier rounds.
         files: the checksums of the files with which the run began, by name.
+        received: the run folder, if what the server receives is to be kept there.
     """
 
     def __init__(
@@ -38,9 +43,10 @@ class RunCallback(ProgressCallback):
         rounds: int,
         progress: Mapping[str, Any],
         files: Mapping[str, str],
+        received: Path | None = None,
     ) -> None:
         super().__init__(bar, rounds)
-        self.tracker, self.tasks, self.files = tracker, tasks, files
+        self.tracker, self.tasks, self.files, self.received = tracker, tasks, files, received
         self.history = list(progress.get("history", []))
         self.seconds: dict[str, float] = dict(progress.get("seconds", {"total": 0.0}))
         self.memory = float(progress.get("memory", 0.0))
@@ -50,6 +56,11 @@ class RunCallback(ProgressCallback):
         """Also its metrics, which are those of the client."""
         super().on_fit_start(task, round, client)
         return ClientLogger(self.tracker, f"client/{client}", task=task, round=round)
+
+    def on_received(self, task: int, round: int, sent: Received | Total) -> None:
+        """Keep it, if that is wanted."""
+        if self.received is not None:
+            keep(self.received, task, round, sent)
 
     def on_aggregate_start(self, task: int, round: int) -> Logger:
         """Its metrics are those of the server."""

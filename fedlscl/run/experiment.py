@@ -63,10 +63,13 @@ class Tracking:
     Args:
         wandb_mode: auto is online for a user who is logged in to W&B, and offline otherwise; nothing ever asks.
         project: W&B project.
+        received: keep all that the server receives in the run folder, for `fedlscl audit`. It tells more of the
+            clients' images than any other file that a server has: delete it when it was looked at.
     """
 
     wandb_mode: WandbMode = "auto"
     project: str = "fedlscl"
+    received: bool = False
 
 
 NOT_SET = "not set"
@@ -313,7 +316,8 @@ class Experiment:
         tasks, rounds = self.data.split.spec.tasks, self.schedule.rounds
         taking_part = self.schedule.clients_per_round or len(self.data.split.clients)
         with FederationProgress(tasks, rounds, taking_part, completed=behind * taking_part, console=console) as bar:
-            callback = RunCallback(tracker, bar, tasks, rounds, store.progress, files)
+            received = self.run_dir if self.tracking.received else None
+            callback = RunCallback(tracker, bar, tasks, rounds, store.progress, files, received)
             for result in federation.run(callback):
                 bar.round_done(callback.in_a_line(result))
         summary = self._summarise(store.progress, federation)

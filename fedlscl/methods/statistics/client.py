@@ -42,6 +42,7 @@ class StatisticsClient(Client):
         privacy: differential privacy of the images or clients: noise on the sums, for `Ridge` and `ClassMeans`.
     """
 
+    discloses = "task"
     uncapturable = "it adds up on the CPU and trains nothing"
     unprotected: ClassVar[str] = ""
 
@@ -94,6 +95,10 @@ class StatisticsClient(Client):
             seen = rounded((seen @ self.matrix(seen)).relu())
         # how long they are makes no difference to a head without intercept
         return seen if self.privacy is None else of_unit_length(seen)
+
+    def disclosed(self, images: Tensor) -> Tensor:
+        """What the head sees, in float64."""
+        return self.seen_by_head(self.vit(images))
 
     def precompute(self, images: Tensor) -> dict[str, Tensor]:
         """The frozen features (B, d)."""
