@@ -55,7 +55,7 @@ FROM_SUMS = {  # methods whose server needs no more than sums over the clients
     *("fedavg", "fedprox", "ewc", "lwf", "fedavg_vit", "ewc_vit", "lwf_vit", "fedavg_ccvr", "target", "mfcl"),
     *("fedvit", "fedvit_replay", "fedvit_rows", "fed_lora", "ffa_lora", "fed_lora_ccvr"),
     *("fed_l2p", "fed_dualprompt", "fed_codaprompt", "fedproto"),
-    *("fedncm", "fed_ridge", "fed_ranpac", "ccvr"),
+    *("fedncm", "fed_ridge", "fed_ranpac", "ccvr", "fed_discriminants"),
 }
 HELD = {"ffa_lora": {"a.0"}}  # parameters that a method leaves as they were drawn
 

@@ -693,7 +693,7 @@ def test_a_node_cannot_be_a_client_whose_data_it_does_not_have(place: Place) -> 
         ({"timeout": "soon"}, "timeout is 'soon', must be a positive number of seconds"),
         ({"words": "--config 'open"}, "words of the run or the node: No closing quotation"),
         ({"words": "--config nowhere.yaml"}, "words of the run or the node: .*nowhere.yaml"),
-        ({"words": "--federation.rounds nope"}, "words of the run or the node: .*rounds"),
+        ({"words": "--config digits --federation.rounds nope"}, "words of the run or the node: .*rounds"),
         ({"data": "nowhere"}, "nowhere holds no share of a federation's data"),
         ({"clients": "0=mine"}, "clients has the entry '0=mine', must be a client from 0 to 2 and the fingerprint"),
         ({"patience": 0}, "patience is 0, must be a whole number of rounds from 1 on"),

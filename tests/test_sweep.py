@@ -38,6 +38,7 @@ SEARCHES = [path for path in EVERY if path.stem.startswith("tune")]
 SWEEPS = [path for path in EVERY if path not in SEARCHES]
 SETTINGS = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
 SEEDS = [42, 1999, 2024]
+SCHEDULE = {"federation": {"rounds": 1}, "data": {"split": {"tasks": 1}}}
 
 pytestmark = pytest.mark.usefixtures("command_line")
 
@@ -194,7 +195,9 @@ def test_what_is_drawn_twice_is_run_once(tmp_path: Path, monkeypatch: pytest.Mon
     drawn = sweep_file(tmp_path, method="random", run_cap=9, parameters={"model.block": {"values": [1, 2]}})
     monkeypatch.setattr(
         "fedlscl.run.sweep.configured",
-        lambda words: SimpleNamespace(values={"model": {"block": int(words[-1][-1])}}, run_dir=Path(words[-1])),
+        lambda words: SimpleNamespace(
+            values={**SCHEDULE, "model": {"block": int(words[-1][-1])}}, run_dir=Path(words[-1])
+        ),
     )
     assert len(plan(read_sweep(drawn), [])) == 2
 
@@ -257,7 +260,7 @@ def let_all_be(monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], run_dir:
     folders = itertools.count()
     monkeypatch.setattr(
         "fedlscl.run.sweep.configured",
-        lambda words: SimpleNamespace(values=values, run_dir=Path(run_dir or str(next(folders)))),
+        lambda words: SimpleNamespace(values={**SCHEDULE, **values}, run_dir=Path(run_dir or str(next(folders)))),
     )
 
 
