@@ -318,13 +318,13 @@ class Client(InferenceClient):
             self.memory.upcoming = self.observe(remembered, lambda x: self.continual.preserved(self.output(x)))
 
     def upload(self) -> Upload:
-        """What the server gets of this round, where it sees each upload."""
-        upload = self.unprotected_upload()
-        return replace(upload, tensors=self.protected(upload.tensors, 1))
-
-    def unprotected_upload(self) -> Upload:
-        """The same without noise, which stays with the client."""
+        """What the server is to get of this round, before noise."""
         return Upload(self.index, self.memory.begun, self.round.number, len(self.current), self.outgoing())
+
+    def protected_upload(self) -> Upload:
+        """What leaves the client where the server sees each upload."""
+        upload = self.upload()
+        return replace(upload, tensors=self.protected(upload.tensors, 1))
 
     def protected(self, tensors: Mapping[str, Tensor], clients: int) -> Mapping[str, Tensor]:
         """Tensors that are sent, or added up, as they may leave the client: with noise where `privacy` is set.

@@ -96,7 +96,7 @@ class Node:
             message = party.mask(masking, terms_of(client, self.worker.template.server, party.threshold))
             self.store.write(_secure(round.number), party.state())
         elif uploads:
-            message = client.upload().to_bytes()
+            message = client.protected_upload().to_bytes()
         self.store.write(_fitted(round.number), state)
         self.store.commit({})
         return message

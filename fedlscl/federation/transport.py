@@ -156,7 +156,7 @@ class InProcess:
                 party = self._parties[index]
                 message = party.mask(masking, terms_of(client, self.worker.template.server, party.threshold))
             elif uploads:
-                message = client.upload().to_bytes()
+                message = client.protected_upload().to_bytes()
         except CLIENTS_FAULT as error:
             if is_the_machines(error):
                 raise

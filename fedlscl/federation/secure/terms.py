@@ -28,7 +28,7 @@ def terms_of(client: Client, server: Server, least: int) -> dict[str, Tensor]:
     Raises:
         MessageError: if the upload does not fit its schema, or the server's rules.
     """
-    upload = Upload.from_bytes(client.unprotected_upload().to_bytes(), client.upload_schema())
+    upload = Upload.from_bytes(client.upload().to_bytes(), client.upload_schema())
     server.check(upload)
     return _all(upload.samples, client.protected(server.terms(upload), least))
 
