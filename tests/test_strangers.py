@@ -107,7 +107,7 @@ def test_no_values_end_a_run_or_harm_another_client(tmp_path: Path, monkeypatch:
     """Huge ones are refused by name; others move what is averaged, less under a median."""
     from reliability import values
 
-    chosen = {name: values.ATTACKS[name] for name in ("all 1e15", "x -50", "samples negative")}
+    chosen = {name: values.ATTACKS[name] for name in ("all 1e15", "signs flipped", "samples negative")}
     monkeypatch.setattr(values, "ATTACKS", chosen)
     monkeypatch.setattr(values, "exchanging", lambda: ["fedvit"])
     monkeypatch.setattr(values, "AVERAGES", ("median",))

@@ -304,7 +304,12 @@ def _images_kept(fields: Mapping[str, Any]) -> int | None:
         kept = numbers[0] // max(1, numbers[1] * numbers[2]) if len(numbers) == len(names) else None
     elif strategy == "Replay" or (client.startswith("FedLSCL") and server != "Isolated"):
         kept = fields.get("model.buffer_size")
-    elif client.endswith("StatisticsClient") or strategy in ("NoReplay", "EWC", "LwF", "GeneratedLwF"):
+    elif client.endswith(("StatisticsClient", "DiscriminantsClient")) or strategy in (
+        "NoReplay",
+        "EWC",
+        "LwF",
+        "GeneratedLwF",
+    ):
         kept = None if client.startswith("Joint") else 0
     return kept if isinstance(kept, int) else None
 
