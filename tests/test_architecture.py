@@ -47,8 +47,13 @@ def tree(module: str) -> ast.Module:
     return ast.parse(FILES[module].read_text(encoding="utf-8"))
 
 
-def imported(module: str) -> Iterator[str]:
+@cache
+def imported(module: str) -> tuple[str, ...]:
     """Every module of the package that `module` imports anywhere in its text, inside functions too."""
+    return tuple(_imported(module))
+
+
+def _imported(module: str) -> Iterator[str]:
     package = module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Import):
@@ -70,6 +75,7 @@ def called(node: ast.Call) -> str:
     return ast.unparse(node.func)
 
 
+@cache
 def reached(module: str) -> set[str]:
     """All that comes along when `module` is imported."""
     found: set[str] = set()
@@ -128,6 +134,7 @@ def test_there_is_no_circle(module: str) -> None:
 # ------------------------------------------------------------ nobody asks for a method
 
 
+@cache
 def method_names() -> set[str]:
     """What a method could be told by: its file or folder, its classes, the name of its configuration."""
     methods = [name for name in FILES if name.startswith("fedlscl.methods.")]

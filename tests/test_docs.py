@@ -15,6 +15,7 @@ METHODS = ROOT / "docs" / "methods"
 CONFIGURATIONS = sorted((ROOT / "experiments" / "methods").glob("*.yaml"))
 SECTIONS = ["Published", "Followed", "Ours", "What travels", "Log names"]
 SOURCES = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "fedlscl").rglob("*.py"))}
+DOCSTRINGS = [ast.get_docstring(ast.parse(text)) or "" for text in SOURCES.values()]
 WRITTEN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -68,8 +69,7 @@ def test_logged_names_are_in_the_code(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_a_docstring_is_short_and_points_to_the_page(page: str) -> None:
-    documents = [ast.get_docstring(ast.parse(text)) or "" for text in SOURCES.values()]
-    pointing = [text for text in documents if f"docs/methods/{page}" in text]
+    pointing = [text for text in DOCSTRINGS if f"docs/methods/{page}" in text]
     assert pointing
     assert all(len(text.splitlines()) <= 20 for text in pointing)
 
