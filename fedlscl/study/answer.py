@@ -148,7 +148,7 @@ def lines(
         f"{' '.join(methods[choice.chosen]['leaves'].split())}."
     )
     if mine.exchanges:
-        cost += " Nothing hides that from the server: neither noise nor a secure sum is part of it."
+        cost += " Nothing hides that from the server here; docs/privacy.md has secure sums and noise, and for which methods."
     return take, f"{much}.", cost
 
 
