@@ -148,7 +148,7 @@ def lines(
         f"{' '.join(methods[choice.chosen]['leaves'].split())}."
     )
     if mine.exchanges:
-        cost += " Nothing hides that from the server here; docs/privacy.md has secure sums and noise, and for which methods."
+        cost += " Nothing hides that from the server here; for which methods it can be hidden says docs/privacy.md."
     return take, f"{much}.", cost
 
 
