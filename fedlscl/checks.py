@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 LONGEST = 100  # characters of a name that becomes part of a file's
@@ -92,3 +93,21 @@ def path(given: str | Path, field: str = "path") -> Path:
         return Path(given).expanduser()
     except RuntimeError as error:
         raise ValueError(f"{field} is '{given}', but there is no home folder of that user ({error})") from error
+
+
+def output(file: Path, suffixes: Iterable[str]) -> Path:
+    """A file that is to be written, checked before anything is computed for it.
+
+    Args:
+        file: the file.
+        suffixes: of the formats that there are.
+
+    Raises:
+        ValueError: if its name says of no format that it is in.
+        FileNotFoundError: if its folder does not exist.
+    """
+    if file.suffix not in (known := tuple(suffixes)):
+        raise ValueError(f"out is '{file}', must end in {' or '.join(known)}")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"out is '{file}', but there is no folder '{file.parent}'")
+    return file

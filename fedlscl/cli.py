@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fedlscl import __version__
 from fedlscl.analysis.commands import plot_command, report_command, tables_command
+from fedlscl.checks import output
 from fedlscl.checks import path as path_of
 from fedlscl.run import help
 from fedlscl.run.about import completion, doctor_command, methods_command, settings_command
@@ -255,9 +256,9 @@ def split_command(words: list[str]) -> None:
     from_here()
     with loading():
         from fedlscl.run.configuration import Configuration
-        from fedlscl.run.splitting import checked, show, write
+        from fedlscl.run.splitting import SUFFIXES, show, write
 
-    target = None if out is None else checked(path_of(out, "out"))
+    target = None if out is None else output(path_of(out, "out"), SUFFIXES)
     configuration = Configuration(words)
     data = configuration.data()
     data.prepare_data()
@@ -283,10 +284,10 @@ def predict_command(words: list[str]) -> None:
     parser.add_argument("--out", type=str | None, help="a .csv or .json file for the probabilities of all classes")
     options = parser.parse_args(words)
     with loading():
-        from fedlscl.analysis.predictions import checked, show, told, write
+        from fedlscl.analysis.predictions import WRITERS, show, told, write
         from fedlscl.run.predict import files_in, known, predictions
 
-    out = None if options.out is None else checked(path_of(options.out))
+    out = None if options.out is None else output(path_of(options.out), WRITERS)
     if options.top is not None and options.top < 1:
         raise ValueError(f"top is {options.top}, must be at least 1")
     files, others = files_in(options.images)

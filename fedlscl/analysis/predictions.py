@@ -28,20 +28,6 @@ BAR_FROM = 200
 """Images that take long enough for a progress bar."""
 
 
-def checked(path: Path) -> Path:
-    """The file to write, before anything is computed for it.
-
-    Raises:
-        ValueError: if its name says of no format that it is in.
-        FileNotFoundError: if its folder does not exist.
-    """
-    if path.suffix not in WRITERS:
-        raise ValueError(f"out is '{path}', must end in {' or '.join(WRITERS)}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"out is '{path}', but there is no folder '{path.parent}'")
-    return path
-
-
 def told(client: int, known: Known) -> str:
     """Which classes a client can name, in a line, with a warning of those that it cannot."""
     text = f"client {client} chooses among {len(known.learned)} classes: {_listed(known.learned)}"
@@ -111,7 +97,7 @@ def write(predictions: Sequence[Prediction], path: Path) -> None:
 
     Args:
         predictions: of one run.
-        path: a file that `checked` has returned; it is there whole or not at all.
+        path: a file that `checks.output` has returned; it is there whole or not at all.
     """
     write_atomically(path, WRITERS[path.suffix](predictions).encode(errors="surrogateescape"))
 

@@ -8,11 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlscl.data.cache import Files, load_images
+from fedlscl.data.cutting import TEST_FRACTION
 from fedlscl.data.folders import ImageFiles, check_same_classes, class_folders, list_classes, warn_of_left_out
 from fedlscl.data.source import Dataset, Owners, cut_test
 from fedlscl.data.temporary import sweep
-
-TEST_FRACTION = 0.2
 
 
 class ClientFolders(ImageFiles):
@@ -91,11 +90,13 @@ class ClientFolders(ImageFiles):
             name: {*cut_test(len(paths), TEST_FRACTION, number, folder / name).tolist()}
             for number, (name, paths) in enumerate(found.classes.items())
         }
-        chosen = (
-            {name: [path for n, path in enumerate(paths) if (n in cuts[name]) == tested] for name, paths in each}
-            for tested, each in ((False, found.classes.items()), (True, found.classes.items()))
+        train_images, test_images = (
+            {
+                name: [path for n, path in enumerate(paths) if (n in cuts[name]) == tested]
+                for name, paths in found.classes.items()
+            }
+            for tested in (False, True)
         )
-        train_images, test_images = chosen
         return {"train": (train_images, found.left_out), "test": (test_images, [])}
 
 

@@ -20,20 +20,6 @@ COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
 """Of the tasks, in turns."""
 
 
-def checked(path: Path) -> Path:
-    """The file to write, before any data are read.
-
-    Raises:
-        ValueError: if its name says of no format that it is in.
-        FileNotFoundError: if its folder does not exist.
-    """
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"out is '{path}', must end in {' or '.join(SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"out is '{path}', but there is no folder '{path.parent}'")
-    return path
-
-
 def show(data: FederatedDataModule) -> SplitMap:
     """Print the map of a split: as tables that fit the terminal, elsewhere as lines with tabs between cells.
 
@@ -71,7 +57,7 @@ def write(found: SplitMap, path: Path, data: FederatedDataModule, title: str) ->
 
     Args:
         found: the map.
-        path: a file that `checked` has returned.
+        path: a file that `checks.output` has returned.
         data: the data, set up.
         title: of the picture.
     """
