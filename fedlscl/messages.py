@@ -65,6 +65,9 @@ def semidefinite(tensor: Tensor) -> str | None:
     size = float(matrix.abs().max())
     if float((matrix - matrix.mT).abs().max()) > 1e-4 * size:
         return "is not symmetric"
+    shifted = matrix + 1e-4 * size * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    if int(torch.linalg.cholesky_ex(shifted).info) == 0:  # a tenth of the time that eigenvalues take
+        return None
     lowest = float(torch.linalg.eigvalsh(matrix)[0])
     return f"has the eigenvalue {lowest:g}, must not be negative" if lowest < -1e-4 * size else None
 
@@ -135,7 +138,8 @@ def unusable(tensors: Mapping[str, Tensor], schema: Schema) -> str | None:
     Floating-point numbers must be finite and at most `LARGEST`, bytes of truth values 0 or 1, and rules are kept.
     """
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool((tensor.isfinite() & (tensor.abs() <= LARGEST)).all()):
+        # NaN is the largest of all, and no more at most `LARGEST` than infinity is
+        if tensor.is_floating_point() and tensor.numel() and not float(tensor.abs().max()) <= LARGEST:
             return f"tensor '{name}' holds NaN or infinite values, or some beyond {LARGEST:g}"
         if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
             return f"tensor '{name}' holds bytes that are neither true nor false"

@@ -35,9 +35,15 @@ def numpy_generator(seed: int, *stream: int) -> np.random.Generator:
 @contextmanager
 def seeded(seed: int, *keys: int | str) -> Iterator[None]:
     """Run torch's global generators (initialisation, dropout) on one stream, and put them back afterwards."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(derive(seed, *keys))
-        yield
+    own = derive(seed, *keys)
+    if torch.accelerator.is_available():
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(own)
+            yield
+    else:  # without a device torch would keep the stack of each call, in case that one turns up
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(own)
+            yield
 
 
 def _number(name: str) -> int:

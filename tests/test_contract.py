@@ -44,8 +44,12 @@ from fedlscl.server import Context, Total
 PARTS = [(client, task) for client in range(3) for task in range(2)]
 METHODS = sorted((Path(__file__).parent.parent / "experiments" / "methods").glob("*.yaml"))
 BUDGET = {"epochs": 1, "batch_size": 8, "buffer_size": 3}
+CLIENT_BUDGET: dict[str, dict[str, int]] = {  # where clients compute much beside their training
+    "glfc": {"perturbation_steps": 2},
+    "fed_ranpac": {"projection": 100},
+}
 SERVER_BUDGET: dict[str, dict[str, int]] = {  # of the servers that train
-    "glfc": {"iterations": 2, "monitors": 2},
+    "glfc": {"iterations": 1, "monitors": 1},
     "target": {"synthesis_rounds": 3, "steps": 3, "batch_size": 8},
     "mfcl": {"steps": 6, "batch_size": 8},
 }
@@ -64,8 +68,9 @@ def budget(method: Path) -> list[str]:
     """Words for as little work as shows what is tested; not every client trains in steps."""
     client = getattr(methods, yaml.safe_load(method.read_text())["model"]["class_path"])
     accepted = inspect.signature(client).parameters
+    given = {name: value for name, value in BUDGET.items() if {name, "kwargs"} & set(accepted)}
     return [
-        *(f"--model.init_args.{name}={value}" for name, value in BUDGET.items() if {name, "kwargs"} & set(accepted)),
+        *(f"--model.init_args.{n}={value}" for n, value in {**given, **CLIENT_BUDGET.get(method.stem, {})}.items()),
         *(f"--server.init_args.{name}={value}" for name, value in SERVER_BUDGET.get(method.stem, {}).items()),
     ]
 

@@ -6,8 +6,10 @@ Shapes: B batch, T tokens, S input size in pixels, d ViT width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 import torch
@@ -89,7 +91,7 @@ class FrozenViT(nn.Module):
         _check_statistics(mean, std)
         self.cache_mib = cache_mib
         model_args = {"img_size": image_size, **(model_args or {})}
-        _check_kind(name, image_size, model_args)
+        _check_kind(name, image_size, json.dumps(model_args))
         with seeds.seeded(0, "backbone"):  # untrained weights too are the same in every run, and when predicting
             vit: Any = create("backbone", name, pretrained and weights is None, model_args)
         if weights is not None:
@@ -299,11 +301,18 @@ def _check_statistics(mean: Sequence[float] | None, std: Sequence[float] | None)
             )
 
 
-def _check_kind(name: str, image_size: int, model_args: Mapping[str, Any]) -> None:
-    """Refuse what is not a plain ViT or cannot take the images, before a single weight is made."""
+@cache
+def _check_kind(name: str, image_size: int, model_args: str) -> None:
+    """Refuse what is not a plain ViT or cannot take the images, before a single weight is made; once in a process.
+
+    Args:
+        name: of the ViT.
+        image_size: side of the images in pixels.
+        model_args: arguments of its constructor, as JSON.
+    """
     from timm.models.vision_transformer import VisionTransformer
 
-    vit: Any = outline("backbone", name, model_args)
+    vit: Any = outline("backbone", name, json.loads(model_args))
     problem = None
     if not isinstance(vit, VisionTransformer):
         problem = OTHERS.get(type(vit).__name__, f"it is a {type(vit).__name__}")
