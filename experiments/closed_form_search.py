@@ -5,7 +5,7 @@
 For each of the seeds it deals the setting's images as a run with `--data.split.local_test holdout30` does, and prints,
 as means over the seeds, the final average in % under `seen`, `task` and `federation` of every head that
 experiments/results/mechanism.md ("A method of our own") speaks of. No test image is looked at. Features are computed
-once for all seeds; `--features FILE.npz` keeps them.
+once for all seeds; `--features FILE.npz` keeps them. For what is trained, see adapted_search.py.
 """
 
 from __future__ import annotations
@@ -43,8 +43,14 @@ class Part(NamedTuple):
     """One client in one seed: positions of images among all whose features are known."""
 
     train: Tensor  # (n,)
+    first: Tensor  # (m,) those of the first task among them
     tests: list[tuple[Tensor, Tensor]]  # of each task the images (m,), and its classes (K,) as a mask
     federation: Tensor  # (K,)
+
+    @property
+    def seen(self) -> Tensor:
+        """(K,) the classes of all tasks."""
+        return torch.stack([classes for _, classes in self.tests]).any(dim=0)
 
 
 def module(setting: dict[str, Any], root: str | None, seed: int) -> FederatedDataModule:
@@ -74,7 +80,10 @@ def parts_of(data: FederatedDataModule, place: dict[int, int]) -> list[Part]:
     everybody = mask({label for labels in data.split.federation for label in labels})
     return [
         Part(
-            at(np.concatenate([t.train for t in c.tasks])), [(at(t.test), mask(t.classes)) for t in c.tasks], everybody
+            at(np.concatenate([t.train for t in c.tasks])),
+            at(c.tasks[0].train),
+            [(at(t.test), mask(t.classes)) for t in c.tasks],
+            everybody,
         )
         for c in data.split.clients
     ]
@@ -90,7 +99,7 @@ class Search:
         self.seeds = [parts_of(data, place) for data in modules]
         self.classes, indices = modules[0].num_classes, np.array(used)
         self.labels = torch.as_tensor(modules[0].dataset.train.labels[indices])
-        pixels = modules[0].batch("train", indices)[0]
+        self.pixels = pixels = modules[0].batch("train", indices)[0]
         self.numbers = numbers_of(pixels)
         if args.features and Path(args.features).exists():
             plain, flipped = (torch.from_numpy(array) for array in np.load(args.features).values())
@@ -147,8 +156,7 @@ class Search:
         total = added(self.sums(head, x, client.train) for client in clients)
         found = []
         for client in clients:
-            seen = torch.stack([classes for _, classes in client.tests]).any(dim=0)
-            hits = head.hits(total, x[client.train], self.labels[client.train], seen)
+            hits = head.hits(total, x[client.train], self.labels[client.train], client.seen)
             found.append(head.solve({0: total}, CHOICES[int(hits.argmax())]))
         return found
 
@@ -163,11 +171,11 @@ class Search:
         return {mask: float(np.mean(values)) for mask, values in found.items()}
 
     def _average(self, client: Part, head: Solution, x: Tensor, mask: str) -> float:
-        seen, tasks = torch.stack([classes for _, classes in client.tests]).any(dim=0), []
+        tasks = []
         for at, classes in client.tests:
             logits = x[at] @ head.weight.T + head.bias
             of_task = classes.expand(len(at), -1)
-            right = masked_correct(logits, self.labels[at], of_task, seen, client.federation)[mask]
+            right = masked_correct(logits, self.labels[at], of_task, client.seen, client.federation)[mask]
             tasks.append(100 * float(right.double().mean()))
         return float(np.mean(tasks))
 

@@ -184,8 +184,9 @@ def test_a_search_tunes_on_images_held_out_and_its_draws_arrive(path: Path, repo
     config = configured(words).values
     assert not_arrived(parameters, config) == []
     assert config["data"]["split"]["local_test"] == "holdout30"
-    assert config["method"] == ("lorm" if path.stem == "tune" else "fed_lscl")
-    plain = configured([word for word in words if not word.startswith(("--model.learn", "--server.str"))]).values
+    assert config["method"] == (path.stem.removeprefix("tune_") if path.stem != "tune" else "lorm")
+    drawn = tuple(f"--{name}=" for name in parameters)
+    plain = configured([word for word in words if not word.startswith(drawn)]).values
     assert set(parameters) - {"seed_everything"} == {
         name for name, value in flat(config).items() if value != flat(plain)[name]
     }
