@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Any, Literal
 
 import torch.utils.deterministic
+from lightning.fabric.utilities import registry
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
@@ -13,6 +16,9 @@ from fedlscl.federation.captured import CapturingStrategy, cuda_graph
 
 TALKATIVE = ("lightning.pytorch", "lightning.fabric")
 """Loggers that tell of devices and hints whenever a Trainer is made, which here is hundreds of times."""
+
+# Whenever a Trainer is made Lightning reads of all installed packages whether they have callbacks for it
+registry.entry_points = cache(entry_points)  # type: ignore[assignment, attr-defined]
 
 
 class RoundTrainer(Trainer):
