@@ -61,8 +61,7 @@ def accuracy_over_rounds(
     rounds = [int(entry["round"]) for entry in history]
     if not rounds or sorted(set(rounds)) != rounds:
         raise ValueError(f"history must hold rounds in rising order, got {rounds}")
-    figure = Figure(figsize=(7.2, 4.2), dpi=DPI, layout="constrained")
-    axes = figure.subplots()
+    axes = _axes(figure := Figure(figsize=(7.2, 4.3), dpi=DPI), 0.6, 1.15, 6.5, 2.65)
     for mask in MASKS:
         # Each client's mean over its learned tasks, (rounds, clients); the curve is the mean over clients.
         by_client = np.array([measured_mean(entry["accuracy"][mask], 1) for entry in history])
@@ -95,7 +94,7 @@ def accuracy_over_rounds(
     figure.legend(
         handles=handles,
         title="prediction among",
-        loc="outside lower center",
+        loc="lower center",
         ncols=4,
         frameon=False,
         fontsize=9,
@@ -126,14 +125,15 @@ def accuracy_matrix(matrix: Sequence[Sequence[Sequence[float | None]]], path: Pa
     # With 0.42 inch a cell, three digits fit; the floor keeps the titles apart, the roof the file small.
     rows = max(tasks, min(clients, MAX_NUMBERED))
     width, height = (float(np.clip(0.42 * cells, 2.3, 9.0)) for cells in (tasks, rows))
-    figure = Figure(figsize=(2 * width + 2.4, height + 1.5), dpi=DPI, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(2 * width + 2.3, height + 1.25), dpi=DPI)
+    left, right = (_axes(figure, x, 0.5, width, height) for x in (0.55, width + 1.2))
     names = [f"{task + 1}" for task in range(tasks)]
     heat_map(left, measured_mean(acc, 0), names, names)
     left.set(title="mean over clients", xlabel="accuracy on task", ylabel="after task")
     image = heat_map(right, acc[:, after], [f"{client}" for client in range(clients)], names)
     right.set(title=f"after task {after + 1}", xlabel="accuracy on task", ylabel="client")
-    figure.colorbar(image, ax=[left, right], label="accuracy (%)", shrink=0.9, aspect=25, panchor=False)
+    bar = _axes(figure, 2 * width + 1.4, 0.5 + 0.05 * height, 0.12, 0.9 * height)
+    figure.colorbar(image, cax=bar, label="accuracy (%)")
     figure.suptitle(title, fontsize=11, parse_math=False)
     _save(figure, path)
 
@@ -167,11 +167,11 @@ def split_picture(found: SplitMap, path: Path, title: str) -> None:
         title: put above the picture.
     """
     classes, columns = len(found.names), found.clients + 1
-    # as tall as its rows need, within what a page takes; a layout that is computed would take longer than the drawing
+    # as tall as its rows need, within what a page takes
     label = 0.45 + 0.07 * min(max(map(len, found.names)), LONGEST) if classes <= MAX_CLASSES else 0.5
     width, height = float(np.clip(0.62 * columns + 1.5 + label, 5.5, 16)), float(np.clip(0.24 * classes + 1.6, 2.8, 24))
     figure = Figure(figsize=(width, height), dpi=DPI)
-    axes = figure.add_axes((label / width, 0.55 / height, 1 - (label + 0.15) / width, 1 - 1.4 / height))
+    axes = _axes(figure, label, 0.55, width - label - 0.15, height - 1.4)
     draw_split(axes, found)
     figure.suptitle(title, fontsize=11, parse_math=False, y=1 - 0.2 / height)
     _save(figure, path)
@@ -218,6 +218,12 @@ def draw_split(axes: Axes, found: SplitMap) -> None:
         axes.legend(
             handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(tasks, 6), frameon=False, fontsize=8
         )
+
+
+def _axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+    """Axes at a place in inches: a layout that is computed takes longer than the drawing."""
+    across, up = figure.get_size_inches()
+    return figure.add_axes((left / across, bottom / up, width / across, height / up))
 
 
 def _save(figure: Figure, path: Path) -> None:
