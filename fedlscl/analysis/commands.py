@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from fedlscl.analysis.comparison import Comparison
 
 
+MOST_EXAMPLES = 24
+"""Images of a client on a report."""
+
+
 def tables_command(words: list[str]) -> None:
     """`fedlscl tables`: print the tables as Markdown and write them in every format."""
     parser = _runs_parser(
@@ -69,12 +73,15 @@ def report_command(words: list[str]) -> None:
     """`fedlscl report`: one HTML page with everything."""
     parser = _runs_parser("report", "Write one self-contained HTML page with settings, tables, figures and every run.")
     parser.add_argument("--out", type=str, default="report.html", help="the file to write")
+    parser.add_argument("--examples", type=int, default=0, help="test images of each of three clients, with answers")
     options = parser.parse_args(words)
     from fedlscl.analysis.report import write_report
 
+    if not 0 <= options.examples <= MOST_EXAMPLES:
+        raise ValueError(f"examples is {options.examples}, must be 0 to {MOST_EXAMPLES}")
     path = path_of(options.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_report([comparison for _, comparison in _comparisons(options.runs)], path)
+    write_report([comparison for _, comparison in _comparisons(options.runs)], path, options.examples)
     say(f"report: {path}")
 
 
