@@ -106,7 +106,7 @@ def draw(width: float = 4.0) -> Figure:
     return figure
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def sweep() -> list[Comparison]:
     """Two settings; in the first one Fed-LSCL with three seeds and another block, and a method beside it."""
     runs = [paper_run(seed=seed, average=90 + n) for n, seed in enumerate((42, 1999, 2024))]
@@ -384,12 +384,18 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture
-def opened(browser: Any, sweep: list[Comparison], tmp_path: Path) -> Iterator[Callable[[int, str], Any]]:
-    """Open the report at a width in a colour scheme; every complaint and request is noted at the page."""
+@pytest.fixture(scope="module")
+def shown_page(sweep: list[Comparison], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report with a name that is too long for a phone."""
     name = "a_method_whose_name_is_long_enough_to_be_wider_than_any_telephone"
-    path = tmp_path / "report.html"
+    path = tmp_path_factory.mktemp("report") / "report.html"
     write_report([*sweep, *compare([paper_run(name, setting=name)])], path)
+    return path
+
+
+@pytest.fixture
+def opened(browser: Any, shown_page: Path) -> Iterator[Callable[[int, str], Any]]:
+    """Open the report at a width in a colour scheme; every complaint and request is noted at the page."""
     contexts = []
 
     def open_page(width: int, scheme: str) -> Any:
@@ -399,7 +405,7 @@ def opened(browser: Any, sweep: list[Comparison], tmp_path: Path) -> Iterator[Ca
         page.on("console", lambda message: page.complaints.append(message.text))
         page.on("pageerror", lambda error: page.complaints.append(str(error)))
         page.on("request", lambda request: page.requests.append(request.url))
-        page.goto(path.as_uri())
+        page.goto(shown_page.as_uri())
         return page
 
     yield open_page
@@ -409,7 +415,7 @@ def opened(browser: Any, sweep: list[Comparison], tmp_path: Path) -> Iterator[Ca
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_it(opened: Callable[[int, str], Any], tmp_path: Path, width: int, scheme: str) -> None:
+def test_a_browser_shows_it(opened: Callable[[int, str], Any], shown_page: Path, width: int, scheme: str) -> None:
     page = opened(width, scheme)
     for details in page.query_selector_all("details"):
         details.evaluate("element => element.open = true")
@@ -421,7 +427,7 @@ def test_a_browser_shows_it(opened: Callable[[int, str], Any], tmp_path: Path, w
     brightness = sum(map(int, re.findall(r"\d+", background)[:3])) / 3
     assert (brightness > 200) == (scheme == "light")
     assert page.complaints == []
-    assert page.requests == [(tmp_path / "report.html").as_uri()]
+    assert page.requests == [shown_page.as_uri()]
 
 
 def test_contents_lead_to_what_they_name(opened: Callable[[int, str], Any]) -> None:
@@ -432,3 +438,24 @@ def test_contents_lead_to_what_they_name(opened: Callable[[int, str], Any]) -> N
     page.wait_for_function(
         "element => Math.abs(element.getBoundingClientRect().top) < 100", arg=heading.element_handle()
     )
+
+
+def test_a_click_on_a_head_sorts_and_the_keyboard_too(opened: Callable[[int, str], Any]) -> None:
+    page = opened(1280, "light")
+    head = page.locator("th:has(button)", has_text="seeds").first
+    table = head.locator("xpath=ancestor::table")
+
+    def shown() -> list[str]:
+        return [text.strip() for text in table.locator("tbody tr td:nth-of-type(1)").all_inner_texts()]
+
+    before = shown()
+    counts = sorted(int(text) for text in before)
+    head.locator("button").click()
+    assert head.get_attribute("aria-sort") == "descending"
+    assert [int(text) for text in shown()] == counts[::-1]
+    page.keyboard.press("Enter")  # the button has the focus
+    assert head.get_attribute("aria-sort") == "ascending"
+    assert [int(text) for text in shown()] == counts != [int(text) for text in before]
+    page.keyboard.press("Enter")
+    assert (head.get_attribute("aria-sort"), shown()) == (None, before)
+    assert page.complaints == []
