@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedlscl.checks import LONGEST
+from fedlscl.checks import LONGEST, output
 from fedlscl.checks import path as path_of
 from fedlscl.run.words import parser_of, say
 
@@ -32,13 +32,18 @@ def tables_command(words: list[str]) -> None:
     )
     parser.add_argument("--masks", type=list[str], default=["task"], help="masks to show Table 1 under")
     parser.add_argument("--out", type=str, default="tables", help="folder to write Markdown, LaTeX and CSV into")
+    parser.add_argument("--leaderboard", type=str | None, help="a .md file for a ranking in each setting")
     options = parser.parse_args(words)
     from fedlscl.analysis.formats import FORMATS, to_markdown
+    from fedlscl.analysis.leaderboard import leaderboard
     from fedlscl.analysis.tables import tables
     from fedlscl.analysis.tuning import tuning
 
     out, texts = path_of(options.out), []
+    page = None if options.leaderboard is None else output(path_of(options.leaderboard, "leaderboard"), (".md",))
     comparisons = _comparisons(options.runs)
+    if page is not None:
+        _write(page, leaderboard([comparison for _, comparison in comparisons], options.runs))
     for name, comparison in comparisons:
         texts.append(f"## {comparison.title}\n")
         every = [other for _, other in comparisons]
