@@ -16,7 +16,12 @@ CONFIGURATIONS = sorted((ROOT / "experiments" / "methods").glob("*.yaml"))
 SECTIONS = ["Published", "Followed", "Ours", "What travels", "Log names"]
 SOURCES = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "fedlscl").rglob("*.py"))}
 DOCSTRINGS = [ast.get_docstring(ast.parse(text)) or "" for text in SOURCES.values()]
-WRITTEN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+WRITTEN = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *(ROOT / "docs").glob("*.ipynb"),
+]
 
 
 def table() -> dict[str, list[str]]:
