@@ -160,6 +160,9 @@ def test_a_hub_is_sent_every_file_and_makes_it_private(
     monkeypatch.setattr(hub, "refuse", True)
     with pytest.raises(SystemExit, match=r"push to 'me/digits' failed: .*401"):
         main(["publish", str(run_dir), "--out", str(out), "--push", "me/digits"])
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(SystemExit, match=r"push to 'me/digits' failed: .*refused"):
+        main(["publish", str(run_dir), "--out", str(out), "--push", "me/digits"])
     with pytest.raises(SystemExit, match="push is 'a b/c', must be a name on the Hub"):
         main(["publish", str(run_dir), "--out", str(out), "--push", "a b/c"])
     with pytest.raises(SystemExit, match="public has no effect without --push"):
