@@ -150,7 +150,7 @@ def test_two_seeds_of_one_method_differ_in_no_field_and_three_methods_are_no_pai
     assert two_section(only(one, make_run("a"), make_run("b")), "two") is None
 
 
-def test_the_ranking_has_the_bounds_below_and_needs_two() -> None:
+def test_the_ranking_has_the_bounds_below_and_one_method_is_shown_by_mask() -> None:
     runs = [make_run("low", value=40.0), make_run("joint", value=85.0), make_run("<high>", value=60.0)]
     runs += [make_run("<high>", seed=1, value=62.0)]
     section = ranking_section(only(*runs), "ranking")
@@ -160,4 +160,9 @@ def test_the_ranking_has_the_bounds_below_and_needs_two() -> None:
     mean = float(np.nanmean(accuracy(51.0)[:, -1]))
     assert f"{mean:.1f} ± 1.4" in section.html
     assert section.html.count('class="pooled"') == 1
-    assert ranking_section(only(runs[0]), "ranking") is None
+    alone = ranking_section(only(runs[0]), "ranking")
+    assert alone is not None
+    assert alone.title == "Final average of low by mask"
+    assert re.findall(r"<dt>(.*?)</dt>.*?<b>(.*?)</b>", alone.html, re.DOTALL) == [
+        ("task", "51.0"), ("seen", "41.0"), ("federation", "36.0"), ("none", "31.0")
+    ]  # fmt: skip

@@ -133,7 +133,9 @@ def _setting(comparison: Comparison, every: Sequence[Comparison], key: str, name
             versions.setdefault(package, []).append(version)
     first: list[dict[str, Any]] = []
     later: list[dict[str, Any]] = []
-    for n, picture in enumerate((drawn for drawn in pictures(comparison) if drawn.name != IN_HTML), 1):
+    # of one method alone a plane with one point would say nothing
+    needless = (IN_HTML, *(ANSWERS if len(comparison.variants) == 1 else ()))
+    for n, picture in enumerate((drawn for drawn in pictures(comparison) if drawn.name not in needless), 1):
         figure_key = f"{key}-figure{n}"
         title = picture.title.removesuffix(f", {comparison.title}")  # the section's heading says it
         svg = inline_svg(picture.figure, f"{figure_key}-", title, f"{figure_key}-caption")
@@ -183,10 +185,13 @@ def _setting(comparison: Comparison, every: Sequence[Comparison], key: str, name
 
 def _table(table: Table, key: str) -> dict[str, Any]:
     columns = zip(*table.rows, strict=True)
+    # a phone shows the first sentence, and the others when asked
+    first, end, more = table.note.partition(". ")
     return {
         "key": key,
         "title": table.title,
-        "note": table.note,
+        "note": first + end.rstrip(),
+        "more": more,
         "header": table.header,
         "rows": table.rows,
         "numeric": [n > 0 and all(NUMBER.match(cell.text) for cell in column) for n, column in enumerate(columns)]

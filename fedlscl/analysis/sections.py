@@ -18,10 +18,11 @@ from markupsafe import Markup, escape
 from matplotlib.colors import to_hex
 
 from fedlscl.analysis.by_method import TITLE, caption_of, ends_of
-from fedlscl.analysis.captions import starred_name
+from fedlscl.analysis.captions import about_seeds, starred_name
 from fedlscl.analysis.comparison import POOLED, Comparison
 from fedlscl.analysis.deviations import plural
 from fedlscl.analysis.results import Run
+from fedlscl.evaluation import MASKS
 from fedlscl.run.console import human_bytes
 from fedlscl.run.contribution import Contribution, lost, read_contribution, share
 from fedlscl.run.folder import SUMMARY
@@ -79,21 +80,27 @@ def folder_of(run: Run) -> Path | None:
 
 
 def ranking_section(comparison: Comparison, key: str, mask: str = "seen") -> Section | None:
-    """A bar for each method, the best first; None where there are not two of them."""
+    """A bar for each method, the best first; of one method alone a bar for each mask. None where there is no number."""
     ends = ends_of(comparison, mask)
-    if len(ends) < 2:
+    if not ends:
         return None
-    bars = [
-        (
-            starred_name(variant, mask),
-            round(mean, 2),
-            None if np.isnan(deviation) else round(deviation, 2),
-            variant.method in POOLED,
+    if len(ends) == 1:
+        by_mask = [(other, *found[0][1:]) for other in MASKS if (found := ends_of(comparison, other))]
+        bars = [_bar(other, mean, deviation) for other, mean, deviation in by_mask]
+        caption = f"Final average over clients and tasks in %. {about_seeds([ends[0][0]], 'bars are')}"
+        return Section(
+            key, f"Final average of {ends[0][0].label} by mask", drawn("ranking", bars=bars, caption=caption)
         )
+    bars = [
+        _bar(starred_name(variant, mask), mean, deviation, variant.method in POOLED)
         for variant, mean, deviation in ends
     ]
     caption = caption_of([variant for variant, _, _ in ends], mask)
     return Section(key, TITLE, drawn("ranking", bars=bars, caption=caption))
+
+
+def _bar(name: str, mean: float, deviation: float, pooled: bool = False) -> tuple[str, float, float | None, bool]:
+    return name, round(mean, 2), None if np.isnan(deviation) else round(deviation, 2), pooled
 
 
 def split_section(comparison: Comparison, key: str) -> Section | None:
