@@ -27,15 +27,15 @@ PRIVATE = """\
 It is of a federation, whose point is that images stay where they are. **In it are**
 
 - **each client's weights**, trained on its images: whoever has them can test whether an image was among these
-  (membership inference). A head in closed form is a statistic of its images' features, and some methods keep such
-  statistics beside their weights (class means, Gram matrices);
+  (membership inference). A head in closed form is a statistic of its images' features, and so is what some methods keep
+  beside their weights (class means, Gram matrices);
 - **the classes of each client** in each task, with the numbers of images, in `split.json` and below;
 - **which image is whose**, by its position in the data set, in `split.json`: who has the data set knows the clients'
   images.
 
 **Not in it** are images, the clients' choice of images for replay, features or outputs of single images, images that a
-server has made, the messages of the rounds, the metrics of the training, and the folders of the machine that it was
-made on.
+server has made or what makes them, the messages of the rounds, the metrics of the training, and the folders of the
+machine that it was made on.
 {promise}"""
 
 

@@ -30,8 +30,9 @@ from fedlscl.run.summary import Summary
 LEFT_OUT = ("buffer", "candidates", "snapshot.", "upcoming.", "kept.")
 """What begins the names, in a client's memory, of what stays: which images it keeps, and outputs for them."""
 
-SYNTHETIC = ("received.images", "received.logits", "received.classes")
-"""Images that a server made of what clients sent, and what belongs to them: no client classifies with them."""
+SYNTHETIC = ("images", "logits", "classes", "generator.", "teacher.")
+"""What begins the names of received tensors that are images which a server made, what makes them, or what belongs to
+them: no client classifies with these."""
 
 
 def publish(run_dir: Path, folder: Path) -> list[Path]:
@@ -127,7 +128,8 @@ def _weights(folder: Path, index: int) -> dict[str, Tensor] | None:
     except KeyError:
         return None
     memory = {name: tensor for name, tensor in state.items() if name.startswith("memory.")}
-    left = {name for name in memory if name.removeprefix("memory.").startswith((*LEFT_OUT, *SYNTHETIC))}
+    begin = (*LEFT_OUT, *(f"received.{name}" for name in SYNTHETIC))
+    left = {name for name in memory if name.removeprefix("memory.").startswith(begin)}
     nothing = torch.empty(0, dtype=torch.int64)
     given = {name: tensor for name, tensor in state.items() if name not in left}
     return {**given, "memory.buffer": nothing, "memory.candidates": nothing}
