@@ -80,7 +80,7 @@ def test_the_python_lines_of_the_documents(capsys: pytest.CaptureFixture[str], m
     simulate, split = fedlscl.simulate, fedlscl.SplitSpec
 
     def listening(**arguments: Any) -> Any:
-        for result in simulate(**arguments):
+        for result in simulate(**arguments | {"rounds": 1}):
             rounds.append(result)
             yield result
 
