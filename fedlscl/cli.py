@@ -33,6 +33,7 @@ usage: fedlscl fit --config SETTING [--method METHOD] [--run_dir DIR] [--any.fie
        fedlscl predict RUN_DIR IMAGE|FOLDER [...] [--client N ...] [--task N] [--top K] [--out FILE.csv|FILE.json]
        fedlscl deal FOLDER --config SETTING [--method METHOD] [--any.field VALUE]
        fedlscl audit RUN [RUN ...] [--out FOLDER] [--seeds N] [-- --any.field VALUE]
+       fedlscl publish RUN_DIR [--out FOLDER] [--push OWNER/NAME [--public]]
        fedlscl settings|methods|doctor|completion
 
   fit         run a federation, or continue it if its run folder holds an unfinished run
@@ -45,6 +46,7 @@ usage: fedlscl fit --config SETTING [--method METHOD] [--run_dir DIR] [--any.fie
   predict     classify image files with one client's model of a run
   deal        write each client's data, and the server's, into a folder of its own, for a federation of several machines
   audit       attack what the server of finished runs received: what could it learn of the clients' images?
+  publish     a folder of a finished run to give away, or to push to the Hugging Face Hub: card, weights, numbers
   settings    the settings (data, models, schedule) that there are by name
   methods     the methods that there are by name
   doctor      versions, devices, disk, and what can be reached
@@ -76,6 +78,12 @@ AUDIT = (
     "Attack what the server of finished runs received: exact leaks, membership, reconstruction. The runs must have "
     "kept it (--tracking.received true); those of the same method are put together. Words behind -- change fields for "
     "the audit, such as --server.iterations 250 where the server makes images."
+)
+
+PUBLISH = (
+    "Write a folder of a finished run that can be given away: model card, configuration, summary, split, and each "
+    "client's weights as safetensors, without images and what was computed from them; the card says what the folder "
+    "tells of the clients. With --push it goes to the Hugging Face Hub, where it is private unless --public is given."
 )
 
 SETTING_VARIABLE, METHOD_VARIABLE = "FEDLSCL_SETTING", "FEDLSCL_METHOD"
@@ -330,6 +338,29 @@ def audit_command(words: list[str]) -> None:
         sys.stdout.write(file.read_text(encoding="utf-8"))
 
 
+def publish_command(words: list[str]) -> None:
+    """`fedlscl publish`: a folder of a finished run that can be given away."""
+    parser = parser_of("publish", PUBLISH)
+    parser.add_argument("run_dir", type=str, help="folder of a finished run")
+    parser.add_argument("--out", type=str | None, help="folder to write; by default published/<name of the run>")
+    parser.add_argument("--push", type=str | None, help="name on the Hugging Face Hub to push to, as owner/name")
+    parser.add_argument("--public", action="store_true", help="let everybody see it there, where it is new")
+    options = parser.parse_args(words)
+    if options.public and options.push is None:
+        raise ValueError("public has no effect without --push OWNER/NAME")
+    with loading():
+        from fedlscl.run.publish import publish, push
+
+    run_dir = path_of(options.run_dir, "run_dir")
+    folder = path_of(options.out, "out") if options.out else Path("published") / run_dir.resolve().name
+    files = publish(run_dir, folder)
+    size = sum(file.stat().st_size for file in files)
+    say(f"published: {folder} ({len(files)} files, {size / 2**20:.1f} MiB); read its {files[0].name} first")
+    say("it has each client's weights, the classes of each client, and which image is whose; no images, no features")
+    if options.push is not None:
+        say(f"pushed: {push(folder, options.push, private=not options.public)}")
+
+
 COMMANDS = {
     "fit": fit_command,
     "split": split_command,
@@ -341,6 +372,7 @@ COMMANDS = {
     "predict": predict_command,
     "deal": deal_command,
     "audit": audit_command,
+    "publish": publish_command,
     "settings": settings_command,
     "methods": methods_command,
     "doctor": doctor_command,

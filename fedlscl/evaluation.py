@@ -20,6 +20,9 @@ MASKS = ("task", "seen", "federation", "none")
 """Classes a prediction may fall on: those of the image's task, all the client has seen, all that any client has seen,
 all there are."""
 
+ALIKE = 0.02
+"""Mean distance of features of unit length, a degree, below which a small model says the same of every image."""
+
 FloatArray = npt.NDArray[np.float64]
 
 

@@ -108,12 +108,20 @@ def test_the_report_holds_all_settings(runs: Path) -> None:
     assert "cifar100" in page
 
 
-def test_the_published_tables_are_made_from_the_published_summaries() -> None:
-    results = Path(__file__).parent.parent / "experiments" / "results"
+def test_the_published_tables_are_made_from_the_published_summaries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(__file__).parent.parent
+    results, out = Path("experiments") / "results", Path("out").resolve()
     settings = ("digits", "cifar100_small", "cifar100", "tiny_imagenet", "pacs")
-    main(["tables", *(str(results / setting) for setting in settings), "--out", "out"])
+    monkeypatch.chdir(root)
+    words = [str(results / setting) for setting in settings]
+    main(["tables", *words, "--out", str(out), "--leaderboard", str(tmp_path / "leaderboard.md")])
+    page = (tmp_path / "leaderboard.md").read_text()
+    assert page == (results / "leaderboard.md").read_text()
+    assert f"fedlscl tables {' '.join(words)} --leaderboard experiments/results/leaderboard.md" in page
     made, published = (
-        {path.name: path.read_text() for path in folder.iterdir()} for folder in (Path("out"), results / "tables")
+        {path.name: path.read_text() for path in folder.iterdir()} for folder in (out, results / "tables")
     )
     assert set(made) == set(published)
     assert [name for name in made if made[name] != published[name]] == []
@@ -146,5 +154,7 @@ def test_no_name_leads_out_of_a_folder_or_breaks_a_page(tmp_path: Path) -> None:
     assert {path.name for path in Path().iterdir()} == {"runs", "below"}
     assert {path.name for path in Path("below").iterdir()} == {"tables", "figures", "report.html"}
     assert {path.parent.name for path in Path("below/figures").rglob("*.png")} == {"_", "_frac_"}
-    assert "<script>" not in Path("below/report.html").read_text()
+    page = Path("below/report.html").read_text()
+    assert page.count("<script>") == 1  # its own
+    assert "&lt;script&gt;" in page
     assert r"$\frac$" in Path("below/figures/_frac_/forgetting_seen.svg").read_text()

@@ -102,6 +102,19 @@ def test_what_was_tested_without_training_images_is_said() -> None:
         assert not any("pairs of" in line for line in show(run_summary(SEEN, tested_pairs=375, untrained_pairs=pairs)))
 
 
+def test_what_the_small_model_contributed_is_said_where_it_was_measured(tmp_path: Path) -> None:
+    values = {"feature_distance": 0.5, "product_variance": 0.25, "shuffled_cost": 12.5, "mean_cost": -6.25}
+    rows = "".join(f"1,1,client/0/generated/{name},{value}\n" for name, value in values.items())
+    (tmp_path / "metrics.csv").write_text(f"task,round,metric,value\n{rows}")
+    console = screen(terminal=False, width=100)
+    summary_table(run_summary(SEEN), console, picture=Path("x.png"), run_dir=tmp_path)
+    assert (
+        "\nwhat the small model contributed: 12.5 points lost when W are shuffled over images, 6.2 points won with the "
+        "mean W; 25.0 % of the LoRA differs between images: it tells images apart in every client\n"
+    ) in printed(console)
+    assert not any("contributed" in line for line in show(run_summary(SEEN)))
+
+
 def test_one_task_has_no_forgetting_to_show() -> None:
     lines = show(run_summary(SEEN[:, :1, :1]))
     assert row(lines, "0")[1:4] == ["80.0", "80.0", "-"]

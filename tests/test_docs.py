@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from fedlscl.cli import main
+from fedlscl.models.create import create
 
 ROOT = Path(__file__).parent.parent
 METHODS = ROOT / "docs" / "methods"
@@ -16,7 +21,12 @@ CONFIGURATIONS = sorted((ROOT / "experiments" / "methods").glob("*.yaml"))
 SECTIONS = ["Published", "Followed", "Ours", "What travels", "Log names"]
 SOURCES = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "fedlscl").rglob("*.py"))}
 DOCSTRINGS = [ast.get_docstring(ast.parse(text)) or "" for text in SOURCES.values()]
-WRITTEN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+WRITTEN = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *(ROOT / "docs").glob("*.ipynb"),
+]
 
 
 def table() -> dict[str, list[str]]:
@@ -79,3 +89,24 @@ def test_relative_links_point_to_what_is_there(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
     assert [target for target in targets if target and not (document.parent / target).exists()] == []
+
+
+def test_first_mistakes_are_told_as_their_page_says(
+    command_line: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "mistakes.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(fedlscl .+?)` \| `+ ?(.+?) ?`+ \|$", page, re.MULTILINE)
+    assert len(rows) == 10
+    for command, told in rows:
+        with pytest.raises(SystemExit) as end:
+            main(shlex.split(command)[1:])
+        said = f"{capsys.readouterr().err}{end.value.code if isinstance(end.value.code, str) else ''}"
+        assert said.removeprefix("fedlscl: ").strip() == told
+
+    def offline(*names: str, **options: Any) -> None:
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr("timm.create_model", offline)
+    with pytest.raises(ValueError, match="give a file of them") as refused:
+        create("backbone", "vit_base_patch16_224", True, {})
+    assert str(refused.value) in " ".join(page.split())

@@ -1,17 +1,21 @@
-"""What the documents show as an example runs as shown: the method in docs/examples, the lines of docs/python.md."""
+"""What the documents show as an example runs as shown: the method in docs/examples, the lines of docs/python.md,
+the notebook."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 import yaml
 from helpers import SETTING, copy_of, make_client, restore_client, rows
+from matplotlib.figure import Figure
 
 import fedlscl
 from fedlscl.cli import main
@@ -76,15 +80,38 @@ def test_the_python_lines_of_the_documents(capsys: pytest.CaptureFixture[str], m
     simulate, split = fedlscl.simulate, fedlscl.SplitSpec
 
     def listening(**arguments: Any) -> Any:
-        for result in simulate(**arguments):
+        for result in simulate(**arguments | {"rounds": 1}):
             rounds.append(result)
             yield result
 
     monkeypatch.setattr(fedlscl, "simulate", listening)
-    fewer = {"train_per_class": 12, "test_per_class": 6}  # images, as nobody looks at how good the models become
+    fewer = {"train_per_class": 6, "test_per_class": 2}  # images, as nobody looks at how good the models become
     monkeypatch.setattr(fedlscl, "SplitSpec", lambda **fields: split(**fields | fewer))
     exec(compile(lines, "python.md", "exec"), {})
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("task ")]
     assert len(printed) == len(rounds) > 1
     for line, result in zip(printed, rounds, strict=True):
         assert f"task {result.task}, round {result.round}: {result.mean('seen'):.1f} %" in line
+
+
+def test_the_notebook_runs_from_top_to_bottom(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / "docs" / "quickstart.ipynb").read_text("utf-8")
+    assert len(text) < 200_000
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    monkeypatch.setattr(plt, "subplots", lambda **options: (figure := Figure(), figure.subplots()))  # in no window
+    space: dict[str, Any] = {}
+    for number, cell in enumerate(cells):
+        exec(compile("".join(cell["source"]), f"cell {number}", "exec"), space)
+        if cell["metadata"].get("tags") == ["parameters"]:
+            space |= {"clients": 2, "rounds": 1, "images": 4, "tested": 1, "least": 1}  # nobody looks how good they are
+    assert [(r.task, r.round) for r in space["history"]] == [(r.task, r.round) for r in space["closed"]]
+    assert [line.get_label() for line in space["axes"].get_lines()[:4]] == [
+        *(f"Fed-LSCL, {mask}" for mask in ("task", "seen", "none")),
+        "ridge, seen",
+    ]
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if line.startswith("task ")] == [
+        f"task {r.task}, round {r.round}: {r.mean('seen'):.1f} % of the classes seen so far" for r in space["history"]
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import math
@@ -27,6 +28,7 @@ pytest.importorskip("flwr")
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.cli.config_utils import load_and_validate
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
@@ -1125,3 +1127,20 @@ def test_impossible_counts_are_not_taken(
     with caplog.at_level(logging.WARNING, logger="fedlscl"):
         assert set(place.on_flower().cost()["resnet18"]) == {"trained_parameters", "flops_frozen", "flops"}
     assert "client 0 does not say what it computes" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # of Flower's own
+def test_the_app_passes_the_checks_of_the_flower_hub(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those that `flwr app publish` makes before it sends anything; and the classes that the app names are there."""
+    publish = importlib.import_module("flwr.cli.app_cmd.publish")  # a function hides it where it is imported from
+    app = Path(__file__).resolve().parents[1] / "experiments" / "flower"
+    config, warnings = load_and_validate(app / "pyproject.toml", check_module=False)
+    assert warnings == []
+    publish._validate_app_name(app.name, "folder")
+    publish._validate_description(config["project"]["description"])
+    assert len(config["project"]["description"]) <= 200  # above, it asks
+    publish._validate_files(publish._collect_file_paths(app))
+    assert "2 files" in capsys.readouterr().out
+    for kind, made in (("serverapp", server_app), ("clientapp", client_app)):
+        module, _, name = config["tool"]["flwr"]["app"]["components"][kind].partition(":")
+        assert getattr(importlib.import_module(module), name) is made

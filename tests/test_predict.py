@@ -20,6 +20,7 @@ from fedlscl.data.splits import Split
 from fedlscl.files import Damaged
 from fedlscl.models.cnn import SmallModel, SmallModelSpec
 from fedlscl.models.vit import FrozenViT
+from fedlscl.run import examples
 from fedlscl.run.predict import files_in, predict
 
 pytestmark = pytest.mark.usefixtures("command_line")
@@ -61,6 +62,17 @@ def test_files_are_classified_as_in_the_evaluation(
             learned = sum(len(t.classes) for t in part.tasks)
             assert all(1 / learned <= prediction.probability <= 1 for prediction in found)
     assert sorted(path.name for path in (run_dir / "checkpoint").iterdir()) == before
+
+    with monkeypatch.context() as patch:  # the report shows some of them
+        patch.setattr(examples, "LOOKED_AT", 1000)
+        parts = Split.from_json(json.dumps(stored["split"])).clients
+        for asked, part, of in zip(examples.examples(run_dir, 3), parts, accuracy, strict=True):
+            sizes = [len(task.test) for task in part.tasks]
+            assert (asked.looked_at, len(asked.images)) == (sum(sizes), 3)
+            assert 100 * asked.right == pytest.approx(np.dot(sizes, of[-1]))
+            assert all(
+                len(image.best) == 3 and image.right == (image.best[0][0] == image.truth) for image in asked.images
+            )
 
     with monkeypatch.context() as patch:  # images are read as the run's source reads its own
         patch.setattr(Patterns, "decode", lambda self, path, size: np.zeros((3, size, size), np.uint8))

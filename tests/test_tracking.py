@@ -12,7 +12,7 @@ import struct
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pytest
 import torch
 import wandb
 from lightning import LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -350,6 +351,41 @@ def test_when_wandb_fails_the_record_goes_on(home: Path, tmp_path: Path, monkeyp
         assert len(warned) == 1
     assert [row[3] for row in rows(tmp_path)[1:]] == ["1.0", "2.0"]
     finish()
+
+
+class Told(Logger):
+    """A logger of Lightning's that notes what it is told, and fails when it is asked to."""
+
+    name = version = "told"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+        self.broken = False
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        self.calls.append(("config", params))
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if self.broken:
+            raise OSError("full")
+        self.calls.append((dict(metrics), step))
+
+    def finalize(self, status: str) -> None:
+        self.calls.append((status,))
+
+
+def test_a_logger_of_lightnings_is_told_everything_and_does_no_harm(tmp_path: Path) -> None:
+    logger = Told()
+    with Tracker(tmp_path, wandb_mode="disabled", config={"seed": 3}, logger=logger) as tracker:
+        tracker.log({"eval/a": 1.0}, task=1, round=1)
+        ClientLogger(tracker, "client/0", task=1, round=2).log_metrics({"loss": 2.0, "epoch": 0}, step=77)
+        logger.broken = True
+        with pytest.warns(UserWarning, match="Told failed, the run goes on without what it was told: OSError"):
+            tracker.log({"eval/a": 3.0}, task=1, round=3)
+        tracker.log({"eval/a": 4.0}, task=1, round=4)  # once is enough
+    assert logger.calls == [("config", {"seed": 3}), ({"eval/a": 1}, 1), ({"client/0/loss": 2}, 2), ("success",)]
+    assert [row[3] for row in rows(tmp_path)[1:]] == ["1.0", "2.0", "3.0", "4.0"]
 
 
 def test_a_server_that_went_away_is_not_waited_for(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

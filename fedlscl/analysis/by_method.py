@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.figure import Figure
 
 from fedlscl.analysis.captions import Picture, about_seeds, about_stars, among, over_tasks, ranking, starred_name
-from fedlscl.analysis.comparison import POOLED, Comparison
+from fedlscl.analysis.comparison import POOLED, Comparison, Variant
 from fedlscl.analysis.drawing import COLOURS, LABEL_SIZE, PAGE, frame, over_seeds
 from fedlscl.run.plots import DPI
 
+TITLE = "Final average of every method"
 _METHOD, _POOLED = COLOURS[0], "0.6"
+
+
+def ends_of(comparison: Comparison, mask: str) -> list[tuple[Variant, float, float]]:
+    """Every method in its usual configuration with its final average in % and the deviation over seeds, best first.
+
+    Those that see all images at once are behind the others; without a number there is no entry, and without two seeds
+    the deviation is NaN.
+    """
+    ranked = ranking(comparison.usual, mask)
+    ranked = [v for v in ranked if v.method not in POOLED] + [v for v in ranked if v.method in POOLED]
+    found = []
+    for variant in ranked:
+        mean, deviation = over_seeds(over_tasks(variant, mask)[:, -1])
+        if not np.isnan(mean):
+            found.append((variant, float(mean), float(deviation)))
+    return found
 
 
 def accuracy_by_method(comparison: Comparison, mask: str) -> Picture | None:
@@ -23,16 +42,13 @@ def accuracy_by_method(comparison: Comparison, mask: str) -> Picture | None:
     Returns:
         None where no method has a number, or there is one alone.
     """
-    ranked = ranking(comparison.usual, mask)
-    ranked = [v for v in ranked if v.method not in POOLED] + [v for v in ranked if v.method in POOLED]
-    ends = {variant.label: [float(v) for v in over_seeds(over_tasks(variant, mask)[:, -1])] for variant in ranked}
-    shown = [variant for variant in ranked if not np.isnan(ends[variant.label][0])]
+    ends = ends_of(comparison, mask)
+    shown = [variant for variant, _, _ in ends]
     if len(shown) < 2:
         return None
     figure = Figure(figsize=(PAGE, 0.19 * len(shown) + 0.6), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    for place, variant in enumerate(shown):
-        mean, deviation = ends[variant.label]
+    for place, (variant, mean, deviation) in enumerate(ends):
         colour = _POOLED if variant.method in POOLED else _METHOD
         axes.barh(place, mean, height=0.72, color=colour)
         text = f"{mean:.1f}" if np.isnan(deviation) else f"{mean:.1f} ± {deviation:.1f}"
@@ -50,10 +66,15 @@ def accuracy_by_method(comparison: Comparison, mask: str) -> Picture | None:
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color="0.9", linewidth=0.6)
     axes.tick_params(axis="y", length=0)
+    title = f"{TITLE}, {comparison.title}"
+    return Picture("accuracy_by_method", title, caption_of(shown, mask), figure)
+
+
+def caption_of(shown: Sequence[Variant], mask: str) -> str:
+    """What the bars of these methods are."""
     grey = " Grey: sees the images of all clients and tasks at once." if shown[-1].method in POOLED else ""
-    caption = (
+    return (
         f"Final average over clients and tasks in %, the best first; {among(mask)}. "
         f"{about_seeds(shown, 'bars are')} {about_stars(shown, mask)}".strip()
         + grey
     )
-    return Picture("accuracy_by_method", f"Final average of every method, {comparison.title}", caption, figure)

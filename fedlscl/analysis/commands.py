@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedlscl.checks import LONGEST
+from fedlscl.checks import LONGEST, output
 from fedlscl.checks import path as path_of
 from fedlscl.run.words import parser_of, say
 
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from fedlscl.analysis.comparison import Comparison
 
 
+MOST_EXAMPLES = 24
+"""Images of a client on a report."""
+
+
 def tables_command(words: list[str]) -> None:
     """`fedlscl tables`: print the tables as Markdown and write them in every format."""
     parser = _runs_parser(
@@ -28,13 +32,18 @@ def tables_command(words: list[str]) -> None:
     )
     parser.add_argument("--masks", type=list[str], default=["task"], help="masks to show Table 1 under")
     parser.add_argument("--out", type=str, default="tables", help="folder to write Markdown, LaTeX and CSV into")
+    parser.add_argument("--leaderboard", type=str | None, help="a .md file for a ranking in each setting")
     options = parser.parse_args(words)
     from fedlscl.analysis.formats import FORMATS, to_markdown
+    from fedlscl.analysis.leaderboard import leaderboard
     from fedlscl.analysis.tables import tables
     from fedlscl.analysis.tuning import tuning
 
     out, texts = path_of(options.out), []
+    page = None if options.leaderboard is None else output(path_of(options.leaderboard, "leaderboard"), (".md",))
     comparisons = _comparisons(options.runs)
+    if page is not None:
+        _write(page, leaderboard([comparison for _, comparison in comparisons], options.runs))
     for name, comparison in comparisons:
         texts.append(f"## {comparison.title}\n")
         every = [other for _, other in comparisons]
@@ -69,12 +78,15 @@ def report_command(words: list[str]) -> None:
     """`fedlscl report`: one HTML page with everything."""
     parser = _runs_parser("report", "Write one self-contained HTML page with settings, tables, figures and every run.")
     parser.add_argument("--out", type=str, default="report.html", help="the file to write")
+    parser.add_argument("--examples", type=int, default=0, help="test images of each of three clients, with answers")
     options = parser.parse_args(words)
     from fedlscl.analysis.report import write_report
 
+    if not 0 <= options.examples <= MOST_EXAMPLES:
+        raise ValueError(f"examples is {options.examples}, must be 0 to {MOST_EXAMPLES}")
     path = path_of(options.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_report([comparison for _, comparison in _comparisons(options.runs)], path)
+    write_report([comparison for _, comparison in _comparisons(options.runs)], path, options.examples)
     say(f"report: {path}")
 
 

@@ -1,10 +1,13 @@
 """One HTML page on finished runs: tables, figures, settings, what differs from the paper, and every run.
 
-The page holds all it shows and asks for nothing from anywhere: no script, no font, no image from outside.
+The page holds all it shows and asks for nothing from anywhere: no script, no font, no image from outside. Its own few
+lines of script sort tables; the policy in its head lets no other run.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
 import re
 import xml.etree.ElementTree as ET
@@ -15,36 +18,41 @@ from typing import Any
 
 import matplotlib
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 import fedlscl
 from fedlscl.analysis.comparison import Comparison
 from fedlscl.analysis.deviations import OPEN, POINTS, data_set, differences, in_words, plural, texts
+from fedlscl.analysis.example_images import examples_section
 from fedlscl.analysis.figures import pictures
 from fedlscl.analysis.formats import Table
+from fedlscl.analysis.learning import curve, learning
 from fedlscl.analysis.paper import TABLE1
 from fedlscl.analysis.results import Run
 from fedlscl.analysis.rows import MASK_NAMES
+from fedlscl.analysis.sections import environment, ranking_section, small_model_section, split_section
+from fedlscl.analysis.side_by_side import two_section
 from fedlscl.analysis.tables import tables
 from fedlscl.analysis.tuning import tuning
 from fedlscl.files import write_atomically
-from fedlscl.run.console import human_bytes
 
-TEMPLATE = "report.html.jinja"
-ANSWERS = ("accuracy_by_method", "accuracy_by_bytes")
-"""The figures that stand before all tables: which method is best, and what it costs."""
+TEMPLATE, SCRIPT = "report.html.jinja", "report.js"
+IN_HTML = "accuracy_by_method"
+"""The figure that the page draws by itself, so that it fits a phone: which method is best."""
+ANSWERS = ("accuracy_by_bytes",)
+"""The figures that stand before all tables: what accuracy costs."""
 NUMBER = re.compile(r"[-+]?\d|[-–—]?$")
 """How the text of a cell begins that belongs to a column of numbers; it may be missing."""
 
 
-def write_report(comparisons: Sequence[Comparison], path: Path) -> None:
+def write_report(comparisons: Sequence[Comparison], path: Path, examples: int = 0) -> None:
     """Write one HTML page on all runs of some comparisons.
 
     Args:
         comparisons: what :func:`fedlscl.analysis.comparison.compare` returns.
         path: the page to write; its folder must exist.
+        examples: how many test images of each of some clients to show, with what these say of them.
 
     Raises:
         ValueError: if there is no comparison.
@@ -52,22 +60,21 @@ def write_report(comparisons: Sequence[Comparison], path: Path) -> None:
     """
     if not comparisons:
         raise ValueError("comparisons is empty, must hold at least one comparison of finished runs")
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"bytes": human_bytes, "breakable": _breakable}
     names = Counter(comparison.setting for comparison in comparisons)
-    page = environment.get_template(TEMPLATE).render(
-        version=fedlscl.__version__,
-        settings=[
-            _setting(c, comparisons, f"s{n}", c.setting if names[c.setting] == 1 else c.title)
-            for n, c in enumerate(comparisons, 1)
-        ],
-        masks=MASK_NAMES,
+    script = (Path(__file__).parent / SCRIPT).read_text(encoding="utf-8")
+    page = (
+        environment()
+        .get_template(TEMPLATE)
+        .render(
+            version=fedlscl.__version__,
+            settings=[
+                _setting(c, comparisons, f"s{n}", c.setting if names[c.setting] == 1 else c.title, examples)
+                for n, c in enumerate(comparisons, 1)
+            ],
+            masks=MASK_NAMES,
+            script=Markup(script),
+            script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        )
     )
     write_atomically(path, page.encode())
 
@@ -104,11 +111,6 @@ def inline_svg(figure: Figure, prefix: str, label: str, described_by: str) -> Ma
     return Markup(ET.tostring(root, encoding="unicode"))
 
 
-def _breakable(text: str) -> Markup:
-    """The text, which may be broken behind an underscore."""
-    return Markup(escape(text).replace("_", Markup("_<wbr>")))
-
-
 def _local(name: str) -> str:
     return name.rpartition("}")[2]
 
@@ -121,7 +123,7 @@ def _prefixed(name: str, value: str, prefix: str) -> str:
     return value.replace("url(#", f"url(#{prefix}")
 
 
-def _setting(comparison: Comparison, every: Sequence[Comparison], key: str, name: str) -> dict[str, Any]:
+def _setting(comparison: Comparison, every: Sequence[Comparison], key: str, name: str, examples: int) -> dict[str, Any]:
     """What the template shows of one of all comparisons; `key` begins every id, `name` is its heading."""
     runs = [run for variant in comparison.variants for run in variant.runs]
     methods = {variant.method for variant in comparison.variants}
@@ -131,12 +133,22 @@ def _setting(comparison: Comparison, every: Sequence[Comparison], key: str, name
             versions.setdefault(package, []).append(version)
     first: list[dict[str, Any]] = []
     later: list[dict[str, Any]] = []
-    for n, picture in enumerate(pictures(comparison), 1):
+    # of one method alone a plane with one point would say nothing
+    needless = (IN_HTML, *(ANSWERS if len(comparison.variants) == 1 else ()))
+    for n, picture in enumerate((drawn for drawn in pictures(comparison) if drawn.name not in needless), 1):
         figure_key = f"{key}-figure{n}"
         title = picture.title.removesuffix(f", {comparison.title}")  # the section's heading says it
         svg = inline_svg(picture.figure, f"{figure_key}-", title, f"{figure_key}-caption")
         figures = first if picture.name in ANSWERS else later
         figures.append({"key": figure_key, "title": title, "caption": picture.caption, "svg": svg})
+    opening = [
+        ranking_section(comparison, f"{key}-ranking"),
+        *first,
+        split_section(comparison, f"{key}-split"),
+        small_model_section(comparison, f"{key}-small-model"),
+        two_section(comparison, f"{key}-two"),
+        examples_section(comparison, f"{key}-examples", examples) if examples else None,
+    ]
     different, same = differences(comparison.variants)
     return {
         "key": key,
@@ -159,7 +171,7 @@ def _setting(comparison: Comparison, every: Sequence[Comparison], key: str, name
             _table(table, f"{key}-table{n}")
             for n, table in enumerate([*tables(comparison), *tuning(comparison, every)], 1)
         ],
-        "first": first,
+        "opening": [part for part in opening if part is not None],
         "figures": later,
         "papers": any(data_set(variant) in TABLE1 for variant in comparison.variants),
         "differences": different,
@@ -173,10 +185,13 @@ def _setting(comparison: Comparison, every: Sequence[Comparison], key: str, name
 
 def _table(table: Table, key: str) -> dict[str, Any]:
     columns = zip(*table.rows, strict=True)
+    # a phone shows the first sentence, and the others when asked
+    first, end, more = table.note.partition(". ")
     return {
         "key": key,
         "title": table.title,
-        "note": table.note,
+        "note": first + end.rstrip(),
+        "more": more,
         "header": table.header,
         "rows": table.rows,
         "numeric": [n > 0 and all(NUMBER.match(cell.text) for cell in column) for n, column in enumerate(columns)]
@@ -202,5 +217,8 @@ def _run(run: Run, label: str, task_aware: Sequence[str]) -> dict[str, Any]:
         },
         "bytes": {"up": summary.bytes_up, "down": summary.bytes_down},
         "skipped": summary.skipped,
+        "curve": curve(found, f"Accuracy of {label}, seed {run.seed}, in the course of the run")
+        if (found := learning(run)).unit == "round"
+        else None,
         "config": yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True),
     }

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedlscl.batches import Batch, Images
 from fedlscl.client import Client
+from fedlscl.evaluation import ALIKE
 from fedlscl.models.adapters import LoRA, LowRank, ParameterGenerator
 
 log = logging.getLogger(__name__)
@@ -27,9 +28,6 @@ THROUGH = 8
 
 EVERY = 16
 """Of how many steps one has its gradient measured."""
-
-ALIKE = 0.02
-"""Mean distance of features of unit length, a degree, below which the small model says the same of every image."""
 
 
 def evenly(indices: Tensor, most: int = SAMPLE) -> Tensor:

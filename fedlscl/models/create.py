@@ -104,6 +104,11 @@ def _made(
     try:
         return make(name, pretrained=pretrained, num_classes=0, **model_args)
     except Exception as error:  # timm checks little: what does not fit fails anywhere, in any way
+        if pretrained and isinstance(error, OSError):  # of the network, the hub or its cache
+            raise ValueError(
+                f"{group}.pretrained: the weights of '{name}' are not on this disk and cannot be fetched "
+                f"({type(error).__name__}); give a file of them: --{group}.weights FILE.safetensors"
+            ) from error
         raise ValueError(f"{group}.name, {group}.model_args: timm cannot make '{name}' ({reason(error)})") from error
 
 

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from fedlscl.evaluation import MASKS, final_average, forgetting, measured_mean
 from fedlscl.federation.callback import FederationCallback
+from fedlscl.run.contribution import read_contribution
 from fedlscl.run.summary import Summary
 
 
@@ -186,6 +187,7 @@ def summary_table(summary: Summary, console: Console, *, picture: Path, run_dir:
     ways = (f"{way} {human_bytes(sent.per_client_round)}" for way, sent in directions.items())
     seconds = summary.seconds
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
+    contributed = read_contribution(run_dir)
     for part in (
         Text(run, style="bold"),
         Text(f"accuracy in % after task {after + 1}, predicted among the classes seen so far{star('seen')}"),
@@ -194,6 +196,7 @@ def summary_table(summary: Summary, console: Console, *, picture: Path, run_dir:
         *([Text("* with parameters that the task of each image, which had to be known, has chosen")] if told else []),
         *([Text(_untrained(summary))] if summary.untrained_pairs else []),
         *([Text(summary.privacy.text)] if summary.privacy else []),
+        *([Text(f"what the small model contributed: {contributed.text}")] if contributed else []),
         Text(f"bytes per client and round: {'  '.join(ways)}"),
         Text(f"seconds: {seconds['total']:.1f} ({parts})  peak memory: {summary.peak_memory_mib:.0f} MiB"),
         Text(f"picture: {picture}"),

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import yaml
+from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from rich.text import Text
 
@@ -65,11 +66,13 @@ class Tracking:
         project: W&B project.
         received: keep all that the server receives in the run folder, for `fedlscl audit`. It tells more of the
             clients' images than any other file that a server has: delete it when it was looked at.
+        logger: one of Lightning's loggers, such as TensorBoardLogger, which is told every metric too.
     """
 
     wandb_mode: WandbMode = "auto"
     project: str = "fedlscl"
     received: bool = False
+    logger: Logger | None = None
 
 
 NOT_SET = "not set"
@@ -295,6 +298,7 @@ class Experiment:
             config=self.config,
             run_id=progress.get("wandb_id"),
             metrics_bytes=size,
+            logger=self.tracking.logger,
         )
 
     @property

@@ -107,7 +107,7 @@ def predictions(
         FileNotFoundError: if there is no finished run in `run_dir`.
         ValueError: see `predict`.
     """
-    run = _Run(run_dir)
+    run = FinishedRun(run_dir)
     bodies = [run.client(index, task) for index in dict.fromkeys(clients)]
     return _classified(run, bodies, images, task)
 
@@ -189,7 +189,7 @@ def files_in(named: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _classified(
-    run: _Run, bodies: Sequence[Client], images: Sequence[str], task: int | None
+    run: FinishedRun, bodies: Sequence[Client], images: Sequence[str], task: int | None
 ) -> Iterator[Prediction | Failure]:
     size = bodies[0].evaluation_batch_size
     for first in range(0, len(images), size):
@@ -214,7 +214,7 @@ def _classified(
                 yield Prediction(name, body.index, names, tuple(row.values.tolist()))
 
 
-class _Run:
+class FinishedRun:
     """A finished run, as far as its models are concerned.
 
     Args:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import sys
 from pathlib import Path
 
@@ -13,7 +15,10 @@ from rich.text import Text
 from fedlscl.data.assignment import assignment
 from fedlscl.data.module import FederatedDataModule
 from fedlscl.data.split_map import SplitMap, rows, short_lines
-from fedlscl.files import write_atomically
+from fedlscl.files import content_of, write_atomically
+from fedlscl.run.folder import SPLIT
+
+log = logging.getLogger(__name__)
 
 SUFFIXES = (".png", ".csv")
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
@@ -50,6 +55,17 @@ def show(data: FederatedDataModule) -> SplitMap:
             table.add_row(Text(row[0]), *cells, *(Text(cell, style="dim") for cell in row[found.clients + 1 :]))
         console.print(table)
     return found
+
+
+def read_map(folder: Path) -> SplitMap | None:
+    """The map of the split of a run, None where its folder has none; with a warning in the log where it is damaged."""
+    content = content_of(folder / SPLIT)
+    try:
+        stored = None if content is None else json.loads(content).get("map")
+        return None if stored is None else SplitMap.from_json(stored)
+    except (ValueError, AttributeError) as error:
+        log.warning("%s: the map of the split is left out, for %s", folder / SPLIT, error)
+        return None
 
 
 def write(found: SplitMap, path: Path, data: FederatedDataModule, title: str) -> None:

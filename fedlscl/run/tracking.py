@@ -1,4 +1,4 @@
-"""The one record of a federation: metrics.csv and a W&B run, over all its hundreds of fits."""
+"""The one record of a federation over all its hundreds of fits: metrics.csv, a W&B run, any logger of Lightning's."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ class Tracker:
         run_id: W&B id of the run to go on with; None begins a new one.
         metrics_bytes: size of ``metrics.csv`` at the checkpoint a run goes on from; rows after it are
             dropped. None begins a new file.
+        logger: one of Lightning's, which is told every metric too, with the round as its step.
 
     Raises:
         ValueError: if `wandb_mode` is unknown, is "online" for a user who is not logged in, or
@@ -73,6 +74,7 @@ class Tracker:
         config: Mapping[str, Any],
         run_id: str | None = None,
         metrics_bytes: int | None = None,
+        logger: Logger | None = None,
     ) -> None:
         mode = wandb_is(wandb_mode)
         make_folder(run_dir)
@@ -81,13 +83,15 @@ class Tracker:
         self._sum = hashlib.sha256(kept)
         self.run_id = run_id or secrets.token_hex(4)
         self._run: Run | None = None
-        self._warned = False
+        self._logger = logger
+        self._warned: set[str] = set()
         try:
             if mode != "disabled":
                 init = {"project": project, "name": name, "config": dict(config), "id": self.run_id}
                 resumed, may_fall_back = run_id is not None, wandb_mode == "auto"
                 self._run = _start(mode, run_dir, resumed=resumed, may_fall_back=may_fall_back, **init)
                 self.run_id = self._run.id  # a sweep's agent imposes its own
+            self._mirror(lambda logger: logger.log_hyperparams(dict(config)))
         except BaseException:
             self._csv.close()
             raise
@@ -110,6 +114,7 @@ class Tracker:
         values = {metric: float(value) for metric, value in metrics.items()}
         self._add(_rows([(values, task, round)]))
         self._tell(lambda run: run.log({**values, "task": task, "round": round}))
+        self._mirror(lambda logger: logger.log_metrics(values, step=round))
 
     def _add(self, content: bytes) -> None:
         with naming(self._path):
@@ -196,16 +201,24 @@ class Tracker:
             with suppress(OSError):  # it would only say again what writing has said
                 self._csv.close()
             self._tell(lambda run: run.finish(exit_code=exit_code))
+            self._mirror(lambda logger: logger.finalize("failed" if exit_code else "success"))
 
     def _tell(self, tell: Callable[[Run], object]) -> None:
-        if self._run is None:
-            return
+        if (run := self._run) is not None:
+            self._without_harm("W&B", lambda: tell(run))
+
+    def _mirror(self, tell: Callable[[Logger], object]) -> None:
+        if (logger := self._logger) is not None:
+            self._without_harm(type(logger).__name__, lambda: tell(logger))
+
+    def _without_harm(self, whom: str, tell: Callable[[], object]) -> None:
+        """Warn, once, of what fails: `metrics.csv` has everything."""
         try:
-            tell(self._run)
-        except Exception as error:  # whatever W&B, its service process and its server come up with
-            if not self._warned:
-                warnings.warn(f"W&B failed, the run goes on without what it was told: {error!r}", stacklevel=3)
-                self._warned = True
+            tell()
+        except Exception as error:  # whatever W&B or a logger, its service process and its server come up with
+            if whom not in self._warned:
+                warnings.warn(f"{whom} failed, the run goes on without what it was told: {error!r}", stacklevel=4)
+                self._warned.add(whom)
 
     def __enter__(self) -> Tracker:
         return self
