@@ -150,7 +150,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True, scope="module")
 def _forget() -> Iterator[None]:
     yield
-    for cached in (known, client._worker):
+    for cached in (known, client._place):
         cached.cache_clear()
 
 
@@ -307,6 +307,20 @@ def test_nothing_crosses_the_wire_but_the_messages_and_numbers(place: Place) -> 
     assert down == sum(sum(result.bytes_down.values()) for result in results) + starts
     kinds = [message.metadata.message_type for message, _ in place.wire.sent]
     assert {kind: kinds.count(kind) for kind in kinds} == {WHO: 2 * 3, FIT: 2 * 3 * 4, END: 2 * 3 * 4}
+
+
+def test_metrics_of_training_stay_where_they_are_not_wanted(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """The run's words hold for all nodes, and a node's own words for it."""
+    place.wire.words += ["--tracking.clients", "none"]
+    place.wire.nodes[101]["words"] = "--tracking.clients all"
+    run(place.on_flower(), stop=1)
+    sent = {
+        message.metadata.src_node_id: set(message.content.metric_records["metrics"])
+        for message, _ in place.wire.sent
+        if message.metadata.src_node_id and "metrics" in message.content.metric_records
+    }
+    assert "collaborate/cross_entropy" in sent.pop(101)
+    assert sent == {100: set(), 102: set()}
 
 
 # ---- secure sums
