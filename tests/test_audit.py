@@ -20,6 +20,7 @@ from fedlscl.audit.reconstruction import correlation, found_again, small
 from fedlscl.audit.run import AuditedRun
 from fedlscl.cli import main
 from fedlscl.methods.statistics.heads import ClassGaussians, Ridge, triangle
+from fedlscl.methods.statistics.noisy import NoisyRidge
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).mul(4096).round().double() / 4096
 LABELS = torch.tensor([0, 0, 0, 1, 2, 2])
@@ -107,6 +108,29 @@ def test_scores_know_what_is_in_a_sum() -> None:
     of_public = torch.zeros(400, dtype=torch.int64)
     scores = [pull(contents, x, labels, public, of_public) for x in (inside, outside)]
     assert float(scores[0].mean()) > float(scores[1].mean()) + 1
+
+
+def test_sums_with_noise_are_attacked_as_such() -> None:
+    """They have no counts, a triangle for G, and say how much noise there is."""
+    rng = torch.Generator().manual_seed(3)
+    x = torch.nn.functional.normalize(torch.randn(300, 12, generator=rng, dtype=torch.float64) + 2, dim=1)
+    inside, public, labels = x[:20], x[40:], torch.zeros(20, dtype=torch.int64)
+    head, tensors = NoisyRidge(Ridge()), dict[str, torch.Tensor]()
+    for name, tensor in head.sums(inside, labels, labels, 2).items():
+        deviation = 0.2 * head.scales(12, 2).get(name, torch.zeros(()))
+        tensors[name] = tensor + deviation * torch.randn(tensor.shape, generator=rng, dtype=torch.float64)
+    tensors["noise"] = torch.tensor(0.04)
+    contents = Contents.of(tensors, 12)
+    assert contents.counts is None
+    assert contents.noise == pytest.approx(0.2)
+    assert contents.gram is not None
+    assert float((contents.gram - inside.T @ inside).abs().max()) < 5
+    assert exact_leaks(contents) == []
+    scores = [pull(contents, part, labels, public, torch.zeros(260)) for part in (inside, x[20:40])]
+    assert auc(*(one.numpy() for one in scores)) > 0.6
+    # below the noise nothing counts: the score is that of the identity, whatever is in the sum
+    flat = leverage(contents.gram, inside, noise=1e9)
+    assert float(flat.max() / flat.min()) == pytest.approx(1, abs=1e-6)
 
 
 # --------------------------------------------------------------------------------- reconstruction

@@ -25,7 +25,18 @@ from fedlscl.methods.statistics.heads import ClassCovariances, ClassMeans, Ridge
 from fedlscl.methods.statistics.noisy import NOISE, NoisyHead, noisy, of_unit_length
 from fedlscl.methods.statistics.server import StatisticsServer
 from fedlscl.models.vit import FrozenViT
-from fedlscl.privacy import GRID, Privacy, clipped, delta_of, epsilon_of, noise_multiplier, normal
+from fedlscl.privacy import (
+    GRID,
+    Privacy,
+    best_auc,
+    clipped,
+    delta_of,
+    epsilon_of,
+    most_found,
+    most_found_under,
+    noise_multiplier,
+    normal,
+)
 from fedlscl.run.summary import Promise
 
 Make = Callable[..., Federation]
@@ -45,6 +56,19 @@ def test_the_accountant_has_published_values(epsilon: float, multiplier: float, 
     assert noise_multiplier(epsilon, delta) == pytest.approx(multiplier, abs=1e-6)
     assert epsilon_of(multiplier, delta) == pytest.approx(epsilon, abs=1e-6)
     assert noise_multiplier(16, 1e-5) == pytest.approx(0.344, abs=5e-4)
+
+
+def test_no_attack_finds_more_than_its_bound() -> None:
+    """The bound by epsilon and delta is a tangent of the exact one, for each epsilon another; by hand at two places."""
+    assert most_found(0.01, 1.0) == pytest.approx(0.0924, abs=1e-4)  # Phi(-2.3263 + 1)
+    assert most_found_under(0.01, 1.0, 1e-5) == pytest.approx(0.027193, abs=1e-6)
+    assert most_found_under(0.01, 8.0, 1e-5) == pytest.approx(1 - math.exp(-8) * (0.99 - 1e-5))
+    for multiplier in (0.6, 1.08, 3.73):
+        bounds = [most_found_under(0.01, epsilon, delta_of(epsilon, multiplier)) for epsilon in np.linspace(0, 8, 801)]
+        assert min(bounds) == pytest.approx(most_found(0.01, multiplier), abs=1e-5)
+    x = np.linspace(1e-5, 1 - 1e-5, 20001)
+    area = np.trapezoid([most_found(float(f), 1.08) for f in x], x)
+    assert best_auc(1.08) == pytest.approx(area, abs=1e-4)
 
 
 def test_noise_is_below_what_renyi_divergence_asks_for() -> None:

@@ -76,7 +76,7 @@ class Tracking:
     clients: OfClients = "all"
 
     def sends(self, secure: bool) -> bool:
-        """Whether the metrics of a client's training leave it; beside a secure sum not for the server to add them up."""
+        """Whether the metrics of a client's training leave it; beside a secure sum, only if they are wanted singly."""
         return self.clients == "all" or (self.clients == "aggregate" and not secure)
 
 
