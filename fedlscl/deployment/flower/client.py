@@ -6,6 +6,7 @@ Flower makes it anew whenever it likes, from the words of the command line.
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,6 +46,10 @@ class NotThisClient(ValueError):
     """A message, or data, of another client."""
 
 
+class OtherWeights(ValueError):
+    """A frozen model that this node does not take: its server could have made one that writes images into features."""
+
+
 def tells_types_alone(handler: Handler) -> Handler:
     """Reply with the type of an exception; its text, which may name files, stays in the log of this machine."""
 
@@ -70,13 +75,14 @@ def who(message: Message, context: Context) -> Message:
     data = LocalShare(Path(folder)) if folder else _own(context)[1].worker.template.data
     data.setup()
     words, own_words = str(context.run_config["words"]), str(context.node_config.get("words", ""))
+    weights = _weights(words, own_words, str(context.node_config.get("weights", "")))
     with as_error():
         values = Configuration(shlex.split(f"{words} {own_words}")).values
         own = {
             "split": data.split_sha256,
             "list of classes": names_sha256(data),
             "configuration": Configuration(shlex.split(words)).sha256,
-            "file of weights": weights_sha256("backbone", values["backbone"]["weights"]) or "none",
+            "file of weights": weights or "none",
             "file of the CNN's weights": weights_sha256("cnn", values["cnn"]["weights"]) or "none",
         }
     return _reply(message, who=ConfigRecord({"client": index, **own}))
@@ -151,10 +157,12 @@ def _own(context: Context) -> tuple[int, _Place]:
     """Which client this is, and the place where it trains.
 
     In the node's configuration: ``client``, its number; ``data``, its share as `fedlscl deal` writes it; ``words``,
-    what is different on this machine, such as ``--trainer.accelerator gpu``. In a simulation all is that of the run.
+    what is different on this machine, such as ``--trainer.accelerator gpu``; ``weights``, the SHA-256 of the only file
+    of weights of the frozen model that is taken. In a simulation all is that of the run.
     """
     config, index = context.node_config, _client(context)
-    place = _place(str(context.run_config["words"]), str(config.get("words", "")), str(config.get("data", "")))
+    own = (str(config.get(name, "")) for name in ("words", "data", "weights"))
+    place = _place(str(context.run_config["words"]), *own)
     template = place.worker.template
     if not 0 <= index < template.clients or not template.data.split.clients[index].tasks:
         raise NotThisClient(f"client is {index} in the node's configuration, but the data there are not of that client")
@@ -169,8 +177,14 @@ def _client(context: Context) -> int:
 
 
 @cache
-def _place(words: str, own_words: str, data: str) -> _Place:
+def _place(words: str, own_words: str, data: str, weights: str) -> _Place:
     """As the words say; a process that answers several messages builds it once."""
+    found = _weights(words, own_words, weights)
+    if data and not weights and "backbone.weights" not in own_words:
+        log.warning(
+            "this node computes its features with whatever frozen model the run's words name (file of weights: %s); "
+            "weights=... in the node's configuration fixes which one", found or "none"
+        )  # fmt: skip
     with as_error():
         folder = Configuration(shlex.split(words)).run_dir
     experiment = experiment_of(f"{words} {own_words}", data)
@@ -178,6 +192,28 @@ def _place(words: str, own_words: str, data: str) -> _Place:
     if experiment.schedule.secure:
         template.begin()  # which of its tensors are added up is the server's to say
     return _Place(Worker(template), folder, experiment.tracking.sends(experiment.schedule.secure))
+
+
+def _weights(words: str, own_words: str, fixed: str) -> str | None:
+    """The SHA-256 of the file of weights of the frozen model that the words lead to, None if they name none.
+
+    Raises:
+        OtherWeights: if it is not the one that this node takes.
+    """
+    with as_error():
+        named = Configuration(shlex.split(f"{words} {own_words}")).values["backbone"]["weights"]
+        found = weights_sha256("backbone", named)
+    if fixed and not re.fullmatch("[0-9a-f]{64}", fixed):
+        raise ValueError(
+            f"weights is {fixed[:80]!r} in the node's configuration, must be a SHA-256: 64 signs of 0-9a-f"
+        )
+    if fixed and found != fixed:
+        raise OtherWeights(
+            f"the words lead to backbone.weights {named!r} with the SHA-256 {found or 'of no file'}, and weights in "
+            f"the node's configuration is {fixed}: with others the server could read images in sums of features; "
+            "nothing was computed. Take the run's file if you trust it, and put its SHA-256 there"
+        )
+    return found
 
 
 class _Metrics(Logger):
