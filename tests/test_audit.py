@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import yaml
 from helpers import SETTING
 
+from fedlscl.analysis.audit_section import audit_section
 from fedlscl.audit import attack as attacks
 from fedlscl.audit import membership, reconstruction
 from fedlscl.audit.contents import Contents, square
@@ -150,6 +152,26 @@ def test_a_decoder_learns_a_linear_map(monkeypatch: pytest.MonkeyPatch) -> None:
     assert small(torch.full((1, 3, 8, 8), 255, dtype=torch.uint8), 4).shape == (1, 3, 4, 4)
 
 
+# ---------------------------------------------------------------------------------------- the report
+
+
+def test_a_folder_that_is_no_audit_is_refused_and_texts_are_escaped(tmp_path: Path) -> None:
+    assert audit_section([]) == ""
+    with pytest.raises(ValueError, match=r"lacks audit\.json, must be a folder that `fedlscl audit --out` wrote"):
+        audit_section([tmp_path])
+    table = {"title": "<a>", "runs": "", "note": "", "header": ["x", "y"], "rows": [["<b>", "1 & 2"]]}
+    content: dict[str, Any] = {"tables": [table], "pictures": []}
+    (tmp_path / "audit.json").write_text(json.dumps(content))
+    page = audit_section([tmp_path])
+    assert '<tr><th scope="row">&lt;b&gt;</th><td>1 &amp; 2</td></tr>' in page
+    assert "<a>" not in page
+    (tmp_path / "picture.png").write_bytes(b"<svg>")
+    content["pictures"] = [{"file": "../picture.png", "title": ""}]
+    (tmp_path / "audit.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="is damaged, or of another version"):
+        audit_section([tmp_path])
+
+
 # ---------------------------------------------------------------------------------------- a run
 
 
@@ -193,6 +215,11 @@ def test_sums_of_a_run_are_attacked(
     assert "leverage under G" in text
     assert (tmp_path / "out" / "membership.csv").is_file()
     assert list((tmp_path / "out").glob("ridge-*.png"))
+    main(["report", str(run_dir), "--out", str(tmp_path / "page.html"), "--audit", str(tmp_path / "out")])
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('<img src="data:image/png;base64,') == len(list((tmp_path / "out").glob("*.png")))
+    assert "<td>leverage under G</td>" in page
+    assert page.index('href="#audit"') < page.index('<h2 id="audit">') < page.index('<h2 id="reading">')
 
     run = AuditedRun(run_dir)
     assert not run.halved

@@ -69,12 +69,14 @@ def report_command(words: list[str]) -> None:
     """`fedlscl report`: one HTML page with everything."""
     parser = _runs_parser("report", "Write one self-contained HTML page with settings, tables, figures and every run.")
     parser.add_argument("--out", type=str, default="report.html", help="the file to write")
+    parser.add_argument("--audit", type=str, nargs="+", default=[], help="folders that `fedlscl audit` has written")
     options = parser.parse_args(words)
     from fedlscl.analysis.report import write_report
 
     path = path_of(options.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_report([comparison for _, comparison in _comparisons(options.runs)], path)
+    audits = [path_of(folder) for folder in options.audit]
+    write_report([comparison for _, comparison in _comparisons(options.runs)], path, audits)
     say(f"report: {path}")
 
 

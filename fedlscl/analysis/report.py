@@ -20,6 +20,7 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 import fedlscl
+from fedlscl.analysis.audit_section import audit_section
 from fedlscl.analysis.comparison import Comparison
 from fedlscl.analysis.deviations import OPEN, POINTS, data_set, differences, in_words, plural, texts
 from fedlscl.analysis.figures import pictures
@@ -39,15 +40,16 @@ NUMBER = re.compile(r"[-+]?\d|[-–—]?$")
 """How the text of a cell begins that belongs to a column of numbers; it may be missing."""
 
 
-def write_report(comparisons: Sequence[Comparison], path: Path) -> None:
+def write_report(comparisons: Sequence[Comparison], path: Path, audits: Sequence[Path] = ()) -> None:
     """Write one HTML page on all runs of some comparisons.
 
     Args:
         comparisons: what :func:`fedlscl.analysis.comparison.compare` returns.
         path: the page to write; its folder must exist.
+        audits: folders that `fedlscl audit` has written, to be shown behind the runs.
 
     Raises:
-        ValueError: if there is no comparison.
+        ValueError: if there is no comparison, or an audit is none.
         FileNotFoundError: if the folder of `path` does not exist.
     """
     if not comparisons:
@@ -68,6 +70,7 @@ def write_report(comparisons: Sequence[Comparison], path: Path) -> None:
             for n, c in enumerate(comparisons, 1)
         ],
         masks=MASK_NAMES,
+        audit=audit_section(audits),
     )
     write_atomically(path, page.encode())
 

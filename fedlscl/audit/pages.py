@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from fedlscl.analysis.audit_section import CONTENTS
 from fedlscl.analysis.formats import FORMATS, Cell, Table, to_markdown
 from fedlscl.audit import membership
 from fedlscl.audit.attack import SHOWN, Exact, Found, Made
@@ -39,8 +41,9 @@ def write(runs: Runs, about: str, folder: Path) -> list[Path]:
         The files, the page with all tables first.
     """
     make_folder(folder)
-    texts, files = [INTRODUCTION], [folder / PAGE]
-    for table in tables(runs, about):
+    texts, files, pictures = [INTRODUCTION], [folder / PAGE], []
+    shown = tables(runs, about)
+    for table in shown:
         texts.append(to_markdown(table))
         for suffix in ("csv", "tex"):
             files.append(folder / f"{table.name}.{suffix}")
@@ -48,10 +51,20 @@ def write(runs: Runs, about: str, folder: Path) -> list[Path]:
     for method, found in runs.items():
         for number, (what, made) in enumerate(together([one.made for one in found]).items(), 1):
             files.append(folder / f"{_fit(method)}-{number}.png")
-            draw(made, f"{method}: {what[1]}, {what[0]}; {what[2]}", files[-1])
+            title = f"{method}: {what[1]}, {what[0]}; {what[2]}"
+            draw(made, title, files[-1])
+            pictures.append({"file": files[-1].name, "title": title})
             texts.append(f"![{method}, {', '.join(what)}]({files[-1].name})\n")
     write_atomically(folder / PAGE, "\n".join(texts).encode())
-    return files
+    contents = {"tables": [_plain(table) for table in shown], "pictures": pictures}
+    write_atomically(folder / CONTENTS, json.dumps(contents, indent=1).encode())
+    return [*files, folder / CONTENTS]
+
+
+def _plain(table: Table) -> dict[str, object]:
+    """A table's texts, for the report."""
+    rows = [[cell.text for cell in row] for row in table.rows]
+    return {"title": table.title, "runs": table.runs, "note": table.note, "header": table.header, "rows": rows}
 
 
 def _fit(method: str) -> str:
