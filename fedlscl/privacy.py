@@ -146,6 +146,25 @@ def epsilon_of(multiplier: float, delta: float) -> float:
     return _least(lambda epsilon: delta_of(epsilon, multiplier) <= delta)
 
 
+def most_found(false_positives: float, multiplier: float) -> float:
+    """The largest part of members that any attack finds in a release with noise N(0, multiplier^2).
+
+    Phi(Phi^-1(f) + 1 / z) at f false positives, the trade-off of the Gaussian mechanism (Dong et al., 2022, Eq. 6).
+    """
+    return _ndtr(_ndtri(false_positives) + 1 / multiplier)
+
+
+def most_found_under(false_positives: float, epsilon: float, delta: float) -> float:
+    """The same for whatever is (epsilon, delta)-differentially private (Kairouz et al., 2015, Theorem 2.1)."""
+    other_way = 1 - math.exp(-epsilon) * (1 - delta - false_positives)
+    return min(math.exp(epsilon) * false_positives + delta, other_way, 1.0)
+
+
+def best_auc(multiplier: float) -> float:
+    """The largest area under the ROC curve of `most_found`: Phi(1 / (sqrt(2) z))."""
+    return _ndtr(math.sqrt(0.5) / multiplier)
+
+
 def normal(key: bytes, size: int) -> NDArray[np.float64]:
     """(size,) standard normal numbers from a key stream of ChaCha20, by Box and Muller (1958).
 
@@ -157,6 +176,14 @@ def normal(key: bytes, size: int) -> NDArray[np.float64]:
     radius, angle = np.sqrt(-2 * np.log(uniform[:pairs])), 2 * np.pi * uniform[pairs:]
     found: NDArray[np.float64] = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:size]
     return found
+
+
+def _ndtr(x: float) -> float:
+    return float(torch.special.ndtr(torch.tensor(x, dtype=torch.float64)))
+
+
+def _ndtri(p: float) -> float:
+    return float(torch.special.ndtri(torch.tensor(p, dtype=torch.float64)))
 
 
 def _log_phi(x: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import yaml
 from helpers import SETTING
 
+from fedlscl.analysis.audit_section import audit_section
 from fedlscl.audit import attack as attacks
 from fedlscl.audit import membership, reconstruction
 from fedlscl.audit.contents import Contents, square
@@ -20,6 +22,7 @@ from fedlscl.audit.reconstruction import correlation, found_again, small
 from fedlscl.audit.run import AuditedRun
 from fedlscl.cli import main
 from fedlscl.methods.statistics.heads import ClassGaussians, Ridge, triangle
+from fedlscl.methods.statistics.noisy import NoisyRidge
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).mul(4096).round().double() / 4096
 LABELS = torch.tensor([0, 0, 0, 1, 2, 2])
@@ -109,6 +112,29 @@ def test_scores_know_what_is_in_a_sum() -> None:
     assert float(scores[0].mean()) > float(scores[1].mean()) + 1
 
 
+def test_sums_with_noise_are_attacked_as_such() -> None:
+    """They have no counts, a triangle for G, and say how much noise there is."""
+    rng = torch.Generator().manual_seed(3)
+    x = torch.nn.functional.normalize(torch.randn(300, 12, generator=rng, dtype=torch.float64) + 2, dim=1)
+    inside, public, labels = x[:20], x[40:], torch.zeros(20, dtype=torch.int64)
+    head, tensors = NoisyRidge(Ridge()), dict[str, torch.Tensor]()
+    for name, tensor in head.sums(inside, labels, labels, 2).items():
+        deviation = 0.2 * head.scales(12, 2).get(name, torch.zeros(()))
+        tensors[name] = tensor + deviation * torch.randn(tensor.shape, generator=rng, dtype=torch.float64)
+    tensors["noise"] = torch.tensor(0.04)
+    contents = Contents.of(tensors, 12)
+    assert contents.counts is None
+    assert contents.noise == pytest.approx(0.2)
+    assert contents.gram is not None
+    assert float((contents.gram - inside.T @ inside).abs().max()) < 5
+    assert exact_leaks(contents) == []
+    scores = [pull(contents, part, labels, public, torch.zeros(260)) for part in (inside, x[20:40])]
+    assert auc(*(one.numpy() for one in scores)) > 0.6
+    # below the noise nothing counts: the score is that of the identity, whatever is in the sum
+    flat = leverage(contents.gram, inside, noise=1e9)
+    assert float(flat.max() / flat.min()) == pytest.approx(1, abs=1e-6)
+
+
 # --------------------------------------------------------------------------------- reconstruction
 
 
@@ -124,6 +150,26 @@ def test_a_decoder_learns_a_linear_map(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found_again(images[:4], torch.arange(4), images[:4], torch.zeros(4), torch.zeros(4)) == (1.0, 0.25)
     assert correlation(images, 2 * images + 1).tolist() == pytest.approx([1.0] * 64)
     assert small(torch.full((1, 3, 8, 8), 255, dtype=torch.uint8), 4).shape == (1, 3, 4, 4)
+
+
+# ---------------------------------------------------------------------------------------- the report
+
+
+def test_a_folder_that_is_no_audit_is_refused_and_texts_are_escaped(tmp_path: Path) -> None:
+    assert audit_section([]) == ""
+    with pytest.raises(ValueError, match=r"lacks audit\.json, must be a folder that `fedlscl audit --out` wrote"):
+        audit_section([tmp_path])
+    table = {"title": "<a>", "runs": "", "note": "", "header": ["x", "y"], "rows": [["<b>", "1 & 2"]]}
+    content: dict[str, Any] = {"tables": [table], "pictures": []}
+    (tmp_path / "audit.json").write_text(json.dumps(content))
+    page = audit_section([tmp_path])
+    assert '<tr><th scope="row">&lt;b&gt;</th><td>1 &amp; 2</td></tr>' in page
+    assert "<a>" not in page
+    (tmp_path / "picture.png").write_bytes(b"<svg>")
+    content["pictures"] = [{"file": "../picture.png", "title": ""}]
+    (tmp_path / "audit.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="is damaged, or of another version"):
+        audit_section([tmp_path])
 
 
 # ---------------------------------------------------------------------------------------- a run
@@ -169,6 +215,11 @@ def test_sums_of_a_run_are_attacked(
     assert "leverage under G" in text
     assert (tmp_path / "out" / "membership.csv").is_file()
     assert list((tmp_path / "out").glob("ridge-*.png"))
+    main(["report", str(run_dir), "--out", str(tmp_path / "page.html"), "--audit", str(tmp_path / "out")])
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('<img src="data:image/png;base64,') == len(list((tmp_path / "out").glob("*.png")))
+    assert "<td>leverage under G</td>" in page
+    assert page.index('href="#audit"') < page.index('<h2 id="audit">') < page.index('<h2 id="reading">')
 
     run = AuditedRun(run_dir)
     assert not run.halved

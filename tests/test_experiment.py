@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,13 @@ from fedlscl.client import Client
 from fedlscl.data.module import FederatedDataModule
 from fedlscl.data.source import Dataset
 from fedlscl.evaluation import MASKS
+from fedlscl.federation import store as checkpoint
+from fedlscl.federation.callback import RoundResult
 from fedlscl.files import sha256
 from fedlscl.methods.fed_lscl import ExactO2D, FedLSCL
 from fedlscl.models.cnn import SmallModel, SmallModelSpec
 from fedlscl.models.vit import FrozenViT
+from fedlscl.run.callback import RunCallback, measured, together
 from fedlscl.run.experiment import Experiment, ImpossibleRun, StoppedRun, Tracking, accuracy_arrays, differences
 from fedlscl.run.summary import Skipped, Summary
 from fedlscl.schedule import Schedule
@@ -189,6 +193,53 @@ def test_what_the_clients_log(finished: tuple[Experiment, Summary]) -> None:
     replay = {f"replay/{name}" for name in ("cross_entropy", "features", "weights")}
     expected = {1: first, 2: first | costs, 3: first | replay, 4: first | replay | costs}
     assert logged == {n: {f"client/{c}/{name}" for c in range(3) for name in names} for n, names in expected.items()}
+
+
+def test_means_over_clients_take_the_place_of_their_numbers(finished: tuple[Experiment, Summary]) -> None:
+    history = checkpoint.progress(finished[0].run_dir / "checkpoint")["history"]
+    whole, logged = measured(history, 2, 2), dict[str, float]()
+    tracker: Any = SimpleNamespace(log=lambda metrics, **_: logged.update(metrics))
+    bar: Any = SimpleNamespace(update=lambda *_: None)
+    callback = RunCallback(tracker, bar, 2, 2, {"history": history[:-1]}, {}, clients="aggregate")
+    for client in (2, 0, 1):
+        logger = callback.on_fit_start(2, 4, client)
+        assert logger is not None
+        logger.log_metrics({"loss": float(client), "epoch": 0.0})
+    assert not logged
+    callback.on_round_end(RoundResult.from_json(history[-1]))
+    assert (logged["clients/loss/mean"], logged["clients/loss/deviation"]) == (1.0, 1.0)
+    assert not [name for name in logged if "client/" in name or "epoch" in name]
+    for single, of_all in (
+        ("client/{}/bytes_up", "clients/bytes_up"),
+        ("eval/seen/client/{}/task/2", "eval/seen/clients/task/2"),
+    ):
+        values = [whole[single.format(client)] for client in range(3)]
+        assert logged[f"{of_all}/mean"] == pytest.approx(np.mean(values))
+        assert logged[f"{of_all}/deviation"] == pytest.approx(np.std(values, ddof=1))
+    assert {n: v for n, v in logged.items() if "client" not in n} == {
+        n: v for n, v in whole.items() if "client" not in n
+    }
+
+
+def test_two_clients_are_too_few_for_a_mean_that_hides_them() -> None:
+    assert together({0: {"a": 1.0, "b": 1.0}, 2: {"a": 5.0, "b": 2.0}, 1: {"a": 3.0}}, "clients/") == {
+        "clients/a/mean": 3.0,
+        "clients/a/deviation": 2.0,
+    }
+
+
+def test_nothing_of_a_client_is_recorded_where_nothing_is_wanted(finished: tuple[Experiment, Summary]) -> None:
+    history = checkpoint.progress(finished[0].run_dir / "checkpoint")["history"]
+    names = set(measured(history, 2, 2, "none"))
+    assert "eval/none/mean" in names
+    assert not [name for name in names if "client" in name]
+    assert [
+        Tracking(clients=clients).sends(secure) for clients in ("all", "aggregate") for secure in (False, True)
+    ] == [
+        *(True, True),
+        *(True, False),
+    ]
+    assert not Tracking(clients="none").sends(False)
 
 
 def test_the_split_is_kept(finished: tuple[Experiment, Summary]) -> None:

@@ -47,6 +47,7 @@ from fedlscl.federation.callback import RoundResult
 from fedlscl.federation.store import Store
 from fedlscl.messages import Download, Upload
 from fedlscl.models.cnn import SmallModel, SmallModelSpec
+from fedlscl.models.stored import weights_sha256
 from fedlscl.models.vit import FrozenViT
 from fedlscl.run.configuration import Configuration
 
@@ -152,7 +153,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True, scope="module")
 def _forget() -> Iterator[None]:
     yield
-    for cached in (known, client._worker):
+    for cached in (known, client._place):
         cached.cache_clear()
 
 
@@ -309,6 +310,20 @@ def test_nothing_crosses_the_wire_but_the_messages_and_numbers(place: Place) -> 
     assert down == sum(sum(result.bytes_down.values()) for result in results) + starts
     kinds = [message.metadata.message_type for message, _ in place.wire.sent]
     assert {kind: kinds.count(kind) for kind in kinds} == {WHO: 2 * 3, FIT: 2 * 3 * 4, END: 2 * 3 * 4}
+
+
+def test_metrics_of_training_stay_where_they_are_not_wanted(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """The run's words hold for all nodes, and a node's own words for it."""
+    place.wire.words += ["--tracking.clients", "none"]
+    place.wire.nodes[101]["words"] = "--tracking.clients all"
+    run(place.on_flower(), stop=1)
+    sent = {
+        message.metadata.src_node_id: set(message.content.metric_records["metrics"])
+        for message, _ in place.wire.sent
+        if message.metadata.src_node_id and "metrics" in message.content.metric_records
+    }
+    assert "collaborate/cross_entropy" in sent.pop(101)
+    assert sent == {100: set(), 102: set()}
 
 
 # ---- secure sums
@@ -658,10 +673,15 @@ def test_other_weights_are_refused_and_the_same_ones_may_lie_elsewhere(
     place = Place(tmp_path, prepare(tmp_path, [*method, "--backbone.weights", str(tmp_path / "own.safetensors")]))
     for node, name in ((100, "same"), (101, "other")):
         place.wire.nodes[node]["words"] = shlex.join(["--backbone.weights", str(tmp_path / f"{name}.safetensors")])
+    # a server that sees no difference, or says so, is refused by a node that does
+    place.wire.nodes[100]["weights"] = weights_sha256("backbone", str(tmp_path / "own.safetensors"))
+    place.wire.nodes[102]["weights"] = other = weights_sha256("backbone", str(tmp_path / "other.safetensors"))
     with caplog.at_level(logging.WARNING, logger="fedlscl"):
         (result,) = run(place.on_flower(timeout=1.0), stop=1)
-    assert set(result.skipped) == {1}
+    assert set(result.skipped) == {1, 2}
     assert "client 1 has another file of weights (" in caplog.text
+    assert "node 102 is refused: OtherWeights" in caplog.text
+    assert f"and weights in the node's configuration is {other}" in caplog.text
 
 
 def test_a_small_model_that_begins_elsewhere_is_refused(
@@ -677,6 +697,9 @@ def test_a_small_model_that_begins_elsewhere_is_refused(
         (result,) = run(place.on_flower(timeout=1.0), stop=1)
     assert set(result.skipped) == {1}
     assert "client 1 has another file of the CNN's weights (" in caplog.text
+    assert (
+        "computes its features with whatever frozen model the run's words name (file of weights: none)" in caplog.text
+    )
 
 
 def test_a_node_cannot_be_a_client_whose_data_it_does_not_have(place: Place) -> None:

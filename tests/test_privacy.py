@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,23 @@ from fedlscl.methods.statistics.heads import ClassCovariances, ClassMeans, Ridge
 from fedlscl.methods.statistics.noisy import NOISE, NoisyHead, noisy, of_unit_length
 from fedlscl.methods.statistics.server import StatisticsServer
 from fedlscl.models.vit import FrozenViT
-from fedlscl.privacy import GRID, Privacy, clipped, delta_of, epsilon_of, noise_multiplier, normal
+from fedlscl.privacy import (
+    GRID,
+    Privacy,
+    best_auc,
+    clipped,
+    delta_of,
+    epsilon_of,
+    most_found,
+    most_found_under,
+    noise_multiplier,
+    normal,
+)
 from fedlscl.run.summary import Promise
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+
+import dp_sgd
 
 Make = Callable[..., Federation]
 CLASSES, WIDTH = 3, 5
@@ -45,6 +61,19 @@ def test_the_accountant_has_published_values(epsilon: float, multiplier: float, 
     assert noise_multiplier(epsilon, delta) == pytest.approx(multiplier, abs=1e-6)
     assert epsilon_of(multiplier, delta) == pytest.approx(epsilon, abs=1e-6)
     assert noise_multiplier(16, 1e-5) == pytest.approx(0.344, abs=5e-4)
+
+
+def test_no_attack_finds_more_than_its_bound() -> None:
+    """The bound by epsilon and delta is a tangent of the exact one, for each epsilon another; by hand at two places."""
+    assert most_found(0.01, 1.0) == pytest.approx(0.0924, abs=1e-4)  # Phi(-2.3263 + 1)
+    assert most_found_under(0.01, 1.0, 1e-5) == pytest.approx(0.027193, abs=1e-6)
+    assert most_found_under(0.01, 8.0, 1e-5) == pytest.approx(1 - math.exp(-8) * (0.99 - 1e-5))
+    for multiplier in (0.6, 1.08, 3.73):
+        bounds = [most_found_under(0.01, epsilon, delta_of(epsilon, multiplier)) for epsilon in np.linspace(0, 8, 801)]
+        assert min(bounds) == pytest.approx(most_found(0.01, multiplier), abs=1e-5)
+    x = np.linspace(1e-5, 1 - 1e-5, 20001)
+    area = np.trapezoid([most_found(float(f), 1.08) for f in x], x)
+    assert best_auc(1.08) == pytest.approx(area, abs=1e-4)
 
 
 def test_noise_is_below_what_renyi_divergence_asks_for() -> None:
@@ -76,6 +105,42 @@ def test_several_releases_are_one_with_less_noise() -> None:
     assert once.spent(5, 0) == pytest.approx(4) == client.spent(5, 0)
     assert once.spent(5, 1) == pytest.approx(epsilon_of(once.multiplier(5) / 2**0.5, 1e-5))
     assert 4 < client.spent(5, 1) < once.spent(5, 1)
+
+
+def test_steps_are_accounted_for_as_elsewhere() -> None:
+    """Opacus 1.6.0's `compute_rdp` and `get_privacy_spent` at whole orders up to 256, and a published value."""
+    for rate, multiplier, steps, epsilon in (
+        (0.01, 4.0, 10_000, 1.0354900660362476),
+        (250 / 60_000, 1.3, 3_600, 0.9422002181627518),
+        (0.17, 2.0, 30, 2.5433339704264064),
+        (16 / 90, 1.08, 90, 12.009814301315929),
+    ):
+        assert dp_sgd.epsilon_of_steps(rate, multiplier, steps, 1e-5) == pytest.approx(epsilon, rel=1e-9)
+    # Abadi et al. (2016), section 5.1: q = 0.01, z = 4, 10000 steps have epsilon 1.26, by the conversion of then
+    bounds = 10_000 * dp_sgd.renyi(0.01, 4.0) - math.log(1e-5) / (dp_sgd.ORDERS - 1)
+    assert min(bounds) == pytest.approx(1.26, abs=5e-3)
+    found = dp_sgd.multiplier_for(4, 1e-5, 0.17, 30)
+    assert 3.99 < dp_sgd.epsilon_of_steps(0.17, found, 30, 1e-5) <= 4
+    assert dp_sgd.multiplier_for(4, 1e-5, 1, 9) == pytest.approx(3 * noise_multiplier(4, 1e-5))
+
+
+def test_gradients_of_a_linear_head_are_clipped_one_by_one() -> None:
+    """As autograd has them, image by image; some of these are longer than 1 and some are not."""
+    rng = torch.Generator().manual_seed(0)
+    features, labels = (
+        torch.randn(6, WIDTH, generator=rng) * torch.linspace(0.1, 2, 6)[:, None],
+        torch.tensor([0, 1, 2, 0, 1, 2]),
+    )
+    head, wanted, lengths = torch.nn.Linear(WIDTH, CLASSES), torch.zeros(CLASSES, WIDTH + 1), list[float]()
+    torch.nn.init.zeros_(head.weight)
+    for x, y in zip(features, labels, strict=True):
+        loss = torch.nn.functional.cross_entropy(head(x[None]), y[None])
+        weight, bias = torch.autograd.grad(loss, [head.weight, head.bias])
+        gradient = torch.cat([weight, bias[:, None]], dim=1)
+        lengths.append(float(gradient.norm()))
+        wanted += gradient / gradient.norm().clamp(min=1)
+    assert min(lengths) < 1 < max(lengths)
+    torch.testing.assert_close(dp_sgd.clipped_gradients(head(features), labels, features), wanted)
 
 
 # ---- what an image adds

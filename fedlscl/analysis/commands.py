@@ -79,6 +79,7 @@ def report_command(words: list[str]) -> None:
     parser = _runs_parser("report", "Write one self-contained HTML page with settings, tables, figures and every run.")
     parser.add_argument("--out", type=str, default="report.html", help="the file to write")
     parser.add_argument("--examples", type=int, default=0, help="test images of each of three clients, with answers")
+    parser.add_argument("--audit", type=str, nargs="+", default=[], help="folders that `fedlscl audit` has written")
     options = parser.parse_args(words)
     from fedlscl.analysis.report import write_report
 
@@ -86,7 +87,8 @@ def report_command(words: list[str]) -> None:
         raise ValueError(f"examples is {options.examples}, must be 0 to {MOST_EXAMPLES}")
     path = path_of(options.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_report([comparison for _, comparison in _comparisons(options.runs)], path, options.examples)
+    audits = [path_of(folder) for folder in options.audit]
+    write_report([comparison for _, comparison in _comparisons(options.runs)], path, options.examples, audits)
     say(f"report: {path}")
 
 

@@ -22,6 +22,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 import fedlscl
+from fedlscl.analysis.audit_section import audit_section
 from fedlscl.analysis.comparison import Comparison
 from fedlscl.analysis.deviations import OPEN, POINTS, data_set, differences, in_words, plural, texts
 from fedlscl.analysis.example_images import examples_section
@@ -46,16 +47,17 @@ NUMBER = re.compile(r"[-+]?\d|[-–—]?$")
 """How the text of a cell begins that belongs to a column of numbers; it may be missing."""
 
 
-def write_report(comparisons: Sequence[Comparison], path: Path, examples: int = 0) -> None:
+def write_report(comparisons: Sequence[Comparison], path: Path, examples: int = 0, audits: Sequence[Path] = ()) -> None:
     """Write one HTML page on all runs of some comparisons.
 
     Args:
         comparisons: what :func:`fedlscl.analysis.comparison.compare` returns.
         path: the page to write; its folder must exist.
         examples: how many test images of each of some clients to show, with what these say of them.
+        audits: folders that `fedlscl audit` has written, to be shown behind the runs.
 
     Raises:
-        ValueError: if there is no comparison.
+        ValueError: if there is no comparison, or an audit is none.
         FileNotFoundError: if the folder of `path` does not exist.
     """
     if not comparisons:
@@ -72,6 +74,7 @@ def write_report(comparisons: Sequence[Comparison], path: Path, examples: int = 
                 for n, c in enumerate(comparisons, 1)
             ],
             masks=MASK_NAMES,
+            audit=audit_section(audits),
             script=Markup(script),
             script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         )

@@ -18,6 +18,7 @@ from fedlscl.audit.membership import Scores
 from fedlscl.audit.reconstruction import Decoder, correlation, found_again, small
 from fedlscl.audit.run import AuditedRun, Pool, State
 from fedlscl.run.received import Sight
+from fedlscl.run.summary import Promise
 
 UPLOAD, SUM = "one client's upload", "sum over the clients"
 PUBLIC = "public model"
@@ -69,6 +70,7 @@ class Found:
         default_factory=lambda: defaultdict(list)
     )
     made: dict[tuple[str, str, str], Made] = field(default_factory=lambda: defaultdict(Made))
+    privacy: Promise | None = None
 
 
 def attack(run: AuditedRun, seed: int = 0, reconstruct: int = 2) -> Found:
@@ -79,7 +81,7 @@ def attack(run: AuditedRun, seed: int = 0, reconstruct: int = 2) -> Found:
         seed: of what the attacks draw.
         reconstruct: of how many clients images are made.
     """
-    found, decoders = Found(), dict[object, Decoder]()
+    found, decoders = Found(privacy=run.summary.privacy), dict[object, Decoder]()
     for view, sights in ((UPLOAD, run.uploads()), (SUM, run.totals())):
         for sight in sights:
             for client in sight.clients:
@@ -167,8 +169,8 @@ class _Client:
                     rows = self.contents.rows
                     note("distance to the nearest row", attacker, [membership.nearest(rows, x) for x in features])
                 if self.contents.gram is not None:
-                    gram = self.contents.gram
-                    note("leverage under G", attacker, [membership.leverage(gram, x) for x in features])
+                    gram, noise = self.contents.gram, self.contents.noise
+                    note("leverage under G", attacker, [membership.leverage(gram, x, noise) for x in features])
                 if self.contents.sums is not None:
                     known, labels = self._of(state, self.run.public), self.run.public.labels
                     pairs = zip(features, two, strict=True)

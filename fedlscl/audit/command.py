@@ -51,7 +51,8 @@ def audit(
         of_runs.append(summary.seed)
         for seed in range(seeds):
             say(f"attacking {folder}" + f", draw {seed + 1} of {seeds}" * (seeds > 1))
-            found.setdefault(summary.method, []).append(attack(run, seed, reconstruct))
+            epsilon = f", epsilon {summary.privacy.epsilon:.3g}" if summary.privacy else ""
+            found.setdefault(f"{summary.method}{epsilon}", []).append(attack(run, seed, reconstruct))
     named = ", ".join(map(str, dict.fromkeys(of_runs)))
     about = f"{shared['setting'][0]}, {shared['backbone'][0]}, seeds {named}"
     return write(found, about, out)

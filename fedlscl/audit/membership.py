@@ -81,18 +81,22 @@ def nearest(rows: Tensor, features: Tensor) -> Tensor:
     return -distances.amin(dim=1)
 
 
-def leverage(gram: Tensor, features: Tensor) -> Tensor:
+def leverage(gram: Tensor, features: Tensor, noise: float = 0.0) -> Tensor:
     """(n,) minus x^T G^-1 x: what is in a sum G of x x^T lies in the directions in which G is large.
 
     Args:
         gram: (e, e), or (e + 1, e + 1) with a 1 behind each feature. A small multiple of the identity makes it
             invertible; where noise has made eigenvalues negative, they count as that.
         features: (n, e).
+        noise: the deviation of the noise in G; the multiple is then the norm of a symmetric matrix of such noise, below
+            which nothing can be told.
     """
     x = features.double()
     if len(gram) == x.shape[1] + 1:
         x = torch.nn.functional.pad(x, (0, 1), value=1.0)
     values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+    if noise:
+        values = values.clamp(min=0) + noise * (2 * len(values)) ** 0.5
     least = 1e-6 * values.abs().mean().clamp(min=1e-30)
     sizes: Tensor = ((x @ vectors).square() / values.clamp(min=least)).sum(dim=1)
     return -sizes
@@ -102,18 +106,18 @@ def pull(contents: Contents, features: Tensor, labels: Tensor, public: Tensor, o
     """(n,) how much the mean of its class lies on the side of an image, beside the mean of public images.
 
     (x - mu_c)^T W (m_c - mu_c), where m_c is the mean that was sent, mu_c that of public images of the class, and W the
-    inverse of their covariance: the likelihood ratio for the mean of a Gaussian (Sankararaman et al., 2009).
+    inverse of their covariance: the likelihood ratio for the mean of a Gaussian (Sankararaman et al., 2009). Noise in
+    the sum adds to the covariance of the mean; counts that are not told are estimated by the sum's length along mu_c.
 
     Args:
-        contents: has sums and counts.
+        contents: has sums.
         features: (n, e).
         labels: (n,).
         public: (p, e) features of public images.
         of_public: (p,) their labels.
     """
     assert contents.sums is not None
-    assert contents.counts is not None
-    sums, counts = contents.sums.sum(dim=0), contents.counts.sum(dim=0)
+    sums, counts = contents.sums.sum(dim=0), None if contents.counts is None else contents.counts.sum(dim=0)
     x, known, scores = features.double(), public.double(), torch.zeros(len(features), dtype=torch.float64)
     means = {label: known[of_public == label].mean(dim=0) for label in torch.unique(of_public).tolist()}
     overall = known.mean(dim=0)
@@ -122,6 +126,7 @@ def pull(contents: Contents, features: Tensor, labels: Tensor, public: Tensor, o
     covariance.diagonal().add_(0.1 * covariance.diagonal().mean())
     for label in torch.unique(labels).tolist():
         of_class, mean = labels == label, means.get(label, overall)
-        sent = sums[label] / counts[label].clamp(min=1)
-        scores[of_class] = (x[of_class] - mean) @ torch.linalg.solve(covariance, sent - mean)
+        count = (sums[label] @ mean / mean.square().sum() if counts is None else counts[label]).clamp(min=1)
+        spread = covariance + contents.noise**2 / count * torch.eye(len(covariance), dtype=torch.float64)
+        scores[of_class] = (x[of_class] - mean) @ torch.linalg.solve(spread, sums[label] / count - mean)
     return scores

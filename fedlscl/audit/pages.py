@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from fedlscl.analysis.audit_section import CONTENTS
 from fedlscl.analysis.formats import FORMATS, Cell, Table, to_markdown
 from fedlscl.audit import membership
 from fedlscl.audit.attack import SHOWN, Exact, Found, Made
-from fedlscl.audit.membership import DRAWS, Interval
+from fedlscl.audit.membership import DRAWS, FALSE_POSITIVES, Interval
 from fedlscl.files import make_folder, write_atomically
+from fedlscl.privacy import best_auc, most_found, most_found_under
 
 Runs = Mapping[str, Sequence[Found]]
 """By method what was found in its runs."""
@@ -38,19 +41,35 @@ def write(runs: Runs, about: str, folder: Path) -> list[Path]:
         The files, the page with all tables first.
     """
     make_folder(folder)
-    texts, files = [INTRODUCTION], [folder / PAGE]
-    for table in tables(runs, about):
+    texts, files, pictures = [INTRODUCTION], [folder / PAGE], []
+    shown = tables(runs, about)
+    for table in shown:
         texts.append(to_markdown(table))
         for suffix in ("csv", "tex"):
             files.append(folder / f"{table.name}.{suffix}")
             write_atomically(files[-1], FORMATS[suffix](table).encode())
     for method, found in runs.items():
         for number, (what, made) in enumerate(together([one.made for one in found]).items(), 1):
-            files.append(folder / f"{method}-{number}.png")
-            draw(made, f"{method}: {what[1]}, {what[0]}; {what[2]}", files[-1])
+            files.append(folder / f"{_fit(method)}-{number}.png")
+            title = f"{method}: {what[1]}, {what[0]}; {what[2]}"
+            draw(made, title, files[-1])
+            pictures.append({"file": files[-1].name, "title": title})
             texts.append(f"![{method}, {', '.join(what)}]({files[-1].name})\n")
     write_atomically(folder / PAGE, "\n".join(texts).encode())
-    return files
+    contents = {"tables": [_plain(table) for table in shown], "pictures": pictures}
+    write_atomically(folder / CONTENTS, json.dumps(contents, indent=1).encode())
+    return [*files, folder / CONTENTS]
+
+
+def _plain(table: Table) -> dict[str, object]:
+    """A table's texts, for the report."""
+    rows = [[cell.text for cell in row] for row in table.rows]
+    return {"title": table.title, "runs": table.runs, "note": table.note, "header": table.header, "rows": rows}
+
+
+def _fit(method: str) -> str:
+    """A method's name, and its epsilon, as a part of a file's name."""
+    return method.replace(", ", "-").replace(" ", "")
 
 
 def tables(runs: Runs, about: str) -> list[Table]:
@@ -102,13 +121,25 @@ def _membership(runs: Runs, about: str) -> Table:
             view, members, attack, attacker = key
             cells = [Cell(text) for text in (method, view, attack, attacker, members, str(count))]
             rows.append((*cells, _interval(result.auc, 1, 3), _interval(result.tpr, 100, 1)))
+        for promise in [one.privacy for one in found if one.privacy][:1]:
+            z = promise.multiplier / promise.releases**0.5
+            exact, general = (
+                most_found(FALSE_POSITIVES, z),
+                most_found_under(FALSE_POSITIVES, promise.epsilon, promise.delta),
+            )
+            cells = [Cell(text) for text in (method, "", "any: no attack can have more", *3 * ("",))]
+            rates = Cell(
+                f"{100 * exact:.1f} (from epsilon and delta alone {100 * general:.1f})", numbers={"": 100 * exact}
+            )
+            rows.append((*cells, Cell(f"{best_auc(z):.3f}", numbers={"": best_auc(z)}), rates))
     if rows:
         guess = [Cell(text) for text in ("guessing", *5 * ("",))]
         rows.append((*guess, Cell("0.5"), Cell("1.0")))
     header = ("method", "the server has", "attack", "it knows", "members", "of them", "AUC", "true positives at 1 %")
     note = (
         "Members are training images, the others as many test images of the same classes of the same clients; one "
-        f"threshold for all clients. In brackets the 95 % interval of {DRAWS} bootstrap draws over images."
+        f"threshold for all clients. In brackets the 95 % interval of {DRAWS} bootstrap draws over images. What no "
+        "attack can exceed holds for one release with so much noise, of whose unit (image or client) this is said."
     )
     return Table("membership", "Membership", about, note, header, tuple(rows))
 

@@ -33,6 +33,8 @@ BATCH = 128
 LARGEST_LOSS = 1e4
 PUBLIC_LEAST = 5
 """Images that nobody trains on, a class: with fewer, half of the test images stand for public ones."""
+PUBLIC_MOST = 60
+"""Of these so many of each class are public, where there are more: each costs a pass through every attacked model."""
 
 State = Literal["end", "start", "imitated"]
 """Which of a client's models: as the run left it, as it was before the first round, or as a server can imitate it."""
@@ -110,7 +112,10 @@ class AuditedRun:
                     taken[task.test] = True
         left, test = np.flatnonzero(~taken), np.arange(len(data.dataset.test.labels))
         self.halved = len(left) < PUBLIC_LEAST * data.num_classes
-        self.public = self.pool("test", test[::2]) if self.halved else self.pool("train", left)
+        of_each = [left[data.dataset.train.labels[left] == label][:PUBLIC_MOST] for label in range(data.num_classes)]
+        self.public = (
+            self.pool("test", test[::2]) if self.halved else self.pool("train", np.sort(np.concatenate(of_each)))
+        )
         self.test_part = split.evaluate_on
 
     def pool(self, part: Part, indices: NDArray[np.int64] | Tensor) -> Pool:

@@ -82,8 +82,9 @@ class Generating(Client):
     generator: ParameterGenerator  # phi
     head: nn.Module
     unprotected = (
-        "trains phi on the images in steps without noise, and all that it sends, also T = sum of C_i Phi_i, depends on "
-        "phi: noise on sums of that protects nobody; that takes DP-SGD, which is not there"
+        "trains phi on the images in steps without noise, and all that it sends depends on phi, a row of features for "
+        "each image in the buffer as well as T = sum of C_i Phi_i: noise on that protects nobody; that takes DP-SGD on "
+        "phi, which is not there"
     )
     _warned = False
 

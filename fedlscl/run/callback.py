@@ -18,8 +18,11 @@ from fedlscl.messages import Received
 from fedlscl.run.console import FederationProgress, ProgressCallback
 from fedlscl.run.received import keep
 from fedlscl.run.summary import Accuracy
-from fedlscl.run.tracking import ClientLogger, Tracker
+from fedlscl.run.tracking import ClientLogger, OfClients, Tracker
 from fedlscl.server import Total
+
+FEWEST = 3
+"""Clients behind a mean that is recorded in their place: mean and deviation of two are the two numbers."""
 
 
 class RunCallback(ProgressCallback):
@@ -33,6 +36,8 @@ class RunCallback(ProgressCallback):
         progress: what the federation's store holds of earlier rounds.
         files: the checksums of the files with which the run began, by name.
         received: the run folder, if what the server receives is to be kept there.
+        clients: what is recorded of single clients.
+        trained: whether that is to be had of their training.
     """
 
     def __init__(
@@ -44,18 +49,24 @@ class RunCallback(ProgressCallback):
         progress: Mapping[str, Any],
         files: Mapping[str, str],
         received: Path | None = None,
+        clients: OfClients = "all",
+        trained: bool = True,
     ) -> None:
         super().__init__(bar, rounds)
+        self.clients, self.trained = clients, trained
+        self._logged: dict[int, dict[str, float]] = {}  # in this round, by client
         self.tracker, self.tasks, self.files, self.received = tracker, tasks, files, received
         self.history = list(progress.get("history", []))
         self.seconds: dict[str, float] = dict(progress.get("seconds", {"total": 0.0}))
         self.memory = float(progress.get("memory", 0.0))
         self._since = time.perf_counter()
 
-    def on_fit_start(self, task: int, round: int, client: int) -> Logger:
+    def on_fit_start(self, task: int, round: int, client: int) -> Logger | None:
         """Also its metrics, which are those of the client."""
         super().on_fit_start(task, round, client)
-        return ClientLogger(self.tracker, f"client/{client}", task=task, round=round)
+        if self.clients == "all":
+            return ClientLogger(self.tracker, f"client/{client}", task=task, round=round)
+        return _Kept(self._logged.setdefault(client, {})) if self.trained else None
 
     def on_received(self, task: int, round: int, sent: Received | Total) -> None:
         """Keep it, if that is wanted."""
@@ -69,7 +80,12 @@ class RunCallback(ProgressCallback):
     def on_round_end(self, result: RoundResult) -> None:
         """Log it, and note what it cost."""
         self.history.append(result.to_json())
-        self.tracker.log(measured(self.history, self.tasks, self.rounds), task=result.task, round=result.round)
+        metrics = {
+            **together(self._logged, "clients/"),
+            **measured(self.history, self.tasks, self.rounds, self.clients),
+        }
+        self.tracker.log(metrics, task=result.task, round=result.round)
+        self._logged = {}
         now = time.perf_counter()
         for phase, seconds in {**result.seconds, "total": now - self._since}.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
@@ -110,21 +126,59 @@ def accuracy_arrays(history: list[dict[str, Any]], tasks: int, rounds: int) -> d
     return arrays
 
 
-def measured(history: list[dict[str, Any]], tasks: int, rounds: int) -> dict[str, float]:
-    """What is logged at the end of the last round of a history, by name."""
+class _Kept(Logger):
+    """Keeps what a fit logs."""
+
+    name, version = "client", ""
+
+    def __init__(self, values: dict[str, float]) -> None:
+        super().__init__()
+        self._values = values
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self._values |= {name: float(value) for name, value in metrics.items() if name != "epoch"}
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def together(by_client: Mapping[int, Mapping[str, float]], prefix: str) -> dict[str, float]:
+    """Mean and sample deviation over clients of each number that at least `FEWEST` of them have, by name.
+
+    Args:
+        by_client: the numbers of each client.
+        prefix: put before each name.
+    """
+    values: dict[str, list[float]] = {}
+    for _, numbers in sorted(by_client.items()):  # in whatever order they came: the last bits depend on it
+        for name, value in numbers.items():
+            values.setdefault(name, []).append(value)
+    found = {}
+    for name, of in values.items():
+        if len(of) >= FEWEST:
+            mean = math.fsum(of) / len(of)
+            found[f"{prefix}{name}/mean"] = mean
+            found[f"{prefix}{name}/deviation"] = math.sqrt(math.fsum((v - mean) ** 2 for v in of) / (len(of) - 1))
+    return found
+
+
+def measured(history: list[dict[str, Any]], tasks: int, rounds: int, clients: OfClients = "all") -> dict[str, float]:
+    """What is logged at the end of the last round of a history, by name; of single clients what `clients` says."""
     result = RoundResult.from_json(history[-1])
     metrics: dict[str, float] = {f"server/{name}": value for name, value in result.server.items()}
     metrics |= {f"server/seconds/{phase}": seconds for phase, seconds in result.seconds.items()}
-    metrics |= {f"client/{client}/bytes_up": count for client, count in result.bytes_up.items()}
-    metrics |= {f"client/{client}/bytes_down": count for client, count in result.bytes_down.items()}
-    metrics |= {f"client/{client}/skipped": 1 for client in result.skipped}
-    for mask, by_client in result.accuracy.items():
-        for client, values in enumerate(by_client):
-            metrics |= {
-                f"eval/{mask}/client/{client}/task/{n + 1}": value
-                for n, value in enumerate(values)
-                if not math.isnan(value)  # a client that could not be asked
-            }
+    for name, counts in (
+        ("bytes_up", result.bytes_up),
+        ("bytes_down", result.bytes_down),
+        ("skipped", dict.fromkeys(result.skipped, 1)),
+    ):
+        metrics |= _of_clients({client: {name: count} for client, count in counts.items()}, "", clients)
+    for mask, accuracies in result.accuracy.items():
+        found = {
+            client: {f"task/{n + 1}": value for n, value in enumerate(values) if not math.isnan(value)}
+            for client, values in enumerate(accuracies)  # without those of a client that could not be asked
+        }
+        metrics |= _of_clients(found, f"eval/{mask}/", clients)
         metrics[f"eval/{mask}/mean"] = result.mean(mask)
     if result.round % rounds == 0:
         for mask, array in accuracy_arrays(history, tasks, rounds).items():
@@ -132,10 +186,19 @@ def measured(history: list[dict[str, Any]], tasks: int, rounds: int) -> dict[str
     return metrics
 
 
-def known(history: list[dict[str, Any]], tasks: int, rounds: int) -> Iterator[tuple[dict[str, float], int, int]]:
+def _of_clients(by_client: Mapping[int, Mapping[str, float]], prefix: str, clients: OfClients) -> dict[str, float]:
+    """What is recorded of numbers that each client has."""
+    if clients == "all":
+        return {f"{prefix}client/{k}/{name}": value for k, found in by_client.items() for name, value in found.items()}
+    return together(by_client, f"{prefix}clients/") if clients == "aggregate" else {}
+
+
+def known(
+    history: list[dict[str, Any]], tasks: int, rounds: int, clients: OfClients = "all"
+) -> Iterator[tuple[dict[str, float], int, int]]:
     """What was logged at the end of each round, with its task and its number."""
     for until, entry in enumerate(history, 1):
-        yield measured(history[:until], tasks, rounds), entry["task"], entry["round"]
+        yield measured(history[:until], tasks, rounds, clients), entry["task"], entry["round"]
 
 
 def peak_memory_mib() -> float:

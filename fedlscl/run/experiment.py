@@ -41,7 +41,7 @@ from fedlscl.run.errors import told
 from fedlscl.run.fields import short
 from fedlscl.run.folder import CHECKPOINT, CONFIG, METRICS, SPLIT, SUMMARY, RunFolder
 from fedlscl.run.summary import Accuracy, Compute, Promise, Skipped, Summary, Traffic, contradictory
-from fedlscl.run.tracking import Tracker, WandbMode, mended, wandb_is
+from fedlscl.run.tracking import OfClients, Tracker, WandbMode, mended, wandb_is
 from fedlscl.schedule import Schedule
 from fedlscl.server import Server
 
@@ -67,12 +67,20 @@ class Tracking:
         received: keep all that the server receives in the run folder, for `fedlscl audit`. It tells more of the
             clients' images than any other file that a server has: delete it when it was looked at.
         logger: one of Lightning's loggers, such as TensorBoardLogger, which is told every metric too.
+        clients: what is recorded of single clients: `all`; `aggregate` for means and deviations over clients; `none`
+            for the accuracy over all clients alone. Training metrics that are not recorded do not leave a client's
+            machine. Accuracies of single clients do, and are in the summary.
     """
 
     wandb_mode: WandbMode = "auto"
     project: str = "fedlscl"
     received: bool = False
     logger: Logger | None = None
+    clients: OfClients = "all"
+
+    def sends(self, secure: bool) -> bool:
+        """Whether the metrics of a client's training leave it; beside a secure sum, only if they are wanted singly."""
+        return self.clients == "all" or (self.clients == "aggregate" and not secure)
 
 
 NOT_SET = "not set"
@@ -289,7 +297,9 @@ class Experiment:
         if size is not None:
             tasks, rounds = self.data.split.spec.tasks, self.schedule.rounds
             path, history = self.run_dir / METRICS, progress["history"]
-            size = mended(path, size, progress["metrics_sha256"], lambda: known(history, tasks, rounds))
+            size = mended(
+                path, size, progress["metrics_sha256"], lambda: known(history, tasks, rounds, self.tracking.clients)
+            )
         return Tracker(
             self.run_dir,
             wandb_mode=self.tracking.wandb_mode,
@@ -321,7 +331,10 @@ class Experiment:
         taking_part = self.schedule.clients_per_round or len(self.data.split.clients)
         with FederationProgress(tasks, rounds, taking_part, completed=behind * taking_part, console=console) as bar:
             received = self.run_dir if self.tracking.received else None
-            callback = RunCallback(tracker, bar, tasks, rounds, store.progress, files, received)
+            callback = RunCallback(
+                tracker, bar, tasks, rounds, store.progress, files, received, self.tracking.clients,
+                self.tracking.sends(self.schedule.secure),
+            )  # fmt: skip
             for result in federation.run(callback):
                 bar.round_done(callback.in_a_line(result))
         summary = self._summarise(store.progress, federation)
@@ -411,14 +424,14 @@ class Experiment:
             path = self.run_dir / f"accuracy_matrix_{mask}.png"
             matrix = summary.accuracy[mask].matrix
             plots.accuracy_matrix(matrix, path, f"{title}, mask {mask}")
-            if tracker is not None:
+            if tracker is not None and self.tracking.clients == "all":
                 tracker.image(f"accuracy_matrix/{mask}", path)
                 tasks = range(len(matrix[0]))
                 rows = [[client, after + 1, *row] for client, of in enumerate(matrix) for after, row in enumerate(of)]
                 tracker.table(f"accuracy/{mask}", ["client", "after task", *(f"task {n + 1}" for n in tasks)], rows)
         path = self.run_dir / PICTURE  # last: without it the next start draws them all
         plots.accuracy_over_rounds(checkpoint.progress(self.run_dir / CHECKPOINT)["history"], path, title=title)
-        if tracker is not None:
+        if tracker is not None and self.tracking.clients == "all":  # it has a line for each client
             tracker.image("accuracy_over_rounds", path)
 
 

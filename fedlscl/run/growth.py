@@ -55,14 +55,14 @@ def read_growth(summary: Path, fields: Mapping[str, Any]) -> Growth | None:
         fields: its configuration by dotted names, as :func:`fedlscl.run.fields.flat` gives it.
 
     Returns:
-        None where the folder does not tell: the summary alone was kept. With a warning in the log where it should: a
-        file beside the summary is damaged, or of another run.
+        None where the folder does not tell: the summary alone was kept, or nothing of single clients was recorded. With
+        a warning in the log where it should: a file beside the summary is damaged, or of another run.
     """
     if summary.name != SUMMARY:  # one of many in a folder
         return None
     try:
         metrics, stored = content_of(summary.parent / METRICS), content_of(summary.parent / SPLIT)
-        if not metrics or not stored or b",eval/" not in metrics:
+        if not metrics or not stored or b"/client/" not in metrics:
             return None
         parsed = json.loads(stored)
         split, classes = Split.from_json(json.dumps(parsed["split"])), len(parsed["classes"])

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HEADER = ("task", "round", "metric", "value")
-STEP_METRICS = {"client/*": "round", "server/*": "round", "eval/*": "round", "task/*": "task"}
+STEP_METRICS = {"client/*": "round", "clients/*": "round", "server/*": "round", "eval/*": "round", "task/*": "task"}
 """Which of our own counters is the horizontal axis of a metric in W&B."""
 
 INIT_TIMEOUT = 30.0
@@ -39,6 +39,8 @@ FINISH_TIMEOUT = 300.0
 """Seconds that W&B may take to send what is left at the end; it stays on the disk, for `wandb sync`."""
 
 WandbMode = Literal["auto", "offline", "online", "disabled"]
+OfClients = Literal["all", "aggregate", "none"]
+"""What of single clients is recorded: all, means and deviations over clients, or nothing."""
 
 
 class Tracker:

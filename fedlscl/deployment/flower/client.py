@@ -6,12 +6,13 @@ Flower makes it anew whenever it likes, from the words of the command line.
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -45,6 +46,10 @@ class NotThisClient(ValueError):
     """A message, or data, of another client."""
 
 
+class OtherWeights(ValueError):
+    """A frozen model that this node does not take: its server could have made one that writes images into features."""
+
+
 def tells_types_alone(handler: Handler) -> Handler:
     """Reply with the type of an exception; its text, which may name files, stays in the log of this machine."""
 
@@ -67,16 +72,17 @@ def who(message: Message, context: Context) -> Message:
     Its own words may name the weights by another path.
     """
     index, folder = _client(context), str(context.node_config.get("data", ""))
-    data = LocalShare(Path(folder)) if folder else _own(context)[1].template.data
+    data = LocalShare(Path(folder)) if folder else _own(context)[1].worker.template.data
     data.setup()
     words, own_words = str(context.run_config["words"]), str(context.node_config.get("words", ""))
+    weights = _weights(words, own_words, str(context.node_config.get("weights", "")))
     with as_error():
         values = Configuration(shlex.split(f"{words} {own_words}")).values
         own = {
             "split": data.split_sha256,
             "list of classes": names_sha256(data),
             "configuration": Configuration(shlex.split(words)).sha256,
-            "file of weights": weights_sha256("backbone", values["backbone"]["weights"]) or "none",
+            "file of weights": weights or "none",
             "file of the CNN's weights": weights_sha256("cnn", values["cnn"]["weights"]) or "none",
         }
     return _reply(message, who=ConfigRecord({"client": index, **own}))
@@ -93,7 +99,8 @@ def fit(message: Message, context: Context) -> Message:
         )
         masking = payload(message.content, MASKING) if MASKING in message.content.array_records else None
         upload = node.fit(round, _known(message.content), bool(numbers["uploads"]), metrics, masking)
-    records: dict[str, Any] = {"metrics": MetricRecord({**metrics.values})}
+    sent = metrics.values if _own(context)[1].sends else {}
+    records: dict[str, Any] = {"metrics": MetricRecord({**sent})}
     if upload is not None:
         records["upload"] = ArrayRecord({UPLOAD: array_of(upload)})
     return _reply(message, **records)
@@ -131,28 +138,35 @@ def cost(message: Message, context: Context) -> Message:
 @contextmanager
 def _node(message: Message, context: Context) -> Iterator[Node]:
     """This client and its disk; waits for a simulation's worker that still answers a message that has timed out."""
-    index, worker, folder = _own(context)
+    index, place = _own(context)
     meant = _integer(message.content.config_records["round"], "client")
     if meant != index:
         raise NotThisClient(f"the message is for client {meant}, and this is client {index}")
-    make_folder(folder)
-    with locked(folder / f".client-{index}.lock", wait=True):
-        yield Node(worker, index, folder / f"client-{index}")
+    make_folder(place.folder)
+    with locked(place.folder / f".client-{index}.lock", wait=True):
+        yield Node(place.worker, index, place.folder / f"client-{index}")
 
 
-def _own(context: Context) -> tuple[int, Worker, Path]:
-    """Which client this is, what it trains with, and where its state is.
+class _Place(NamedTuple):
+    worker: Worker  # what clients train with
+    folder: Path  # where their states are
+    sends: bool  # whether the metrics of training leave this machine
+
+
+def _own(context: Context) -> tuple[int, _Place]:
+    """Which client this is, and the place where it trains.
 
     In the node's configuration: ``client``, its number; ``data``, its share as `fedlscl deal` writes it; ``words``,
-    what is different on this machine, such as ``--trainer.accelerator gpu``. In a simulation all is that of the run.
+    what is different on this machine, such as ``--trainer.accelerator gpu``; ``weights``, the SHA-256 of the only file
+    of weights of the frozen model that is taken. In a simulation all is that of the run.
     """
     config, index = context.node_config, _client(context)
-    worker, folder = _worker(
-        str(context.run_config["words"]), str(config.get("words", "")), str(config.get("data", ""))
-    )
-    if not 0 <= index < worker.template.clients or not worker.template.data.split.clients[index].tasks:
+    own = (str(config.get(name, "")) for name in ("words", "data", "weights"))
+    place = _place(str(context.run_config["words"]), *own)
+    template = place.worker.template
+    if not 0 <= index < template.clients or not template.data.split.clients[index].tasks:
         raise NotThisClient(f"client is {index} in the node's configuration, but the data there are not of that client")
-    return index, worker, folder
+    return index, place
 
 
 def _client(context: Context) -> int:
@@ -163,15 +177,43 @@ def _client(context: Context) -> int:
 
 
 @cache
-def _worker(words: str, own_words: str, data: str) -> tuple[Worker, Path]:
-    """What clients train with, and their folder; a process that answers several messages builds it once."""
+def _place(words: str, own_words: str, data: str, weights: str) -> _Place:
+    """As the words say; a process that answers several messages builds it once."""
+    found = _weights(words, own_words, weights)
+    if data and not weights and "backbone.weights" not in own_words:
+        log.warning(
+            "this node computes its features with whatever frozen model the run's words name (file of weights: %s); "
+            "weights=... in the node's configuration fixes which one", found or "none"
+        )  # fmt: skip
     with as_error():
         folder = Configuration(shlex.split(words)).run_dir
     experiment = experiment_of(f"{words} {own_words}", data)
     template = experiment.template()
     if experiment.schedule.secure:
         template.begin()  # which of its tensors are added up is the server's to say
-    return Worker(template), folder
+    return _Place(Worker(template), folder, experiment.tracking.sends(experiment.schedule.secure))
+
+
+def _weights(words: str, own_words: str, fixed: str) -> str | None:
+    """The SHA-256 of the file of weights of the frozen model that the words lead to, None if they name none.
+
+    Raises:
+        OtherWeights: if it is not the one that this node takes.
+    """
+    with as_error():
+        named = Configuration(shlex.split(f"{words} {own_words}")).values["backbone"]["weights"]
+        found = weights_sha256("backbone", named)
+    if fixed and not re.fullmatch("[0-9a-f]{64}", fixed):
+        raise ValueError(
+            f"weights is {fixed[:80]!r} in the node's configuration, must be a SHA-256: 64 signs of 0-9a-f"
+        )
+    if fixed and found != fixed:
+        raise OtherWeights(
+            f"the words lead to backbone.weights {named!r} with the SHA-256 {found or 'of no file'}, and weights in "
+            f"the node's configuration is {fixed}: with others the server could read images in sums of features; "
+            "nothing was computed. Take the run's file if you trust it, and put its SHA-256 there"
+        )
+    return found
 
 
 class _Metrics(Logger):
