@@ -9,6 +9,7 @@ forgets, so that is what is tried, with the settings' own split, backbone and CN
   sums behind its own, T the temperature with the least cross-entropy of these, H a linear head that starts at 0, and z
   the class token: frozen, adapted by one LoRA for all images, or by one for each that a CNN generates. Each client
   trains alone, on the cross-entropy among its classes, adjusted by how often each is there (Menon et al., 2021) or not.
+* *prior*: s / T plus the log of how often each class is among the client's images, times a weight; nothing is trained.
 * *first task*: LoRA in all blocks from `--block` on, trained with a linear head on all clients' images of the first
   task; then the head in closed form on the adapted features of all tasks.
 
@@ -155,6 +156,17 @@ class Adapted(Search):
                     )
         return found
 
+    def prior(self, weight: float) -> list[Scores]:
+        """One for each client and seed; a class counts half an image more."""
+        found = []
+        for clients in self.seeds:
+            held_out, scores = self.held_out(clients), self.chosen_by(clients, self.plain.flatten(1))
+            for client, (test, _) in zip(clients, scores, strict=True):
+                often = torch.bincount(self.labels[client.train], minlength=self.classes) + 0.5
+                added = weight * (often / len(client.train)).log()
+                found.append(self.accuracy(client, held_out, lambda at: test[at] + added))  # noqa: B023 (used at once)
+        return found
+
     def of(self, model: Residual, at: Tensor) -> Tensor:
         """Its logits."""
         logits: Tensor = model(self.tokens[at].float(), self.pixels[at])
@@ -261,6 +273,8 @@ def main() -> None:
     if args.tried == "first":
         show(f"first task, LoRA from block {args.block} on, rate {args.rate:g}", search.first_task(args.rate))
         return
+    for weight in (0.25, 0.5, 1.0):
+        show(f"prior, weight {weight:g}", {0: search.prior(weight)})
     for kind in get_args(Kind):
         for adjusted in (False, True):
             title = f"residual, class token {'frozen' if kind == 'frozen' else f'adapted, {kind}'}"
