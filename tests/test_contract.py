@@ -449,7 +449,7 @@ def test_equal_seeds_give_equal_runs_in_one_process_and_on_flower(
     from test_flower import Place, at_once, client, dealt
 
     at_once(monkeypatch)
-    client._worker.cache_clear()  # of the method before
+    client._place.cache_clear()  # of the method before
     place = Place(tmp_path, dealt(tmp_path, words))
     if isinstance(described.client, Pooled):
         with pytest.raises(ValueError, match="needs the images of all clients in one place"):

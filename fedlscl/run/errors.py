@@ -99,13 +99,16 @@ def meant(near: Sequence[str], otherwise: str) -> str:
 
 
 def similar(field: str, known: Sequence[str]) -> list[str]:
-    """Up to three fields that may be meant, the likeliest first: another group's of the same name, or a like one."""
+    """Up to three fields that may be meant, the likeliest first.
+
+    They are another group's of the same name and those like it as a whole; where there are none, those of a like name.
+    """
     last = field.rpartition(".")[2]
     ends: dict[str, list[str]] = {}
     for each in known:
         ends.setdefault(each.rpartition(".")[2], []).append(each)
     near = [*ends.get(last, []), *get_close_matches(field, known, 3, 0.8)]
-    near += [each for end in get_close_matches(last, ends, 3, 0.8) for each in ends[end]]
+    near = near or [each for end in get_close_matches(last, ends, 3, 0.8) for each in ends[end]]
     return list(dict.fromkeys(near))[:3]
 
 
