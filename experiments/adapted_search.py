@@ -235,15 +235,9 @@ class Adapted(Search):
     @torch.no_grad()
     def summaries(self, lora: Sequence[LowRank]) -> Tensor:
         """What `FrozenViT.summaries` gives (N, 2 BLOCKS, d), of the adapted ViT."""
-        vit, found = self.vit.merged(lora), []
-        for part in torch.split(self.tokens, 64):
-            tokens, parts = part.float(), list[Tensor]()
-            for number in range(self.args.block, self.vit.depth):
-                tokens = vit.blocks[number](tokens)
-                normalised = vit.norm(tokens)
-                parts += [normalised[:, 0], normalised[:, self.vit.num_prefix_tokens :].mean(dim=1)]
-            found.append(torch.stack(parts[-2 * BLOCKS :], dim=1))
-        return torch.cat(found)
+        merged, block = self.vit.merged(lora), self.args.block
+        parts = torch.split(self.tokens, 64)
+        return torch.cat([self.vit.summarised(part.float(), block, BLOCKS, merged) for part in parts])
 
 
 def show(title: str, found: dict[int, list[Scores]]) -> None:

@@ -239,12 +239,17 @@ class FrozenViT(nn.Module):
             images: uint8 (B, 3, H, W).
             blocks: n; the order is that of the blocks, the class token of each first.
         """
-        vit, parts = self._model(), list[Tensor]()
-        tokens = self.lower(self.prepare(images), self.depth - blocks)
-        for block in vit.blocks[self.depth - blocks :]:
-            tokens = block(tokens)
-            normalised = vit.norm(tokens)
-            parts += [normalised[:, 0], normalised[:, self.num_prefix_tokens :].mean(dim=1)]
+        first = self.depth - blocks
+        return self.summarised(self.lower(self.prepare(images), first), first, blocks)
+
+    def summarised(self, tokens: Tensor, block: int, blocks: int, merged: Any = None) -> Tensor:
+        """The same (B, 2 n, d) from the tokens (B, T, d) that enter `block`, also of what `merged` has made."""
+        vit, parts = self._model() if merged is None else merged, list[Tensor]()
+        for number in range(block, self.depth):
+            tokens = vit.blocks[number](tokens)
+            if number >= self.depth - blocks:
+                normalised = vit.norm(tokens)
+                parts += [normalised[:, 0], normalised[:, self.num_prefix_tokens :].mean(dim=1)]
         return torch.stack(parts, dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
