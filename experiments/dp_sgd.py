@@ -29,16 +29,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
+from privacy import MASKS, ended
 from torch import Tensor
 
 from fedlscl.batches import Batch, Output
-from fedlscl.federation.transport import InProcess
 from fedlscl.methods.frozen_vit import FrozenViTClient
 from fedlscl.models.cache import FrozenCache
 from fedlscl.privacy import epsilon_of, noise_multiplier
-from fedlscl.run.configuration import Configuration
 
-MASKS = ("task", "seen", "none")
 ORDERS = np.arange(2, 257)
 
 
@@ -189,13 +187,7 @@ def main() -> None:
                     str(given.rounds),
                 ]
                 given_words += ["--seed_everything", str(seed), *fields, "--run_dir", folder]
-                experiment = Configuration(given_words).build()
-                experiment.load()
-                federation = experiment.federation()
-                assert isinstance(federation.transport, InProcess)
-                features = features or federation.transport.worker.precomputed
-                federation.transport.worker.precomputed = features
-                result = [*federation.run()][-1]
+                result, features = ended(given_words, features)
             row = {mask: round(result.mean(mask), 2) for mask in MASKS}
             print(json.dumps({"epsilon": epsilon, "seed": seed, **row}), flush=True)
             for mask in MASKS:

@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedlscl.federation.callback import RoundResult
 from fedlscl.federation.transport import InProcess
 from fedlscl.models.cache import FrozenCache
 from fedlscl.run.configuration import Configuration
@@ -39,15 +40,20 @@ def runs(setting: Path, methods: list[str], epsilons: list[float], seed: int, fi
             if epsilon < math.inf:
                 words += ["--model.privacy.epsilon", str(epsilon), "--model.privacy.noise", "seed"]
             with tempfile.TemporaryDirectory() as folder:
-                experiment = Configuration([*words, "--run_dir", folder]).build()
-                experiment.load()
-                federation = experiment.federation()
-                assert isinstance(federation.transport, InProcess)
-                features = features or federation.transport.worker.precomputed
-                federation.transport.worker.precomputed = features
-                result = [*federation.run()][-1]
+                result, features = ended([*words, "--run_dir", folder], features)
             found = {mask: round(result.mean(mask), 2) for mask in MASKS}
             yield json.dumps({"method": method, "epsilon": epsilon, "seed": seed, **found, "server": result.server})
+
+
+def ended(words: list[str], features: FrozenCache | None) -> tuple[RoundResult, FrozenCache]:
+    """The last round of a run in this process, and the frozen features, which another run may have computed."""
+    experiment = Configuration(words).build()
+    experiment.load()
+    federation = experiment.federation()
+    assert isinstance(federation.transport, InProcess)
+    features = features or federation.transport.worker.precomputed
+    federation.transport.worker.precomputed = features
+    return [*federation.run()][-1], features
 
 
 def main() -> None:
