@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fedlscl.data.module import FederatedDataModule as FederatedDataModule
     from fedlscl.data.packed import CIFAR10 as CIFAR10
     from fedlscl.data.packed import CIFAR100 as CIFAR100
+    from fedlscl.data.inks import Coloured as Coloured
     from fedlscl.data.packed import Digits as Digits
     from fedlscl.data.source import Dataset as Dataset
     from fedlscl.data.source import ImageSet as ImageSet
@@ -61,6 +62,7 @@ _HOMES = {
     "data.client_folders": ("ClientFolders",),
     "data.folders": ("ImageFolder", "ImageNetR"),
     "data.hubs": ("HuggingFace", "MedMNIST"),
+    "data.inks": ("Coloured",),
     "data.listed": ("ImageTable",),
     "data.module": ("FederatedDataModule",),
     "data.packed": ("CIFAR10", "CIFAR100", "Digits"),
