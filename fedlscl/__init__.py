@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from fedlscl.data.folders import ImageNetR as ImageNetR
     from fedlscl.data.hubs import HuggingFace as HuggingFace
     from fedlscl.data.hubs import MedMNIST as MedMNIST
+    from fedlscl.data.inks import Coloured as Coloured
     from fedlscl.data.listed import ImageTable as ImageTable
     from fedlscl.data.module import FederatedDataModule as FederatedDataModule
     from fedlscl.data.packed import CIFAR10 as CIFAR10
     from fedlscl.data.packed import CIFAR100 as CIFAR100
-    from fedlscl.data.inks import Coloured as Coloured
     from fedlscl.data.packed import Digits as Digits
     from fedlscl.data.source import Dataset as Dataset
     from fedlscl.data.source import ImageSet as ImageSet

@@ -16,8 +16,9 @@ from PIL import Image
 from fedlscl.data.folders import ImageFolder
 from fedlscl.data.held_out import HeldOut
 from fedlscl.data.hubs import HuggingFace, MedMNIST
+from fedlscl.data.inks import Coloured
 from fedlscl.data.listed import ImageTable
-from fedlscl.data.packed import CIFAR10
+from fedlscl.data.packed import CIFAR10, Digits
 from fedlscl.data.source import Dataset, ImageSet
 from fedlscl.data.torchvision_sets import REFUSED, SETS, Torchvision
 
@@ -33,6 +34,41 @@ def stored(path: Path) -> NDArray[np.uint8]:
 
 def of(part: ImageSet) -> set[tuple[bytes, int]]:
     return {(image.tobytes(), int(label)) for image, label in zip(part.images, part.labels, strict=True)}
+
+
+# --------------------------------------------------------------------- in other colours
+
+
+def test_coloured_digits_keep_their_shapes_in_colours_that_say_nothing(tmp_path: Path) -> None:
+    """Each value lies between paper and ink by the grey one; a test image comes once."""
+    grey, coloured = Digits().load(tmp_path), Coloured(Digits(), 2).load(tmp_path)
+    number = len(grey.train.labels)
+    assert len(coloured.test.labels) == len(grey.test.labels)
+    copies = np.tile(grey.train.images, (2, 1, 1, 1))
+    for part, shades in ((coloured.train, copies), (coloured.test, grey.test.images)):
+        brightest, darkest = (float(part.images[shades == value].mean()) for value in (255, 0))
+        assert abs(brightest - darkest) < 3  # the ink is as often the lighter as the darker
+        for image, shade in zip(part.images[:50], shades[:50, 0].reshape(50, -1) / 255, strict=True):
+            both = np.stack([1 - shade, shade], 1)
+            for values in image.reshape(3, -1).astype(float):
+                colours = np.linalg.lstsq(both, values, rcond=None)[0]
+                assert np.abs(both @ colours - values).max() < 1  # rounded to whole numbers
+                assert colours.min() > -2
+                assert colours.max() < 257
+    assert (coloured.train.labels == np.tile(grey.train.labels, 2)).all()
+    assert not (coloured.train.images[:number] == coloured.train.images[number:]).all(axis=(1, 2, 3)).any()
+    assert Coloured(Digits(), 2).load(tmp_path).sha256 == coloured.sha256
+
+
+def test_copies_of_a_held_out_image_are_not_trained_on(tmp_path: Path) -> None:
+    held, coloured = (source.load(tmp_path) for source in (HeldOut(Digits()), Coloured(HeldOut(Digits()), 3)))
+    assert len(coloured.train.labels) == 3 * len(held.train.labels)
+    assert len(coloured.test.labels) == len(held.test.labels)
+
+
+def test_copies_are_at_least_one() -> None:
+    with pytest.raises(ValueError, match="copies is 0"):
+        Coloured(Digits(), 0)
 
 
 # ------------------------------------------------------- folders without test images

@@ -17,16 +17,16 @@ _APART = 0.3  # of 0..1; closer colours could hide what is drawn
 class Coloured(Source):
     """Grey images of another source, each with an ink in the place of white and a paper in the place of black.
 
-    Ink and paper are random colours, which say nothing of an image's class, and either may be the darker. It is for drawings
-    on an even ground, such as digits.
+    Ink and paper are random colours, which say nothing of an image's class, and either may be the darker. It is for
+    drawings on an even ground, such as digits.
     """
 
     def __init__(self, source: Source, copies: int = 1) -> None:
         """Name what to colour.
 
         Args:
-            source: where the images come from. To hold out training images, put `HeldOut` here: around this source it would
-                train on one copy of an image and test on another.
+            source: where the images come from. To hold out training images, put `HeldOut` here: around this source it
+                would train on one copy of an image and test on another.
             copies: how often each training image comes, in other colours each time. A test image comes once.
         """
         at_least(1, "data.source", copies=copies)
