@@ -2,7 +2,7 @@
 
     python experiments/secure.py cost [--values N] [--clients 5 50 500]
     python experiments/secure.py parity FOLDER [--methods NAME ...] [--seeds 42 1999] [--engines simulated deployed]
-        [-- fields of `fedlscl fit`]
+        [--bits N] [-- fields of `fedlscl fit`]
 
 `cost` adds up vectors of random numbers, all clients and the server in this process, without any training; with some
 clients dropping out between sharing their secrets and sending their values. Seconds are of CPU time, of one thread.
@@ -153,6 +153,7 @@ def main() -> None:
     parities.add_argument("--methods", nargs="+", help="by default all that allow it")
     parities.add_argument("--seeds", type=int, nargs="+", default=[42])
     parities.add_argument("--engines", nargs="*", choices=ENGINES, default=[], help="beside this process")
+    parities.add_argument("--bits", type=int, help="federation.fraction_bits of the secure sums")
     words = [*sys.argv[1:], "--"]
     at = words.index("--")
     given, fields = parser.parse_args(words[:at]), words[at + 1 : -1]
@@ -166,7 +167,9 @@ def main() -> None:
     else:
         print(f"| {' | '.join(HEAD)} |\n{'| --- ' * len(HEAD)}|")
         different = False
-        for found in parity(given.folder.resolve(), given.methods or [*allowed()], given.seeds, given.engines, fields):
+        for found in parity(
+            given.folder.resolve(), given.methods or [*allowed()], given.seeds, given.engines, fields, given.bits
+        ):
             print(row(found), flush=True)
             different |= not all(found["engines"].values())
         if different:

@@ -31,7 +31,7 @@ EQUAL = ("accuracy", "bytes_up", "bytes_down", "skipped", "compute", "split_sha2
 """What of a summary must be the same on all engines."""
 
 HEAD = (
-    *("method", "rounds", "seed", "plain", "secure", "largest difference", "of", "states differ by"),
+    *("method", "rounds", "bits", "seed", "plain", "secure", "largest difference", "of", "states differ by"),
     *("bytes up, plain", "secure", "ratio", "other engines"),
 )
 
@@ -42,13 +42,17 @@ class Case(NamedTuple):
     method: str
     seed: int
     fields: tuple[str, ...]
+    bits: int | None = None
 
     def words(self, secure: bool) -> list[str]:
         """Those behind `fedlscl fit`; the last of a field's words counts."""
         configs = [HERE / "digits.yaml", HERE / "methods" / f"{self.method}.yaml"]
         fixed = ["--threads=1", "--trainer.accelerator=cpu", "--tracking.wandb_mode=disabled"]
         words = [*(f"--config={path}" for path in configs), *fixed, *self.fields, f"--seed_everything={self.seed}"]
-        return [*words, "--federation.secure=true"] if secure else words
+        if secure:
+            words += ["--federation.secure=true"]
+            words += [] if self.bits is None else [f"--federation.fraction_bits={self.bits}"]
+        return words
 
 
 def allowed() -> Iterator[str]:
@@ -130,6 +134,7 @@ def compared(plain: Path, secure: Path, engines: Mapping[str, Path]) -> dict[str
     return {
         "method": other["method"],
         "rounds": other["config"]["federation"]["rounds"],
+        "bits": other["config"]["federation"]["fraction_bits"] or 30,
         "seed": other["seed"],
         "seen": [summary["accuracy"]["seen"]["final_average"] for summary in (one, other)],
         "difference": largest,
@@ -167,7 +172,7 @@ def row(found: Mapping[str, Any]) -> str:
     )
     engines = ", ".join(f"{name} {'equal' if same else 'DIFFERENT'}" for name, same in found["engines"].items())
     cells = (
-        *(found["method"], found["rounds"], found["seed"], *(f"{value:.4f}" for value in found["seen"])),
+        *(found["method"], found["rounds"], found["bits"], found["seed"], *(f"{value:.4f}" for value in found["seen"])),
         *(f"{found['difference']:.4f}", of, f"{found['states']:.1g}" if found["states"] else "0"),
         *(f"{plain:,}", f"{secure:,}", f"{secure / plain:.2f}", engines or "not run"),
     )
@@ -175,13 +180,18 @@ def row(found: Mapping[str, Any]) -> str:
 
 
 def parity(
-    folder: Path, methods: Sequence[str], seeds: Sequence[int], engines: Sequence[str], fields: Sequence[str]
+    folder: Path,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    engines: Sequence[str],
+    fields: Sequence[str],
+    bits: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Run what is not finished, then one entry for each method and seed, see `compared`.
 
     Those go to `parity.json` in the folder too, beside those of earlier calls.
     """
-    cases = [Case(method, seed, tuple(fields)) for method in methods for seed in seeds]
+    cases = [Case(method, seed, tuple(fields), bits) for method in methods for seed in seeds]
     in_process(folder, [case.words(secure) for case in cases for secure in (False, True)])
     for engine in engines:
         for seed in seeds:  # a node has the images that a seed gives it

@@ -29,7 +29,13 @@ def run(folder: Path, value: float, weight: float, bytes_up: int = 8) -> Path:
     matrices = [[[50.0, None], [60.0, 70.0]], [[None, None], [value, 80.0]]]
     traffic = {"total": bytes_up}
     summary = {
-        **{"method": "m", "seed": 7, "config": {"federation": {"rounds": 3}}, "skipped": [], "compute": {}},
+        **{
+            "method": "m",
+            "seed": 7,
+            "config": {"federation": {"rounds": 3, "fraction_bits": None}},
+            "skipped": [],
+            "compute": {},
+        },
         "accuracy": {mask: {"final_average": value, "matrix": matrices} for mask in ("task", "seen")},
         **{"bytes_up": traffic, "bytes_down": traffic, "split_sha256": "1"},
     }
@@ -54,8 +60,9 @@ def test_a_difference_is_named_and_engines_are_compared(secure_parity: Any, tmp_
     assert found["of"] == {"mask": "task", "client": 1, "after": 2, "task": 1}
     assert found["states"] == 0.5 / 4  # of client 0; the server's does not count
     assert found["engines"] == {"same": True, "last bit": False, "bytes": False}
-    assert "| m | 3 | 7 | 90.0000 | 90.5000 | 0.5000 | task, client 1, after task 2, task 1 |" in secure_parity.row(
-        found
+    assert (
+        "| m | 3 | 30 | 7 | 90.0000 | 90.5000 | 0.5000 | task, client 1, after task 2, task 1 |"
+        in secure_parity.row(found)
     )
     equal = secure_parity.compared(plain, run(tmp_path / "again", 90.0, 1.0), {})
     assert (equal["difference"], equal["of"], equal["states"]) == (0.0, None, 0.0)
