@@ -171,7 +171,7 @@ def main() -> None:
             given.folder.resolve(), given.methods or [*allowed()], given.seeds, given.engines, fields, given.bits
         ):
             print(row(found), flush=True)
-            different |= not all(found["engines"].values())
+            different |= not all(equal for entry in found for equal in entry["engines"].values())
         if different:
             sys.exit("the engines differ")
 

@@ -31,8 +31,8 @@ EQUAL = ("accuracy", "bytes_up", "bytes_down", "skipped", "compute", "split_sha2
 """What of a summary must be the same on all engines."""
 
 HEAD = (
-    *("method", "rounds", "bits", "seed", "plain", "secure", "largest difference", "of", "states differ by"),
-    *("bytes up, plain", "secure", "ratio", "other engines"),
+    *("method", "rounds", "bits", "seeds", "plain", "secure", "largest difference", "of", "states differ by"),
+    *("bytes up, plain", "x secure", "other engines"),
 )
 
 
@@ -164,17 +164,23 @@ def distance(ones: Iterator[Mapping[str, Tensor]], others: Iterator[Mapping[str,
     return largest
 
 
-def row(found: Mapping[str, Any]) -> str:
-    """A line of the table."""
-    plain, secure = found["bytes_up"]
-    of = (
-        "–" if found["of"] is None else "{mask}, client {client}, after task {after}, task {task}".format(**found["of"])
-    )
-    engines = ", ".join(f"{name} {'equal' if same else 'DIFFERENT'}" for name, same in found["engines"].items())
+def row(method: Sequence[Mapping[str, Any]]) -> str:
+    """A line of the table: a method's entries, one for each seed; engines are those of all seeds that were run."""
+    first, worst = method[0], max(method, key=lambda found: found["difference"])
+    of = "–"
+    if worst["of"] is not None:
+        of = "seed {seed}, {mask}, client {client}, after task {after}, task {task}".format(**worst, **worst["of"])
+    plain, secure = (", ".join(f"{found['seen'][n]:.2f}" for found in method) for n in (0, 1))
+    same: dict[str, bool] = {}
+    for found in method:
+        for name, equal in found["engines"].items():
+            same[name] = same.get(name, True) and equal
+    states = max(found["states"] for found in method)
     cells = (
-        *(found["method"], found["rounds"], found["bits"], found["seed"], *(f"{value:.4f}" for value in found["seen"])),
-        *(f"{found['difference']:.4f}", of, f"{found['states']:.1g}" if found["states"] else "0"),
-        *(f"{plain:,}", f"{secure:,}", f"{secure / plain:.2f}", engines or "not run"),
+        *(first["method"], first["rounds"], first["bits"], ", ".join(str(found["seed"]) for found in method)),
+        *(plain, secure, f"{worst['difference']:.4f}", of, f"{states:.1g}" if states else "0"),
+        *(f"{first['bytes_up'][0]:,}", f"{first['bytes_up'][1] / first['bytes_up'][0]:.2f}"),
+        ", ".join(f"{name} {'equal' if equal else 'DIFFERENT'}" for name, equal in same.items()) or "not run",
     )
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -186,8 +192,8 @@ def parity(
     engines: Sequence[str],
     fields: Sequence[str],
     bits: int | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Run what is not finished, then one entry for each method and seed, see `compared`.
+) -> Iterator[list[dict[str, Any]]]:
+    """Run what is not finished, then for each method an entry for each seed, see `compared`.
 
     Those go to `parity.json` in the folder too, beside those of earlier calls.
     """
@@ -199,9 +205,13 @@ def parity(
             on_flower(folder / f"{engine}-{seed}", of_seed, ENGINES[engine])
     path = folder / "parity.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    for case in cases:
-        plain, secure = (run_of(folder, case.words(secure)) for secure in (False, True))
-        elsewhere = {name: run_of(folder / f"{name}-{case.seed}/server", case.words(secure=True)) for name in ENGINES}
-        known[secure.name] = compared(plain, secure, elsewhere)
+    for method in methods:
+        found = []
+        for case in (case for case in cases if case.method == method):
+            plain, secure = (run_of(folder, case.words(secure)) for secure in (False, True))
+            flower = {name: folder / f"{name}-{case.seed}" / "server" for name in ENGINES}
+            runs = {name: run_of(path, case.words(secure=True)) for name, path in flower.items()}
+            found.append(compared(plain, secure, runs))
+            known[secure.name] = found[-1]
         path.write_text(json.dumps(known, indent=1))
-        yield known[secure.name]
+        yield found

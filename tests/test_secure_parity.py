@@ -49,23 +49,24 @@ def run(folder: Path, value: float, weight: float, bytes_up: int = 8) -> Path:
 
 def test_a_difference_is_named_and_engines_are_compared(secure_parity: Any, tmp_path: Path) -> None:
     plain, secure = run(tmp_path / "plain", 90.0, 1.0), run(tmp_path / "secure", 90.5, 1.5)
-    engines = {
+    runs = {
         "same": run(tmp_path / "same", 90.5, 0.0),
         "last bit": run(tmp_path / "bit", math.nextafter(90.5, 91), 0.0),
         "bytes": run(tmp_path / "bytes", 90.5, 0.0, bytes_up=9),
         "none": tmp_path / "nothing",
     }
-    found = secure_parity.compared(plain, secure, engines)
+    found = secure_parity.compared(plain, secure, runs)
     assert found["difference"] == 0.5
     assert found["of"] == {"mask": "task", "client": 1, "after": 2, "task": 1}
     assert found["states"] == 0.5 / 4  # of client 0; the server's does not count
     assert found["engines"] == {"same": True, "last bit": False, "bytes": False}
-    assert (
-        "| m | 3 | 30 | 7 | 90.0000 | 90.5000 | 0.5000 | task, client 1, after task 2, task 1 |"
-        in secure_parity.row(found)
-    )
+    row, of = secure_parity.row([found]), "seed 7, task, client 1, after task 2, task 1"
+    engines = "same equal, last bit DIFFERENT, bytes DIFFERENT"
+    assert row == f"| m | 3 | 30 | 7 | 90.00 | 90.50 | 0.5000 | {of} | 0.1 | 8 | 1.00 | {engines} |"
     equal = secure_parity.compared(plain, run(tmp_path / "again", 90.0, 1.0), {})
     assert (equal["difference"], equal["of"], equal["states"]) == (0.0, None, 0.0)
+    both = secure_parity.row([{**equal, "seed": 8}, found])
+    assert both.startswith(f"| m | 3 | 30 | 8, 7 | 90.00, 90.00 | 90.00, 90.50 | 0.5000 | {of} | 0.1 |")
 
 
 def test_what_has_no_counterpart_is_no_parity(secure_parity: Any, tmp_path: Path) -> None:
