@@ -6,10 +6,11 @@
 
 All clients start with the generator phi that the server sends. Where that is zero, A and B of every LoRA pair are zero:
 the gradient of each is a product with the other, and what reaches the CNN is one with phi's weights, so that neither
-phi nor the CNN moves in any step, by Adam exactly. The one-by-one distillation of zeros is zero. What the features that
-a client uploads are of is then the CNN before its first step, which follows from the run's seed. With --answers the
-start is honest and each answer of `fed_lscl` zero, so that the CNN moves in the first round alone. All else is as
-published: runs of the digits, one for each seed in FOLDER, whose received messages `fedlscl audit` attacks.
+phi nor the CNN moves (one with batch normalisation does, in replay, since its statistics move). The one-by-one
+distillation of zeros is zero. What the features that a client uploads are of is then the CNN before its first step,
+which follows from the run's seed. With --answers the start is honest and each answer of `fed_lscl` zero, so that the
+CNN moves in the first round alone. All else is as published: runs of the digits, one for each seed in FOLDER, whose
+received messages `fedlscl audit` attacks.
 """
 
 from __future__ import annotations
