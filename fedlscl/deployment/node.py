@@ -157,9 +157,10 @@ class Node:
             return
         schema = schema_of(self.worker.template.common_start)
         found, own = (Download.from_bytes(message, schema).tensors for message in (start, expected))
-        for name, tensor in own.items():  # another machine may draw other last bits
-            if not torch.allclose(found[name].double(), tensor.double(), rtol=1e-3, atol=1e-5):
-                apart = float((found[name].double() - tensor.double()).abs().max())
+        for name in schema:
+            one, other = found[name].double(), own[name].double()
+            if not torch.allclose(one, other, rtol=1e-3, atol=1e-5):  # another machine may draw other last bits
+                apart = float((one - other).abs().max())
                 raise MessageError(
                     f"the server's '{name}' for all clients to start with is up to {apart:g} from what the run's words "
                     "and seed give"
