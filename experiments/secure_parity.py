@@ -93,7 +93,7 @@ def on_flower(folder: Path, cases: Sequence[Sequence[str]], cpus: int) -> None:
     missing = [words for words, _ in unfinished(folder / "server", cases)]
     if not missing:
         return
-    with Deployment(folder, missing[0], simulate=cpus) as deployed:
+    with redirect_stdout(sys.stderr), Deployment(folder, missing[0], simulate=cpus) as deployed:
         for index in range(deployed.clients):
             deployed.register(f"client-{index}")
             deployed.start_node(f"client-{index}")
