@@ -1,40 +1,40 @@
 """What secure sums cost, and whether they change a number.
 
     python experiments/secure.py cost [--values N] [--clients 5 50 500]
-    python experiments/secure.py parity FOLDER --methods fed_ridge fedavg --seeds 42 1999 [-- fields of `fedlscl fit`]
+    python experiments/secure.py parity FOLDER [--methods NAME ...] [--seeds 42 1999] [--engines simulated deployed]
+        [--bits N] [-- fields of `fedlscl fit`]
 
 `cost` adds up vectors of random numbers, all clients and the server in this process, without any training; with some
 clients dropping out between sharing their secrets and sending their values. Seconds are of CPU time, of one thread.
-`parity` runs methods with and without, and compares every accuracy.
+`parity` runs methods on the digits with and without, by default all that allow it, and compares every accuracy; with
+engines it does the same run with secure sums on Flower too, whose numbers must be equal to the last bit. What is
+finished in the folder is not run again. The table goes to the standard output, the same to FOLDER/parity.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import io
-import json
 import multiprocessing
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import NDArray
+from secure_parity import ENGINES, HEAD, allowed, parity, row
 from torch import Tensor
 
-from fedlscl.cli import main as fedlscl
 from fedlscl.federation.secure.party import Party
 from fedlscl.federation.secure.session import Session
 from fedlscl.federation.secure.words import ADVERTISE, MASK, SHARE, UNMASK
 from fedlscl.messages import Upload, schema_of
 from fedlscl.schedule import Round, Schedule
 
-HERE = Path(__file__).resolve().parent
 ROUND = Round(1, 1, True, 0)
 DROPPED = (0.0, 0.1, 0.3)
 
@@ -140,46 +140,6 @@ def cost(clients: int, values: int, jobs: int) -> Iterator[str]:
             )
 
 
-def parity(folder: Path, methods: list[str], seeds: list[int], fields: list[str]) -> Iterator[str]:
-    """Rows of a table: one for each method and seed."""
-    for method in methods:
-        for seed in seeds:
-            found = []
-            for secure in ("plain", "secure"):
-                run_dir = folder / f"{method}-{seed}-{secure}"
-                words = [f"--config={HERE / 'digits.yaml'}", f"--config={HERE / 'methods' / f'{method}.yaml'}", *fields]
-                words += [f"--seed_everything={seed}", "--tracking.wandb_mode=disabled", f"--run_dir={run_dir}"]
-                words += ["--federation.secure=true"] if secure == "secure" else []
-                with redirect_stdout(io.StringIO()):
-                    fedlscl(["fit", *words])
-                found.append(json.loads((run_dir / "summary.json").read_text()))
-            yield row(method, seed, *found)
-
-
-def row(method: str, seed: int, plain: dict[str, Any], secure: dict[str, Any]) -> str:
-    """Final averages under `seen`, the largest difference of any accuracy, and the bytes of both."""
-    values = [summary["accuracy"]["seen"]["final_average"] for summary in (plain, secure)]
-    apart = max(
-        abs(a - b)
-        for mask, of in plain["accuracy"].items()
-        for a, b in zip(flat(of["matrix"]), flat(secure["accuracy"][mask]["matrix"]), strict=True)
-    )
-    sizes = [summary["bytes_up"]["total"] for summary in (plain, secure)]
-    return (
-        f"| {method} | {seed} | {values[0]:.4f} | {values[1]:.4f} | {apart:.4f} | {sizes[0]:,} | {sizes[1]:,} | "
-        f"{sizes[1] / sizes[0]:.2f} |"
-    )
-
-
-def flat(matrix: Any) -> Iterator[float]:
-    """The numbers in lists of lists, without those that are missing."""
-    for entry in matrix:
-        if isinstance(entry, list):
-            yield from flat(entry)
-        elif entry is not None and entry == entry:
-            yield entry
-
-
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -190,8 +150,10 @@ def main() -> None:
     costs.add_argument("--jobs", type=int, default=1, help="processes for the clients")
     parities = parts.add_parser("parity")
     parities.add_argument("folder", type=Path)
-    parities.add_argument("--methods", nargs="+", required=True)
+    parities.add_argument("--methods", nargs="+", help="by default all that allow it")
     parities.add_argument("--seeds", type=int, nargs="+", default=[42])
+    parities.add_argument("--engines", nargs="*", choices=ENGINES, default=[], help="beside this process")
+    parities.add_argument("--bits", type=int, help="federation.fraction_bits of the secure sums")
     words = [*sys.argv[1:], "--"]
     at = words.index("--")
     given, fields = parser.parse_args(words[:at]), words[at + 1 : -1]
@@ -203,10 +165,15 @@ def main() -> None:
             for line in cost(clients, given.values, given.jobs):
                 print(line, flush=True)
     else:
-        print("| method | seed | plain | secure | largest difference | bytes up, plain | secure | ratio |")
-        print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-        for line in parity(given.folder.resolve(), given.methods, given.seeds, fields):
-            print(line, flush=True)
+        print(f"| {' | '.join(HEAD)} |\n{'| --- ' * len(HEAD)}|")
+        different = False
+        for found in parity(
+            given.folder.resolve(), given.methods or [*allowed()], given.seeds, given.engines, fields, given.bits
+        ):
+            print(row(found), flush=True)
+            different |= not all(equal for entry in found for equal in entry["engines"].values())
+        if different:
+            sys.exit("the engines differ")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import fit, make_client, outputs, parameters, restore_client, run, task_images, train_images
+from helpers import CNN, fit, make_client, outputs, parameters, restore_client, run, task_images, train_images
 from torch import Tensor
 
 from fedlscl.continual import NoReplay, Replay
@@ -127,3 +127,18 @@ def test_images_are_kept_for_the_replay_alone() -> None:
 def test_settings_of_a_small_model_are_refused_where_there_is_none(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"model\.{name} is {value}, must be .* no small model"):
         make_client(FedLSCLStatic, **{name: value})
+
+
+def test_a_start_of_zeros_keeps_every_cnn_as_it_was_drawn(make: Make) -> None:
+    """What a malicious server would send: see docs/privacy.md, and the check of nodes on Flower against it."""
+    # batch normalisation would move what Eq. 4 compares, and with it the CNN
+    federation = make(cnn={**CNN, "model_args": {**CNN["model_args"], "norm_layer": "groupnorm1"}})
+    drawn = [parameters(restore_client(federation, index)) for index in range(3)]
+    for tensor in federation.template.common_start.values():
+        tensor.zero_()
+    run(federation)
+    for index, start in enumerate(drawn):
+        end = parameters(restore_client(federation, index))
+        assert all(torch.equal(start[name], end[name]) for name in start if name.startswith("cnn."))
+        assert not any(bool(end[f"generator.{name}"].any()) for name in ("weight", "bias"))
+        assert not torch.equal(start["head.weight"], end["head.weight"])

@@ -42,7 +42,7 @@ from fedlscl.deployment.flower.server import FlowerTransport, server_app
 from fedlscl.deployment.flower.wire import COST, END, FIT, SECURE, UPLOAD, WHO
 from fedlscl.deployment.flower.words import experiment_of
 from fedlscl.deployment.shares import deal
-from fedlscl.federation.algorithm import Federation
+from fedlscl.federation.algorithm import Federation, NobodyLeft
 from fedlscl.federation.callback import RoundResult
 from fedlscl.federation.store import Store
 from fedlscl.messages import Download, Upload
@@ -324,6 +324,20 @@ def test_metrics_of_training_stay_where_they_are_not_wanted(place: Place, caplog
     }
     assert "collaborate/cross_entropy" in sent.pop(101)
     assert sent == {100: set(), 102: set()}
+
+
+def test_a_node_takes_no_start_that_the_server_has_chosen(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """Zeros, say, which keep a client's CNN as it was drawn; last bits may differ."""
+    federation = place.on_flower()
+    common = federation.template.common_start
+    honest = {name: tensor.clone() for name, tensor in common.items()}
+    common.update({name: torch.zeros_like(tensor) for name, tensor in honest.items()})
+    with pytest.raises(NobodyLeft, match=r"client 0, 1, 2: MessageError$"):
+        run(federation, stop=1)
+    assert "the server's 'weight' for all clients to start with is up to 0." in caplog.text
+    common.update({name: tensor * (1 + 1e-6) for name, tensor in honest.items()})
+    (result,) = run(federation, stop=1)
+    assert result.skipped == {}
 
 
 # ---- secure sums

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from fedlscl.federation.secure.terms import terms_of
 from fedlscl.federation.secure.words import ADVERTISE
 from fedlscl.federation.store import Store
 from fedlscl.federation.worker import Accuracy, Worker
+from fedlscl.messages import Download, MessageError, schema_of
 from fedlscl.schedule import Round
 
 
@@ -139,8 +141,30 @@ class Node:
         return accuracy
 
     def _restore(self, known: Known, round: int) -> Client:
-        """The client as it was at the end of a round."""
+        """The client as it was at the end of a round.
+
+        Raises:
+            MessageError: if the server's common start is not the one of the run's words.
+        """
+        if not round and known.start is not None:
+            self._check(known.start)
         return self.worker.restore(self.index, self._read(_end(round)) if round else None, known.start)
+
+    def _check(self, start: bytes) -> None:
+        """Take no start that a server has chosen: with some a client's training goes where the server wants it."""
+        expected = self.worker.template.start_message(self.index)
+        if start == expected:
+            return
+        schema = schema_of(self.worker.template.common_start)
+        found, own = (Download.from_bytes(message, schema).tensors for message in (start, expected))
+        for name in schema:
+            one, other = found[name].double(), own[name].double()
+            if not torch.allclose(one, other, rtol=1e-3, atol=1e-5):  # another machine may draw other last bits
+                apart = float((one - other).abs().max())
+                raise MessageError(
+                    f"the server's '{name}' for all clients to start with is up to {apart:g} from what the run's words "
+                    "and seed give"
+                )
 
     def _read(self, name: str) -> dict[str, Tensor]:
         state = self.store.read(name)
