@@ -34,7 +34,7 @@ from fedlscl.analysis.results import Run
 from fedlscl.analysis.rows import MASK_NAMES
 from fedlscl.analysis.schemes import both
 from fedlscl.analysis.sections import environment, ranking_section, small_model_section, split_section
-from fedlscl.analysis.side_by_side import two_section
+from fedlscl.analysis.side_by_side import across_section, two_section
 from fedlscl.analysis.tables import tables
 from fedlscl.analysis.tuning import tuning
 from fedlscl.files import write_atomically
@@ -76,6 +76,7 @@ def write_report(comparisons: Sequence[Comparison], path: Path, examples: int = 
                 _setting(c, comparisons, f"s{n}", c.setting if names[c.setting] == 1 else c.title, examples)
                 for n, c in enumerate(comparisons, 1)
             ],
+            across=across_section(comparisons, "across"),
             masks=MASK_NAMES,
             audit=audit_section(audits),
             script=Markup(script),
