@@ -30,7 +30,10 @@ def dark(colour: str) -> str:
     """
     rgb = to_rgb(colour)
     if max(rgb) - min(rgb) < 0.01:
-        return to_hex([rgb[0] * page + (1 - rgb[0]) * ink for page, ink in zip(to_rgb(PAGE), to_rgb(INK), strict=True)])
+        red, green, blue = (
+            rgb[0] * page + (1 - rgb[0]) * ink for page, ink in zip(to_rgb(PAGE), to_rgb(INK), strict=True)
+        )
+        return to_hex((red, green, blue))
     hue, lightness, saturation = colorsys.rgb_to_hls(*rgb)
     while contrast(to_hex(rgb), PAGE) < CONTRAST:
         lightness += 0.01
