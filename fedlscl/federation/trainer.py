@@ -9,9 +9,9 @@ from importlib.metadata import entry_points
 from typing import Any, Literal
 
 import torch.utils.deterministic
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities import registry
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from fedlscl.federation.captured import CapturingStrategy, cuda_graph
