@@ -219,7 +219,9 @@ def study_command(words: list[str]) -> None:
     begun = time.monotonic()
     _end_when_told()
     parser = parser_of("study", STUDY)
-    parser.add_argument("source", type=str, help="folder of images, CSV file, torchvision:NAME, huggingface:OWNER/NAME")
+    parser.add_argument(
+        "source", type=str, help="folder of images, CSV file, torchvision:NAME, huggingface:OWNER/NAME, medmnist:NAME"
+    )
     parser.add_argument("--clients", type=int, default=5, help="how many clients share the images")
     parser.add_argument("--tasks", type=int, default=3, help="tasks that each learns one after another")
     parser.add_argument("--minutes", type=float, default=30.0, help="that it may take, over all starts")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from helpers import (
     run,
     same,
 )
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from fedlscl.data.module import FederatedDataModule
@@ -88,6 +90,35 @@ def test_mixed_precision_runs_to_the_same_numbers_again(make: Make) -> None:
         assert restore_client(federation, 0).generator.weight.dtype == torch.float32
     assert outcomes[0] == outcomes[1]
     assert outcomes[0] != outcome(run(make()))
+
+
+def test_a_cluster_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a SLURM job Lightning would load what it finds in the current folder, and take SIGUSR1 for itself."""
+    for name, value in {"NTASKS": "1", "JOB_NAME": "job", "JOB_ID": "1", "PROCID": "0", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hpc_ckpt_1.ckpt").write_bytes(b"of somebody else")
+    before = signal.getsignal(signal.SIGUSR1)
+    seen = []
+
+    class One(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.number = torch.nn.Parameter(torch.ones(()))
+
+        def train_dataloader(self) -> range:
+            return range(2)
+
+        def training_step(self, batch: int) -> Tensor:
+            seen.append(signal.getsignal(signal.SIGUSR1))
+            return batch * self.number
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    RoundTrainer("cpu").fit(One())
+    assert seen == [before] * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["hpc_ckpt_1.ckpt"]
 
 
 @pytest.mark.parametrize("server", [ExactO2D(), IterativeO2D(epochs=1)], ids=["exact", "iterative"])

@@ -23,7 +23,7 @@ from PIL import Image
 
 from fedlscl.analysis.captions import Picture
 from fedlscl.analysis.comparison import Comparison, compare
-from fedlscl.analysis.drawing import MARKERS
+from fedlscl.analysis.drawing import COLUMN, MARKERS
 from fedlscl.analysis.figures import pictures, save
 from fedlscl.analysis.results import Run
 from fedlscl.evaluation import MASKS
@@ -222,6 +222,10 @@ def test_a_method_that_is_told_the_task_bears_a_star_that_the_caption_explains()
         assert "* is told the task" in told[name].caption
         assert "*" not in drawn(METHODS, "none")[name].caption
     assert [text.get_text() for text in told["accuracy_by_bytes"].figure.legends[0].texts] == ["1  better*", "2  worse"]
+    apart = next(found for found in pictures(one(METHODS), keys_apart=True) if found.name == "accuracy_by_bytes")
+    assert apart.names == ("better*", "worse")
+    assert not apart.figure.legends
+    assert apart.figure.get_figwidth() == COLUMN
     ours = [run("fed_lscl", 1, level(9, 9, 9), block=block, task_aware=("seen",)) for block in (0, 1)]
     picture = drawn(ours)["accuracy_by_block"]
     legend = picture.figure.axes[0].get_legend()

@@ -7,6 +7,7 @@ import hashlib
 import html
 import re
 import shutil
+import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,14 +20,16 @@ from made_runs import paper_run
 from matplotlib.figure import Figure
 
 from fedlscl import files
-from fedlscl.analysis import report
+from fedlscl.analysis import report, schemes
 from fedlscl.analysis.captions import Picture
 from fedlscl.analysis.comparison import Comparison, compare
 from fedlscl.analysis.deviations import OPEN, POINTS, data_set, differences, texts
 from fedlscl.analysis.formats import Cell, Table
 from fedlscl.analysis.report import inline_svg, write_report
 from fedlscl.analysis.results import Run
+from fedlscl.analysis.schemes import both, contrast, dark
 from fedlscl.analysis.tables import tables
+from fedlscl.run.plots import heat_map
 from fedlscl.run.summary import Skipped
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
@@ -141,7 +144,7 @@ def test_every_table_is_there_cell_by_cell_with_its_marks(tmp_path: Path, monkey
     )
     empty = Table("e", "Empty", "", "", ("name", "value"), ())
     monkeypatch.setattr(report, "tables", lambda comparison: [table, empty])
-    monkeypatch.setattr(report, "pictures", lambda comparison: [])
+    monkeypatch.setattr(report, "pictures", lambda comparison, **how: [])
     page = parse([only(paper_run())], tmp_path)
     shown = [[[cell.strip() for cell in cells] for cells in rows] for rows in page.tables]
     assert shown[0] == [list(table.header), [cell.text for cell in row]]
@@ -199,7 +202,7 @@ def test_what_runs_say_is_never_markup(tmp_path: Path, monkeypatch: pytest.Monke
     run = Run(Path(bad), run.summary)
     table = Table(bad, bad, bad, bad, (bad,), ((Cell(bad, "best"),),))
     monkeypatch.setattr(report, "tables", lambda comparison: [table])
-    monkeypatch.setattr(report, "pictures", lambda comparison: [Picture(bad, bad, bad, draw())])
+    monkeypatch.setattr(report, "pictures", lambda comparison, **how: [Picture(bad, bad, bad, draw())])
     page = parse([only(run)], tmp_path)
     assert page.count("script") == 1
     assert page.text.count(bad) > 15
@@ -210,7 +213,7 @@ def test_what_runs_say_is_never_markup(tmp_path: Path, monkeypatch: pytest.Monke
 def test_figures_do_not_share_ids_and_are_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Twice the same figure: the same ids, were they not made different.
     figures = [Picture("one", "First", "What is seen.", draw()), Picture("two", "Second", "The same again.", draw())]
-    monkeypatch.setattr(report, "pictures", lambda comparison: figures)
+    monkeypatch.setattr(report, "pictures", lambda comparison, **how: figures)
     monkeypatch.setattr(report, "tables", lambda comparison: [])
     page = parse([only(paper_run())], tmp_path)
     ids = page.all("id")
@@ -234,6 +237,30 @@ def test_what_a_drawing_refers_to_is_in_it() -> None:
     assert any(name.startswith("data:image/png;base64,") for name in page.all("href"))
     assert page.count("style") == page.count("metadata") == 0
     assert svg == str(inline_svg(draw(), "x-", "a label", "caption"))
+
+
+def test_what_is_drawn_is_seen_on_a_light_and_on_a_dark_page() -> None:
+    for colour in ("#440154", "#0072b2", "#e69f00", "#fde725", "#3b0000"):
+        assert contrast(dark(colour), schemes.PAGE) >= 3
+    assert dark("#e69f00") == "#e69f00"  # bright enough as it is
+    assert [dark("#ffffff"), dark("#000000")] == [schemes.PAGE, schemes.INK]
+    assert contrast("#ffffff", "#000000") == pytest.approx(21)
+    followed = f"stroke: #ffffff; stroke: light-dark(#ffffff, {schemes.PAGE})"
+    assert both("fill: none; stroke: #ffffff") == f"fill: none; {followed}"
+    template = (Path(report.__file__).parent / report.TEMPLATE).read_text()
+    assert f"--page: {schemes.PAGE};" in template
+    assert f"--ink: {schemes.INK};" in template
+
+
+def test_numbers_in_coloured_cells_keep_their_ink() -> None:
+    figure = Figure()
+    axes = figure.subplots()
+    heat_map(axes, np.array([[10.0, 90.0]]), ["a"], ["b", "c"])
+    root = ET.fromstring(str(inline_svg(figure, "x-", "a label", "caption")))
+    cells = [group for group in root.iter("g") if group.get("id", "").startswith("x-on-colour-")]
+    painted = [[each.get("style") for each in cell.iter("g") if each.get("style")] for cell in cells]
+    assert [styles[-1].split(";")[0] for styles in painted] == ["fill: #ffffff", "fill: #000000"]
+    assert not any("light-dark" in style for styles in painted for style in styles)
 
 
 def test_a_run_of_the_papers_protocol_differs_in_its_seeds_only() -> None:

@@ -14,7 +14,7 @@ from fedlscl.analysis.comparison import Comparison, compare
 from fedlscl.analysis.learning import curve, learning
 from fedlscl.analysis.results import read_runs
 from fedlscl.analysis.sections import ranking_section, small_model_section, split_section
-from fedlscl.analysis.side_by_side import two_section
+from fedlscl.analysis.side_by_side import across_section, two_section
 from fedlscl.data.split_map import SplitMap
 from fedlscl.run.contribution import Contribution, read_contribution
 
@@ -148,6 +148,40 @@ def test_two_seeds_of_one_method_differ_in_no_field_and_three_methods_are_no_pai
     assert "+1.0" in section.html
     assert two_section(only(one), "two") is None
     assert two_section(only(one, make_run("a"), make_run("b")), "two") is None
+
+
+def test_runs_of_two_settings_stand_beside_each_other_with_a_warning() -> None:
+    runs = make_run("a", setting="small", value=50.0), make_run("b", setting="large", value=60.0, split_sha256="1" * 64)
+    section = across_section(compare(runs), "across")
+    assert section is not None
+    assert section.title == "a on small and b on large"
+    told = words(section.html)
+    assert (
+        "These two differ in setting (small and large). Their images, or who has which of them, are not known" in told
+    )
+    assert "final average, task" in told
+    assert across_section(compare([*runs, make_run("c", setting="large")]), "across") is None
+
+    other = "vit_other"
+    alike = [make_run("a", data_sha256="all:1"), make_run("a", backbone=other, data_sha256="all:1")]
+    section = across_section(compare(alike), "across")
+    assert section is not None
+    assert section.title.endswith(f"and a on {other}")
+    assert "Images and split are the same, so that accuracies may be compared" in words(section.html)
+    assert across_section(compare(alike[:1] * 2), "across") is None
+
+
+def test_two_splits_are_named_where_one_seed_has_both_and_where_seeds_draw_them() -> None:
+    other = {"split_sha256": "1" * 64}
+    by_field = two_section(only(make_run("a"), make_run("a", config={"data.split.clients": 3}, **other)), "two")
+    by_seed = two_section(only(make_run("a", seed=1), make_run("a", seed=2, **other)), "two")
+    assert by_field is not None
+    assert by_seed is not None
+    assert "Who has which images is not the same in both: a difference" in words(by_field.html)
+    assert "is not the same in both, since seeds draw splits: a difference" in words(by_seed.html)
+    section = two_section(only(make_run("a"), make_run("b")), "two")
+    assert section is not None
+    assert "Who has which" not in section.html
 
 
 def test_the_ranking_has_the_bounds_below_and_one_method_is_shown_by_mask() -> None:

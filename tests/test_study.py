@@ -315,6 +315,13 @@ def test_a_study_ends_with_an_answer_and_is_not_run_twice(
     report = (tmp_path / "mine" / "report.html").read_text(encoding="utf-8")
     assert sorted(title.partition(" (")[0] for title in report.split(" and ")) == ["digits", "digits-held-out"]
 
+    choices.write_text(yaml.safe_dump({**CHOICES, "enough_rounds": 99, "seeds": [0]}))
+    runs.accuracies["fedvit"] = 10.0
+    main(["study", "digits", "--out", "few", "--methods", "local_ncm", "fedvit", "--minutes", "10"])
+    assert "a task are few; with 99 or more, as more --minutes give, they may do better" in capsys.readouterr().out
+    assert "are few; with 99" in (tmp_path / "few" / "answer.md").read_text(encoding="utf-8")
+    choices.write_text(yaml.safe_dump({**CHOICES, "seeds": [0, 1]}))
+
     runs.started.clear()
     runs.accuracies["fedncm"] = 71.0
     main([*words, "20"])

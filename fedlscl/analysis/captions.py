@@ -23,12 +23,14 @@ class Picture:
         title: what it shows.
         caption: what is shown, the mask, units, seeds, and what bands are, in sentences.
         figure: the figure itself.
+        names: what its numbers 1, 2, ... stand for, where the figure itself does not say it.
     """
 
     name: str
     title: str
     caption: str
     figure: Figure
+    names: tuple[str, ...] = ()
 
 
 def over_tasks(variant: Variant, mask: str) -> FloatArray:

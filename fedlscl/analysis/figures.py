@@ -55,12 +55,13 @@ METHOD = "fed_lscl"
 _MIB = 2.0**20
 
 
-def pictures(comparison: Comparison, mask: str = "seen") -> list[Picture]:
+def pictures(comparison: Comparison, mask: str = "seen", *, keys_apart: bool = False) -> list[Picture]:
     """Draw every figure for which there are runs.
 
     Args:
         comparison: the runs.
         mask: the classes that a prediction may fall on, one of `MASKS`.
+        keys_apart: whether a long key is left to `Picture.names`, so that the figure is no wider than a column.
 
     Returns:
         Accuracy by method, by block (the paper's Fig. 3) and by buffer (Fig. 5), clients by task (Fig. 4), forgetting,
@@ -83,7 +84,7 @@ def pictures(comparison: Comparison, mask: str = "seen") -> list[Picture]:
             ),
             _clients_by_task(comparison, mask),
             _forgetting(comparison, mask),
-            _by_bytes(comparison, mask),
+            _by_bytes(comparison, mask, keys_apart),
             accuracy_by_steps(comparison, mask),
         )
         found = [picture for picture in drawn if picture is not None]
@@ -255,17 +256,19 @@ def _forgetting(comparison: Comparison, mask: str) -> Picture | None:
     return Picture("forgetting", f"Accuracy on earlier tasks, {comparison.title}", caption.strip(), figure)
 
 
-def _by_bytes(comparison: Comparison, mask: str) -> Picture | None:
+def _by_bytes(comparison: Comparison, mask: str, key_apart: bool) -> Picture | None:
     """Final average against what a client sends and receives in a round, a numbered point for each method."""
     ranked = ranking([variant for variant in comparison.usual if variant.method not in POOLED], mask)
     if not ranked:
         return None
     sent = [float(np.mean([run.bytes_per_client_round for run in variant.runs])) / _MIB for variant in ranked]
-    names = [filled(starred_name(variant, mask), 48) for variant in ranked]
+    whole = tuple(starred_name(variant, mask) for variant in ranked)
+    names = [filled(name, 48) for name in whole]
     beside = len(names) > 8  # a key of so many lines takes the place beside the picture, not below it
     columns = 1 if beside or max(map(len, names)) > 26 or len(names) < 4 else 2
     height = 0.14 * sum(name.count("\n") + 1 for name in names) / columns
     size = (PAGE, max(3.2, 0.3 + height)) if beside else (COLUMN, 3.0 + height)
+    size = (COLUMN, 3.4) if key_apart else size
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     # Zero has no place on a logarithmic axis: methods that send nothing get an axis of their own, left of it.
     kinds = [kind for kind in (True, False) if kind in {mib == 0 for mib in sent}]
@@ -311,13 +314,14 @@ def _by_bytes(comparison: Comparison, mask: str) -> Picture | None:
             axes.minorticks_off()
     row[0].set_ylabel("final average (%)")
     within(row[0])
-    figure.legend(
-        handles=handles,
-        loc="outside right upper" if beside else "outside lower center",
-        ncols=columns,
-        frameon=False,
-        handletextpad=0.4,
-    )
+    if not key_apart:
+        figure.legend(
+            handles=handles,
+            loc="outside right upper" if beside else "outside lower center",
+            ncols=columns,
+            frameon=False,
+            handletextpad=0.4,
+        )
     settle(figure)
     for silent, axes in panels.items():
         number_points(figure, axes, points[silent])
@@ -328,7 +332,7 @@ def _by_bytes(comparison: Comparison, mask: str) -> Picture | None:
         f"{about_seeds(ranked)} {about_stars(ranked, mask)}"
     )
     title = f"Accuracy against communication, {comparison.title}"
-    return Picture("accuracy_by_bytes", title, caption.strip(), figure)
+    return Picture("accuracy_by_bytes", title, caption.strip(), figure, whole if key_apart else ())
 
 
 def _by_method(variants: Sequence[Variant]) -> dict[str, list[Variant]]:

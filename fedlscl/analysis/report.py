@@ -32,8 +32,9 @@ from fedlscl.analysis.learning import curve, learning
 from fedlscl.analysis.paper import TABLE1
 from fedlscl.analysis.results import Run
 from fedlscl.analysis.rows import MASK_NAMES
+from fedlscl.analysis.schemes import both
 from fedlscl.analysis.sections import environment, ranking_section, small_model_section, split_section
-from fedlscl.analysis.side_by_side import two_section
+from fedlscl.analysis.side_by_side import across_section, two_section
 from fedlscl.analysis.tables import tables
 from fedlscl.analysis.tuning import tuning
 from fedlscl.files import write_atomically
@@ -43,6 +44,8 @@ IN_HTML = "accuracy_by_method"
 """The figure that the page draws by itself, so that it fits a phone: which method is best."""
 ANSWERS = ("accuracy_by_bytes",)
 """The figures that stand before all tables: what accuracy costs."""
+ON_COLOUR = "on-colour-"
+"""How the ids of numbers in coloured cells begin: their ink fits the cell, on any page."""
 NUMBER = re.compile(r"[-+]?\d|[-–—]?$")
 """How the text of a cell begins that belongs to a column of numbers; it may be missing."""
 
@@ -73,6 +76,7 @@ def write_report(comparisons: Sequence[Comparison], path: Path, examples: int = 
                 _setting(c, comparisons, f"s{n}", c.setting if names[c.setting] == 1 else c.title, examples)
                 for n, c in enumerate(comparisons, 1)
             ],
+            across=across_section(comparisons, "across"),
             masks=MASK_NAMES,
             audit=audit_section(audits),
             script=Markup(script),
@@ -86,14 +90,17 @@ def inline_svg(figure: Figure, prefix: str, label: str, described_by: str) -> Ma
     """Draw a figure as an SVG element to stand inside an HTML page.
 
     Args:
-        figure: the figure; it is not changed.
+        figure: the figure; nothing that is drawn is changed.
         prefix: put before every id, so that several figures can share a page.
         label: what it shows, for those who do not see it.
         described_by: id of the element that describes it.
 
     Returns:
-        The element without a size; its style property `--drawn` is the width that it was drawn for.
+        The element without a size, in colours for a light and a dark page; its style property `--drawn` is the width
+        that it was drawn for.
     """
+    for n, text in enumerate(text for axes in figure.axes if axes.images for text in axes.texts):
+        text.set_gid(f"{ON_COLOUR}{n}")
     buffer = io.BytesIO()
     # The salt makes the same figure the same text; letters as outlines look alike whatever fonts a reader has.
     with matplotlib.rc_context({"svg.hashsalt": "fedlscl", "svg.fonttype": "path"}):
@@ -104,12 +111,19 @@ def inline_svg(figure: Figure, prefix: str, label: str, described_by: str) -> Ma
             # A style inside the drawing would hold for the whole page; the page's own has it for its drawings.
             if _local(child.tag) in ("metadata", "style"):
                 parent.remove(child)
+    on_colour = [element for element in root.iter() if element.get("id", "").startswith(ON_COLOUR)]
+    kept = {child for group in on_colour for child in group.iter()}
+    for group in on_colour:
+        group.set("style", "fill: #000000")
     for element in root.iter():
+        if "style" in element.attrib and element not in kept:
+            element.set("style", both(element.attrib["style"]))
         element.tag = _local(element.tag)
         element.attrib = {_local(name): _prefixed(_local(name), value, prefix) for name, value in element.items()}
     width = float(root.attrib.pop("width").removesuffix("pt"))
     del root.attrib["height"]
-    root.set("style", f"--drawn: {width:.0f}pt")
+    # letters without a colour are black
+    root.set("style", both(f"--drawn: {width:.0f}pt; fill: #000000"))
     root.attrib |= {"role": "img", "aria-label": label, "aria-describedby": described_by}
     return Markup(ET.tostring(root, encoding="unicode"))
 
@@ -138,12 +152,14 @@ def _setting(comparison: Comparison, every: Sequence[Comparison], key: str, name
     later: list[dict[str, Any]] = []
     # of one method alone a plane with one point would say nothing
     needless = (IN_HTML, *(ANSWERS if len(comparison.variants) == 1 else ()))
-    for n, picture in enumerate((drawn for drawn in pictures(comparison) if drawn.name not in needless), 1):
+    shown = (drawn for drawn in pictures(comparison, keys_apart=True) if drawn.name not in needless)
+    for n, picture in enumerate(shown, 1):
         figure_key = f"{key}-figure{n}"
         title = picture.title.removesuffix(f", {comparison.title}")  # the section's heading says it
         svg = inline_svg(picture.figure, f"{figure_key}-", title, f"{figure_key}-caption")
         figures = first if picture.name in ANSWERS else later
-        figures.append({"key": figure_key, "title": title, "caption": picture.caption, "svg": svg})
+        about = {"title": title, "caption": picture.caption, "names": picture.names}
+        figures.append({"key": figure_key, "svg": svg, **about})
     opening = [
         ranking_section(comparison, f"{key}-ranking"),
         *first,

@@ -1,10 +1,13 @@
-"""Two runs, or two methods, beside each other: every final number, the fields in which they differ, their curves."""
+"""Two runs, or two methods, beside each other: every final number, the fields in which they differ, their curves.
+
+Two that are not of one setting stand there too, with what nobody may conclude from them.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from fedlscl.analysis.comparison import Comparison, Variant, varied_fields
 from fedlscl.analysis.formats import MISSING
@@ -40,8 +43,64 @@ def sides(comparison: Comparison) -> list[tuple[str, Variant]]:
 
 def two_section(comparison: Comparison, key: str) -> Section | None:
     """The two sides, if there are two."""
-    if not (both := sides(comparison)):
+    both = sides(comparison)
+    return _section(both, key, _of_one_setting(*(side for _, side in both))) if both else None
+
+
+def across_section(comparisons: Sequence[Comparison], key: str) -> Section | None:
+    """A variant of each of two comparisons, if they have no others: beside each other, with a warning."""
+    if len(comparisons) != 2 or any(len(comparison.variants) != 1 for comparison in comparisons):
         return None
+    one, other = (comparison.variants[0] for comparison in comparisons)
+    conditions = [(each.setting, each.backbone, each.evaluated_on) for each in comparisons]
+    # the first that tells them apart
+    ends = [
+        next(name for name, of in zip(names, rest, strict=True) if name != of)
+        for names, rest in (conditions, conditions[::-1])
+    ]
+    both = [(f"{each.label} on {end}", each) for each, end in zip((one, other), ends, strict=True)]
+    return _section(both, key, _of_two_settings(*comparisons))
+
+
+def _of_one_setting(one: Variant, other: Variant) -> str:
+    """What to know before two variants of one setting are compared."""
+    if _alike(one, other, "split_sha256"):
+        return ""
+    why = "" if {run.seed for run in one.runs} & {run.seed for run in other.runs} else ", since seeds draw splits"
+    return (
+        f"Who has which images is not the same in both{why}: a difference between accuracies is one of the split as "
+        "well."
+    )
+
+
+def _of_two_settings(one: Comparison, other: Comparison) -> str:
+    """What to know before two variants of two settings are compared."""
+    named = {
+        "setting": (one.setting, other.setting),
+        "frozen model": (one.backbone, other.backbone),
+        "images that accuracies are of": (one.evaluated_on, other.evaluated_on),
+    }
+    differ = [f"{name} ({left} and {right})" for name, (left, right) in named.items() if left != right]
+    text = f"These two differ in {', '.join(differ)}."
+    variants = one.variants[0], other.variants[0]
+    same = one.evaluated_on == other.evaluated_on
+    if same and all(_alike(*variants, fingerprint) for fingerprint in ("data_sha256", "split_sha256")):
+        return f"{text} Images and split are the same, so that accuracies may be compared."
+    return (
+        f"{text} Their images, or who has which of them, are not known to be the same: accuracies are of other "
+        "questions, and a difference between them says nothing of the methods."
+    )
+
+
+def _alike(one: Variant, other: Variant, fingerprint: str) -> bool:
+    """Whether runs with the same seed, or else the first ones, are known to have the same images or split."""
+    by_seed = {run.seed: run for run in other.runs}
+    pairs = [(run, by_seed[run.seed]) for run in one.runs if run.seed in by_seed] or [(one.runs[0], other.runs[0])]
+    found = [[getattr(run.summary, fingerprint) for run in pair] for pair in pairs]
+    return all(left is not None and left == right for left, right in found)
+
+
+def _section(both: Sequence[tuple[str, Variant]], key: str, warning: str) -> Section:
     (left, one), (right, other) = both
     common = {run.seed for run in one.runs} & {run.seed for run in other.runs}
     fields = [one.runs[0].fields, other.runs[0].fields]
@@ -54,6 +113,7 @@ def two_section(comparison: Comparison, key: str) -> Section | None:
         "two",
         key=key,
         names=(left, right),
+        warning=warning,
         rows=[row for number in _numbers() if (row := _row(number, one, other)) is not None],
         paired=len(common),
         fields=[row for row in varied if MISSING not in row],

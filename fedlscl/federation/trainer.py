@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
 import torch.utils.deterministic
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities import registry
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -56,6 +58,10 @@ class RoundTrainer(Trainer):
             enable_model_summary=False,
             enable_autolog_hparams=False,
             use_distributed_sampler=False,
+            # In a SLURM job Lightning would put the job back into the queue by itself at SIGUSR1, with a checkpoint of
+            # one fit in the current folder, and load into every later fit any hpc_ckpt_*.ckpt that it finds there
+            plugins=[LightningEnvironment()],
+            default_root_dir=os.devnull,
         )
 
 

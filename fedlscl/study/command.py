@@ -140,13 +140,14 @@ def _plan(folder: Path, asked: plan.Asked, clock: Clock, choices: Mapping[str, A
     )
     rounds = fitted.size["rounds"]
     notes = [
-        f"{used}, at {side} px, {rounds} round{'s'[: rounds > 1]} a task, {fitted.seeds} of {len(seeds)} seeds at "
-        f"least: what probably fits into {clock.limit / 60:g} minutes, {jobs} runs at a time, {threads} threads a run "
+        f"{used}, at {side} px, {rounds} round{'s'[: rounds > 1]} a task, {fitted.seeds} of {len(seeds)} seeds: "
+        f"what probably fits into {clock.limit / 60:g} minutes, {jobs} runs at a time, {threads} threads a run "
         f"({1000 * measured:.1f} ms for an image's pass through the ViT at {smallest} px)",
         *(
             f"{left}: left out, a run would take about {seconds / 60:.0f} min"
             for left, seconds in fitted.left_out.items()
         ),
+        *_few_rounds(methods, fitted, choices["enough_rounds"]),
     ]
     for note in notes:
         _say(console, "Budget", note)
