@@ -18,8 +18,10 @@ from fedlscl.data.held_out import HeldOut
 from fedlscl.data.hubs import HuggingFace, MedMNIST
 from fedlscl.data.inks import Coloured
 from fedlscl.data.listed import ImageTable
+from fedlscl.data.module import FederatedDataModule
 from fedlscl.data.packed import CIFAR10, Digits
 from fedlscl.data.source import Dataset, ImageSet
+from fedlscl.data.splits import SplitSpec
 from fedlscl.data.torchvision_sets import REFUSED, SETS, Torchvision
 
 
@@ -64,6 +66,18 @@ def test_copies_of_a_held_out_image_are_not_trained_on(tmp_path: Path) -> None:
     held, coloured = (source.load(tmp_path) for source in (HeldOut(Digits()), Coloured(HeldOut(Digits()), 3)))
     assert len(coloured.train.labels) == 3 * len(held.train.labels)
     assert len(coloured.test.labels) == len(held.test.labels)
+
+
+def test_copies_are_not_held_out_from_each_other(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"HeldOut holds out training images, but each .* comes 2 times"):
+        HeldOut(Coloured(Digits(), 2)).load(tmp_path)
+    HeldOut(Coloured(Digits())).load(tmp_path)
+    split = SplitSpec(
+        clients=2, tasks=1, classes_per_task=5, private_classes=0, public_classes=5, local_test="holdout30"
+    )
+    data = FederatedDataModule(Coloured(Digits(), 2), split, seed=1, cache_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"data\.split\.local_test holdout30 holds out .* of coloured digits comes 2"):
+        data.setup()
 
 
 def test_copies_are_at_least_one() -> None:

@@ -36,9 +36,10 @@ class HeldOut(Source):
         """Return the training images in two parts; raises what the other source raises.
 
         Raises:
-            ValueError: a class has a single training image.
+            ValueError: a class has a single training image, or images come in copies.
         """
         whole = self.source.load(cache_dir)
+        whole.check_held_out("data.source HeldOut")
         held = held_out(whole.train.labels, self.fraction, whole.name)
         train, test = (_part(whole.train, np.flatnonzero(mask)) for mask in (~held, held))
         return Dataset(whole.name, train, test, whole.classes)

@@ -25,8 +25,8 @@ class Coloured(Source):
         """Name what to colour.
 
         Args:
-            source: where the images come from. To hold out training images, put `HeldOut` here: around this source it
-                would train on one copy of an image and test on another.
+            source: where the images come from. To hold out training images, put `HeldOut` here: around copies it is
+                refused, as is `data.split.local_test holdout30`.
             copies: how often each training image comes, in other colours each time. A test image comes once.
         """
         at_least(1, "data.source", copies=copies)
@@ -41,7 +41,7 @@ class Coloured(Source):
         """Return the images in colours, the same in every run; raises what the other source raises."""
         grey = self.source.load(cache_dir)
         train, test = _coloured(grey.train, self.copies, 0), _coloured(grey.test, 1, 1)
-        return Dataset(f"coloured {grey.name}", train, test, grey.classes)
+        return Dataset(f"coloured {grey.name}", train, test, grey.classes, copies=self.copies)
 
 
 def _coloured(part: ImageSet, copies: int, stream: int) -> ImageSet:

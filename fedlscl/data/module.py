@@ -85,6 +85,8 @@ class FederatedDataModule(LightningDataModule):
         if self.seed is None:
             raise ValueError("data.seed is not set; give the seed of the split, a whole number from 0 on")
         self.dataset, self._loaded = self._loaded or self._load(), None
+        if self.split_spec.local_test == "holdout30":
+            self.dataset.check_held_out("data.split.local_test holdout30")
         labels = self.dataset.train.labels, self.dataset.test.labels
         owners = self.dataset.owners
         self.split = make_split(*labels, self.split_spec, self.seed, self.dataset.classes, owners)

@@ -71,7 +71,7 @@ class Dataset:
     """A training and a test set over the same classes; class id c is called ``classes[c]``.
 
     `complete` says that every class has images in both sets; in a part of a data set not every class needs to.
-    `owners` says whose each image is, where it is somebody's.
+    `owners` says whose each image is, where it is somebody's; `copies` how often each training image comes, changed.
     """
 
     name: str
@@ -80,6 +80,22 @@ class Dataset:
     classes: tuple[str, ...]
     complete: bool = True
     owners: Owners | None = None
+    copies: int = 1
+
+    def check_held_out(self, asked: str) -> None:
+        """That training images can be held out.
+
+        Args:
+            asked: what asks for it.
+
+        Raises:
+            ValueError: copies of what is held out would be trained on.
+        """
+        if self.copies > 1:
+            raise ValueError(
+                f"{asked} holds out training images, but each image of {self.name} comes {self.copies} times: other "
+                "copies of it would be trained on; hold out before copying (source HeldOut inside), or make 1 copy"
+            )
 
     @property
     def sha256(self) -> str:
