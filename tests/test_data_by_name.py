@@ -71,6 +71,8 @@ def test_copies_of_a_held_out_image_are_not_trained_on(tmp_path: Path) -> None:
 def test_copies_are_not_held_out_from_each_other(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"HeldOut holds out training images, but each .* comes 2 times"):
         HeldOut(Coloured(Digits(), 2)).load(tmp_path)
+    with pytest.raises(ValueError, match="comes 2 times"):
+        HeldOut(Coloured(Coloured(Digits(), 2))).load(tmp_path)
     HeldOut(Coloured(Digits())).load(tmp_path)
     split = SplitSpec(
         clients=2, tasks=1, classes_per_task=5, private_classes=0, public_classes=5, local_test="holdout30"

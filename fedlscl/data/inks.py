@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedlscl.checks import at_least
 from fedlscl.data.source import Dataset, ImageSet, Source
@@ -41,7 +42,11 @@ class Coloured(Source):
         """Return the images in colours, the same in every run; raises what the other source raises."""
         grey = self.source.load(cache_dir)
         train, test = _coloured(grey.train, self.copies, 0), _coloured(grey.test, 1, 1)
-        return Dataset(f"coloured {grey.name}", train, test, grey.classes, copies=self.copies)
+        return Dataset(f"coloured {grey.name}", train, test, grey.classes, copies=self.copies * grey.copies)
+
+    def decode(self, path: Path, size: int) -> NDArray[np.uint8]:
+        """Read an image file as the other source does, in the colours that it has."""
+        return self.source.decode(path, size)
 
 
 def _coloured(part: ImageSet, copies: int, stream: int) -> ImageSet:
