@@ -197,7 +197,8 @@ def parity(
 
     Those go to `parity.json` in the folder too, beside those of earlier calls.
     """
-    cases = [Case(method, seed, tuple(fields), bits) for method in methods for seed in seeds]
+    by_method = {method: [Case(method, seed, tuple(fields), bits) for seed in seeds] for method in methods}
+    cases = [case for of_method in by_method.values() for case in of_method]
     in_process(folder, [case.words(secure) for case in cases for secure in (False, True)])
     for engine in engines:
         for seed in seeds:  # a node has the images that a seed gives it
@@ -205,9 +206,9 @@ def parity(
             on_flower(folder / f"{engine}-{seed}", of_seed, ENGINES[engine])
     path = folder / "parity.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    for method in methods:
+    for of_method in by_method.values():
         found = []
-        for case in (case for case in cases if case.method == method):
+        for case in of_method:
             plain, secure = (run_of(folder, case.words(secure)) for secure in (False, True))
             flower = {name: folder / f"{name}-{case.seed}" / "server" for name in ENGINES}
             runs = {name: run_of(path, case.words(secure=True)) for name, path in flower.items()}
