@@ -67,7 +67,7 @@ CASES = {
     "ten": Case("the same, 10 clients", {**ALL_IN_COMMON, "data.split.clients": 10}),
     "cnns": Case("five different CNNs", {"cnn.name": [*CNNS], "cnn.model_args": {cnn: CNN for cnn in CNNS}}),
     "few": Case("a quarter of the images", {"data.source.copies": 1}),
-    "weak": Case("lambda 0.05 in the place of 0.5", {"server.strength": 0.05}, ("fed_lscl",)),
+    "weak": Case("lambda 0.05 (of 0.5)", {"server.strength": 0.05}, ("fed_lscl",)),
     "strong": Case("lambda 5", {"server.strength": 5}, ("fed_lscl",)),
 }
 UNCHANGED = {"weak": "base", "strong": "base"}
