@@ -46,6 +46,7 @@ from fedlscl.analysis.drawing import (
     settle,
     within,
 )
+from fedlscl.analysis.schemes import following, name_cells
 from fedlscl.evaluation import MASKS, measured_mean
 from fedlscl.files import write_atomically
 from fedlscl.run.plots import DPI, MAX_NUMBERED, heat_map
@@ -101,12 +102,14 @@ def save(picture: Picture, folder: Path) -> list[Path]:
         folder: an existing folder.
 
     Returns:
-        The files, named after the picture: the PNG with 150 dots per inch, the SVG with its text as text.
+        The files, named after the picture: the PNG with 150 dots per inch, the SVG with its text as text and in
+        colours that follow the scheme of who looks at it.
 
     Raises:
         OSError: if a file cannot be written.
     """
     about = {"Title": picture.title, "Description": picture.caption}
+    name_cells(picture.figure)
     files = []
     for suffix, metadata in (("png", about), ("svg", {**about, "Date": None})):
         content = io.BytesIO()
@@ -114,7 +117,8 @@ def save(picture: Picture, folder: Path) -> list[Path]:
         with mpl.rc_context({"svg.hashsalt": picture.name, "svg.fonttype": "none"}):
             picture.figure.savefig(content, format=suffix, dpi=DPI, metadata=metadata)
         files.append(folder / f"{picture.name}.{suffix}")
-        write_atomically(files[-1], content.getvalue())
+        drawing = content.getvalue()
+        write_atomically(files[-1], following(drawing.decode()).encode() if suffix == "svg" else drawing)
     return files
 
 
