@@ -149,14 +149,17 @@ def _setting(comparison: Comparison, every: Sequence[Comparison], key: str, name
     later: list[dict[str, Any]] = []
     # of one method alone a plane with one point would say nothing
     needless = (IN_HTML, *(ANSWERS if len(comparison.variants) == 1 else ()))
-    shown = (drawn for drawn in pictures(comparison, keys_apart=True) if drawn.name not in needless)
+    shown = (drawn for drawn in pictures(comparison, narrow=True) if drawn.name not in needless)
     for n, picture in enumerate(shown, 1):
         figure_key = f"{key}-figure{n}"
         title = picture.title.removesuffix(f", {comparison.title}")  # the section's heading says it
-        svg = inline_svg(picture.figure, f"{figure_key}-", title, f"{figure_key}-caption")
+        svgs = [
+            inline_svg(figure, f"{figure_key}-{place}-" if place else f"{figure_key}-", title, f"{figure_key}-caption")
+            for place, figure in enumerate(picture.pieces or [picture.figure])
+        ]
         figures = first if picture.name in ANSWERS else later
         about = {"title": title, "caption": picture.caption, "names": picture.names}
-        figures.append({"key": figure_key, "svg": svg, **about})
+        figures.append({"key": figure_key, "svgs": svgs, **about})
     opening = [
         ranking_section(comparison, f"{key}-ranking"),
         *first,
