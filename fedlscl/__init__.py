@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedlscl.continual import NoReplay as NoReplay
     from fedlscl.continual import Replay as Replay
     from fedlscl.data.client_folders import ClientFolders as ClientFolders
+    from fedlscl.data.cub import CUB200 as CUB200
     from fedlscl.data.folders import ImageFolder as ImageFolder
     from fedlscl.data.folders import ImageNetR as ImageNetR
     from fedlscl.data.hubs import HuggingFace as HuggingFace
@@ -60,6 +61,7 @@ _HOMES = {
     "client": ("Client",),
     "continual": ("Continual", "NoReplay", "Replay"),
     "data.client_folders": ("ClientFolders",),
+    "data.cub": ("CUB200",),
     "data.folders": ("ImageFolder", "ImageNetR"),
     "data.hubs": ("HuggingFace", "MedMNIST"),
     "data.inks": ("Coloured",),

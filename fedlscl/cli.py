@@ -128,9 +128,11 @@ def fit_command(words: list[str]) -> None:
         from rich.console import Console
 
         from fedlscl.run.configuration import Configuration
+        from fedlscl.run.names import check_order
     if help.asked(words) == "all":
         help.everything(words)
         return
+    check_order(words)
     console = Console()
     with console.status("building the models"):
         experiment = Configuration(words).build()
@@ -266,9 +268,11 @@ def split_command(words: list[str]) -> None:
     from_here()
     with loading():
         from fedlscl.run.configuration import Configuration
+        from fedlscl.run.names import check_order
         from fedlscl.run.splitting import SUFFIXES, show, write
 
     target = None if out is None else output(path_of(out, "out"), SUFFIXES)
+    check_order(words)
     configuration = Configuration(words)
     data = configuration.data()
     data.prepare_data()

@@ -26,6 +26,7 @@ from fedlscl.analysis.comparison import Comparison, compare
 from fedlscl.analysis.drawing import COLUMN, MARKERS
 from fedlscl.analysis.figures import pictures, save
 from fedlscl.analysis.results import Run
+from fedlscl.analysis.schemes import INK, ON_COLOUR, PAGE
 from fedlscl.evaluation import MASKS
 from fedlscl.run.summary import Accuracy
 
@@ -216,13 +217,28 @@ def test_forgetting_follows_each_task_in_a_panel_for_each_method_the_best_first(
     assert better.get_ylim() == worse.get_ylim()
 
 
+def test_a_narrow_page_gets_forgetting_in_pieces_of_a_column_with_the_same_lines() -> None:
+    picture = next(
+        found for found in pictures(one([*METHODS, run("third", 1, level(60, 50, 40))]), narrow=True) if found.pieces
+    )
+    assert picture.name == "forgetting"
+    assert {piece.get_figwidth() for piece in picture.pieces} == {COLUMN}
+    panels = [axes for piece in picture.pieces[:-1] for axes in piece.axes]
+    assert [axes.get_title() for axes in panels] == [axes.get_title() for axes in picture.figure.axes]
+    assert [lines(axes) for axes in panels] == [lines(axes) for axes in picture.figure.axes]
+    assert len({axes.get_ylim() for axes in panels}) == 1
+    (key,) = picture.pieces[-1].legends
+    assert [text.get_text() for text in key.get_texts()] == ["1", "2"]
+    assert not any(found.pieces for found in pictures(one(METHODS)))
+
+
 def test_a_method_that_is_told_the_task_bears_a_star_that_the_caption_explains() -> None:
     told = drawn(METHODS)
     for name in ("forgetting", "accuracy_by_bytes"):
         assert "* is told the task" in told[name].caption
         assert "*" not in drawn(METHODS, "none")[name].caption
     assert [text.get_text() for text in told["accuracy_by_bytes"].figure.legends[0].texts] == ["1  better*", "2  worse"]
-    apart = next(found for found in pictures(one(METHODS), keys_apart=True) if found.name == "accuracy_by_bytes")
+    apart = next(found for found in pictures(one(METHODS), narrow=True) if found.name == "accuracy_by_bytes")
     assert apart.names == ("better*", "worse")
     assert not apart.figure.legends
     assert apart.figure.get_figwidth() == COLUMN
@@ -400,6 +416,12 @@ def test_files_are_named_after_the_picture_and_the_same_each_time(
         words = {"".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text")}
         assert any("(%)" in word for word in words)
         assert b"<dc:date>" not in before[1]
+        style = root.find(".//{http://www.w3.org/2000/svg}style")
+        assert style is not None
+        assert f"svg {{fill: {INK}}}" in str(style.text)  # letters on a dark page
+        assert f'[style*="fill: #ffffff"]:not([id^="{ON_COLOUR}"] *) {{fill: {PAGE} !important}}' in str(style.text)
+        numbered = [node for node in root.iter() if node.get("id", "").startswith(ON_COLOUR)]
+        assert bool(numbered) == (picture.name == "clients_by_task")
     assert len(list(tmp_path.iterdir())) == 12
     assert not pyplot.get_fignums()
 

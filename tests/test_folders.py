@@ -16,6 +16,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from fedlscl.data import cache
+from fedlscl.data.cub import CUB200
 from fedlscl.data.decoding import Decoder, decode_image
 from fedlscl.data.folders import ImageFolder, ImageNetR
 from fedlscl.data.source import Dataset, ImageSet
@@ -294,6 +295,61 @@ def test_imagenet_r_needs_its_classes_and_two_images_of_each(tmp_path: Path) -> 
         ImageNetR(str(root), 8, expected_classes=2).load(tmp_path)
     with pytest.raises(FileNotFoundError, match="absent is not there"):
         ImageNetR(str(tmp_path / "absent"), 8).load(tmp_path)
+
+
+# ------------------------------------------------------------------- CUB-200-2011
+
+
+def _write_cub(root: Path) -> Path:
+    """Two kinds of birds, four images each; as in the true lists, numbers follow the names."""
+    names = [f"{c:03}.Bird_{c}/Bird_{c}_{k:04}_{9 - k}.jpg" for c in (1, 2) for k in range(4)]
+    for k, name in enumerate(names):
+        path = root / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels(k, 10, 8)).save(path)
+    (root / "images.txt").write_text("".join(f"{k} {name}\n" for k, name in enumerate(names, 1)))
+    (root / "train_test_split.txt").write_text("".join(f"{k} {int(k % 4 < 2)}\n" for k in range(1, 9)))
+    return root
+
+
+def test_cub_has_its_official_split_from_folder_and_archive(tmp_path: Path) -> None:
+    root, cache = _write_cub(tmp_path / "CUB_200_2011"), tmp_path / "cache"
+    cache.mkdir()
+    loaded = CUB200(str(root), 8, expected_classes=2).load(cache)
+    assert loaded.classes == ("001.Bird_1", "002.Bird_2")
+    assert (loaded.train.labels.tolist(), loaded.test.labels.tolist()) == ([0, 0, 1, 1], [0, 0, 1, 1])
+    for part, names in (("train", ("1_0000_9", "1_0003_6")), ("test", ("1_0001_8", "1_0002_7"))):
+        expected = [decode_image(root / "images" / "001.Bird_1" / f"Bird_{name}.jpg", 8) for name in names]
+        np.testing.assert_array_equal(getattr(loaded, part).images[:2], expected)
+
+    archive = tmp_path / "CUB_200_2011.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(root, "CUB_200_2011")
+        tar.addfile(tarfile.TarInfo("attributes.txt"))  # it lies beside the folder
+    assert CUB200(str(archive), 8, expected_classes=2).load(cache).sha256 == loaded.sha256
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "said"),
+    [
+        ("images.txt", "8 002.Bird_2/Bird", "8 ../Bird", r"'\.\./Bird_2_0003_6.jpg' of image 8 is no CLASS/FILE"),
+        ("images.txt", "2 001", "1 001", r"images.txt, line 2: '1 001.* is no number of its own"),
+        ("images.txt", "002.Bird_2", "001.Bird_1", "has 1 classes, expected 2"),
+        ("train_test_split.txt", "8 1\n", "", "image 8 is in one of"),
+        ("train_test_split.txt", "3 0", "3 2", "image 3 has '2', must be 1 .training. or 0"),
+        ("train_test_split.txt", " 1", " 0", "class 001.Bird_1 has no training image"),
+    ],
+)
+def test_lists_of_cub_that_are_not_are_refused(tmp_path: Path, file: str, old: str, new: str, said: str) -> None:
+    root = _write_cub(tmp_path / "CUB_200_2011")
+    text = (root / file).read_text()
+    assert old in text
+    (root / file).write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match=said):
+        CUB200(str(root), 8, expected_classes=2).load(tmp_path)
+    (root / file).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{file} is not there; root must be the folder CUB_200_2011"):
+        CUB200(str(root), 8).load(tmp_path)
 
 
 # ---------------------------------------------------------------------- Dataset

@@ -16,7 +16,7 @@ from fedlscl.methods.fed_lscl import FedLSCL
 from fedlscl.run import help
 from fedlscl.run.about import completion
 from fedlscl.run.configuration import Configuration
-from fedlscl.run.names import parameters
+from fedlscl.run.names import check_order, parameters
 from fedlscl.run.planned import LOG, PlannedRun
 from fedlscl.run.shipped import resolved, shipped
 from fedlscl.run.tracking import wandb_is
@@ -46,6 +46,21 @@ def test_short_names_become_files(words: str, files: str) -> None:
     Path("my.yaml").touch()
     assert resolved(words.split()) == files.split()
     assert resolved(files.split()) == files.split()  # so that nobody need know whether it was done
+
+
+@pytest.mark.parametrize("early", ["--seed_everything=1", "--data.source ImageFolder", "--model.init_args.epochs 2"])
+def test_a_field_before_a_file_that_has_it_too_is_refused(early: str) -> None:
+    check_order([*f"--config {DIGITS} --dry_run".split(), *early.split()])
+    check_order(["--cnn.name", "resnet10t", "--config", LORM])  # which says nothing of it
+    field = early.split()[0].partition("=")[0].replace(".init_args", "")
+    with pytest.raises(ValueError, match=f"^{field} stands before --config .*digits.yaml, which overrides it"):
+        check_order([*early.split(), "--config", DIGITS])
+
+
+@pytest.mark.parametrize("command", ["fit", "split"])
+def test_a_field_before_a_file_ends_a_run_before_it_begins(command: str) -> None:
+    with pytest.raises(SystemExit, match=r"--data\.split\.tasks stands before --config"):
+        main([command, "--data.split.tasks", "2", "--config", "digits"])
 
 
 def test_the_current_folder_comes_before_the_checkout_and_a_file_before_a_name() -> None:

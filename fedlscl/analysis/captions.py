@@ -24,6 +24,7 @@ class Picture:
         caption: what is shown, the mask, units, seeds, and what bands are, in sentences.
         figure: the figure itself.
         names: what its numbers 1, 2, ... stand for, where the figure itself does not say it.
+        pieces: the figure in pieces that are no wider than a column, the key last; empty where it is so itself.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Picture:
     caption: str
     figure: Figure
     names: tuple[str, ...] = ()
+    pieces: tuple[Figure, ...] = ()
 
 
 def over_tasks(variant: Variant, mask: str) -> FloatArray:

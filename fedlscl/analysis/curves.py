@@ -5,12 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from fedlscl.analysis.captions import Picture, about_seeds, about_stars, among, ranking, starred_name
 from fedlscl.analysis.comparison import POOLED, Comparison, Variant
-from fedlscl.analysis.drawing import COLOURS, LINES, MARKERS, MAX_BANDS, PAGE, filled, frame, line, over_seeds, within
+from fedlscl.analysis.drawing import (
+    COLOURS,
+    COLUMN,
+    LINES,
+    MARKERS,
+    MAX_BANDS,
+    PAGE,
+    filled,
+    frame,
+    key,
+    line,
+    over_seeds,
+    within,
+)
 from fedlscl.analysis.formats import Cell, Table
 from fedlscl.analysis.results import Run
 from fedlscl.analysis.rows import (
@@ -37,12 +51,13 @@ SHOWN = {"task": "new", "seen": "learned"}
 """The masks of the tables, and what each shows: the task being learned, or all that were learned by then."""
 
 
-def accuracy_by_steps(comparison: Comparison, mask: str) -> Picture | None:
+def accuracy_by_steps(comparison: Comparison, mask: str, narrow: bool = False) -> Picture | None:
     """Accuracy on the newest task and on all tasks learned so far against the steps that a client has taken on a task.
 
     Args:
         comparison: the runs; those whose folders do not tell how their accuracy grew are left out.
         mask: the classes that a prediction may fall on.
+        narrow: whether it comes in pieces too, no wider than a column.
 
     Returns:
         A line for each method in its usual configuration, level for those in which a task has no steps of its own; None
@@ -52,37 +67,28 @@ def accuracy_by_steps(comparison: Comparison, mask: str) -> Picture | None:
     trained = _trained(grown)
     if _rounds(trained, mask) < 2:
         return None
-    chance = over_seeds(np.array([growth.chance[mask] for growth in _growths(trained)]))[0]
+    new, learned = over_seeds(np.array([growth.chance[mask] for growth in _growths(trained)]))[0]
+    titles = {"new": "on the task that is being learned", "learned": "on all tasks learned so far"}
+    chance = {"new": float(new), "learned": float(learned)}
     figure = Figure(figsize=(PAGE, 2.9 + 0.05 * len(grown)), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     banded = len(grown) <= MAX_BANDS
-    for axes, kind, guess in ((left, "new", chance[0]), (right, "learned", chance[1])):
-        for index, variant in enumerate(grown):
-            colour = COLOURS[index % len(COLOURS)]
-            label = filled(starred_name(variant, mask), 40)
-            values = _values(variant, kind, mask)
-            if variant not in trained:
-                axes.axhline(float(over_seeds(values[:, -1])[0]), color=colour, linestyle=LINES[1], label=label)
-                continue
-            rounds = np.arange(1, values.shape[1] + 1)
-            style = {
-                "color": colour,
-                "marker": MARKERS[index % len(MARKERS)],
-                "markersize": 3.2,
-                "markevery": [n - 1 for n in _columns(len(rounds))],
-            }
-            line(axes, rounds * _steps(variant), values, label, style, band=banded)
-        axes.axhline(float(guess), color="0.5", linewidth=0.8, linestyle=LINES[3], label="a guess")
-        frame(axes)
-        axes.set(xscale="log", xlabel="optimizer steps of a client on the images of a task")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter("{x:g}")
-    left.set(title="on the task that is being learned", ylabel="accuracy (%)")
-    right.set(title="on all tasks learned so far")
+    for axes, kind in ((left, "new"), (right, "learned")):
+        _draw(axes, grown, trained, kind, mask, chance[kind])
+        axes.set(title=titles[kind])
+    left.set(ylabel="accuracy (%)")
     within(left)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, handlelength=2.6)
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, handlelength=2.6
+    )
+    pieces: list[Figure] = []
+    if narrow:
+        for kind, title in titles.items():
+            pieces.append(Figure(figsize=(COLUMN, 2.5), dpi=DPI, layout="constrained"))
+            axes = pieces[-1].subplots()
+            _draw(axes, grown, trained, kind, mask, chance[kind])
+            axes.set(title=title, ylabel="accuracy (%)", ylim=left.get_ylim())
+        pieces.append(key(left, 2))
     caption = (
         f"Accuracy in % after each round of a task, against the optimizer steps (logarithmic) that a client has taken "
         f"on the images of that task by then; mean over clients and tasks; {among(mask)}. Dashed and level: what takes "
@@ -90,7 +96,35 @@ def accuracy_by_steps(comparison: Comparison, mask: str) -> Picture | None:
         f"{about_stars(grown, mask)}"
     )
     title = f"Accuracy over training steps, {comparison.title}"
-    return Picture("accuracy_by_steps", title, caption.strip(), figure)
+    return Picture("accuracy_by_steps", title, caption.strip(), figure, pieces=tuple(pieces))
+
+
+def _draw(
+    axes: Axes, grown: Sequence[Variant], trained: Sequence[Variant], kind: str, mask: str, chance: float
+) -> None:
+    """The lines of one panel, and that of a guess."""
+    banded = len(grown) <= MAX_BANDS
+    for index, variant in enumerate(grown):
+        colour = COLOURS[index % len(COLOURS)]
+        label = filled(starred_name(variant, mask), 40)
+        values = _values(variant, kind, mask)
+        if variant not in trained:
+            axes.axhline(float(over_seeds(values[:, -1])[0]), color=colour, linestyle=LINES[1], label=label)
+            continue
+        rounds = np.arange(1, values.shape[1] + 1)
+        style = {
+            "color": colour,
+            "marker": MARKERS[index % len(MARKERS)],
+            "markersize": 3.2,
+            "markevery": [n - 1 for n in _columns(len(rounds))],
+        }
+        line(axes, rounds * _steps(variant), values, label, style, band=banded)
+    axes.axhline(chance, color="0.5", linewidth=0.8, linestyle=LINES[3], label="a guess")
+    frame(axes)
+    axes.set(xscale="log", xlabel="optimizer steps of a client on the images of a task")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter("{x:g}")
 
 
 def growth_tables(comparison: Comparison) -> list[Table]:

@@ -90,6 +90,24 @@ def frame(axes: Axes) -> None:
     axes.tick_params(labelsize=TICK_SIZE, length=2.5, width=0.7)
 
 
+def key(axes: Axes, columns: int, title: str | None = None) -> Figure:
+    """The key of what is drawn, as a figure as wide as a column and no taller than it must be."""
+    figure = Figure(figsize=(COLUMN, COLUMN), dpi=axes.figure.dpi)
+    legend = figure.legend(
+        *axes.get_legend_handles_labels(),
+        title=title,
+        loc="upper center",
+        ncols=columns,
+        frameon=False,
+        handlelength=2.6,
+        columnspacing=1.2,
+        borderaxespad=0.3,
+    )
+    figure.draw_without_rendering()
+    figure.set_figheight(legend.get_window_extent().height / figure.dpi + 0.08)
+    return figure
+
+
 def settle(figure: Figure) -> None:
     """Give everything its final place; otherwise each time a figure is drawn moves it by a hair."""
     figure.draw_without_rendering()

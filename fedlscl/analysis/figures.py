@@ -39,6 +39,7 @@ from fedlscl.analysis.drawing import (
     bars,
     filled,
     frame,
+    key,
     line,
     number_points,
     ordered_styles,
@@ -46,7 +47,8 @@ from fedlscl.analysis.drawing import (
     settle,
     within,
 )
-from fedlscl.evaluation import MASKS, measured_mean
+from fedlscl.analysis.schemes import following, name_cells
+from fedlscl.evaluation import MASKS, FloatArray, measured_mean
 from fedlscl.files import write_atomically
 from fedlscl.run.plots import DPI, MAX_NUMBERED, heat_map
 
@@ -55,13 +57,13 @@ METHOD = "fed_lscl"
 _MIB = 2.0**20
 
 
-def pictures(comparison: Comparison, mask: str = "seen", *, keys_apart: bool = False) -> list[Picture]:
+def pictures(comparison: Comparison, mask: str = "seen", *, narrow: bool = False) -> list[Picture]:
     """Draw every figure for which there are runs.
 
     Args:
         comparison: the runs.
         mask: the classes that a prediction may fall on, one of `MASKS`.
-        keys_apart: whether a long key is left to `Picture.names`, so that the figure is no wider than a column.
+        narrow: whether what is wider than a column comes in `Picture.pieces` too, and a long key as `Picture.names`.
 
     Returns:
         Accuracy by method, by block (the paper's Fig. 3) and by buffer (Fig. 5), clients by task (Fig. 4), forgetting,
@@ -83,13 +85,14 @@ def pictures(comparison: Comparison, mask: str = "seen", *, keys_apart: bool = F
                 comparison, mask, "model.buffer_size", "accuracy_by_buffer", "images kept of each class", log=True
             ),
             _clients_by_task(comparison, mask),
-            _forgetting(comparison, mask),
-            _by_bytes(comparison, mask, keys_apart),
-            accuracy_by_steps(comparison, mask),
+            _forgetting(comparison, mask, narrow),
+            _by_bytes(comparison, mask, narrow),
+            accuracy_by_steps(comparison, mask, narrow),
         )
         found = [picture for picture in drawn if picture is not None]
         for picture in found:
-            settle(picture.figure)
+            for figure in (picture.figure, *picture.pieces):
+                settle(figure)
     return found
 
 
@@ -101,12 +104,14 @@ def save(picture: Picture, folder: Path) -> list[Path]:
         folder: an existing folder.
 
     Returns:
-        The files, named after the picture: the PNG with 150 dots per inch, the SVG with its text as text.
+        The files, named after the picture: the PNG with 150 dots per inch, the SVG with its text as text and in
+        colours that follow the scheme of who looks at it.
 
     Raises:
         OSError: if a file cannot be written.
     """
     about = {"Title": picture.title, "Description": picture.caption}
+    name_cells(picture.figure)
     files = []
     for suffix, metadata in (("png", about), ("svg", {**about, "Date": None})):
         content = io.BytesIO()
@@ -114,7 +119,8 @@ def save(picture: Picture, folder: Path) -> list[Path]:
         with mpl.rc_context({"svg.hashsalt": picture.name, "svg.fonttype": "none"}):
             picture.figure.savefig(content, format=suffix, dpi=DPI, metadata=metadata)
         files.append(folder / f"{picture.name}.{suffix}")
-        write_atomically(files[-1], content.getvalue())
+        drawing = content.getvalue()
+        write_atomically(files[-1], following(drawing.decode()).encode() if suffix == "svg" else drawing)
     return files
 
 
@@ -207,7 +213,7 @@ def _clients_by_task(comparison: Comparison, mask: str) -> Picture | None:
     return Picture("clients_by_task", title, caption.strip(), figure)
 
 
-def _forgetting(comparison: Comparison, mask: str) -> Picture | None:
+def _forgetting(comparison: Comparison, mask: str, narrow: bool) -> Picture | None:
     """Accuracy on each task while later ones are learned, a panel for each method."""
     ranked = ranking(comparison.usual, mask)
     # (seeds, after task, on task) for each variant
@@ -222,13 +228,7 @@ def _forgetting(comparison: Comparison, mask: str) -> Picture | None:
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     styles = ordered_styles(tasks)
     for axes, variant, accuracy in zip(grid, ranked, accuracies, strict=False):
-        for task in range(accuracy.shape[1]):
-            later = np.arange(task, accuracy.shape[1])
-            line(axes, later + 1, accuracy[:, later, task], str(task + 1), {**styles[task], "markersize": 3.2})
-        final = float(over_seeds(over_tasks(variant, mask)[:, -1])[0])
-        axes.set_title(f"{filled(starred_name(variant, mask), 26)}  {final:.1f}", pad=3)
-        frame(axes)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        _forgotten(axes, variant, accuracy, styles, mask)
     within(grid[0])
     for spare in grid[len(ranked) :]:
         spare.remove()
@@ -238,11 +238,10 @@ def _forgetting(comparison: Comparison, mask: str) -> Picture | None:
     for axes in grid[: len(ranked) : columns]:
         axes.set_ylabel("accuracy (%)")
     longest = max(range(len(ranked)), key=lambda index: accuracies[index].shape[1])
-    handles, labels = grid[longest].get_legend_handles_labels()
+    title = "accuracy on task"
     figure.legend(
-        handles,
-        labels,
-        title="accuracy on task",
+        *grid[longest].get_legend_handles_labels(),
+        title=title,
         loc="outside lower center",
         ncols=min(tasks, 5 if width < PAGE else 10),
         frameon=False,
@@ -253,7 +252,32 @@ def _forgetting(comparison: Comparison, mask: str) -> Picture | None:
         f"Accuracy in % on each task after it and after each later task, as the mean over clients; {among(mask)}; "
         f"methods by their final average, which is above each panel. {about_seeds(ranked)} {about_stars(ranked, mask)}"
     )
-    return Picture("forgetting", f"Accuracy on earlier tasks, {comparison.title}", caption.strip(), figure)
+    pieces: list[Figure] = []
+    if narrow and width > COLUMN:
+        for first in range(0, len(ranked), 2):
+            pieces.append(Figure(figsize=(COLUMN, 1.75), dpi=DPI, layout="constrained"))
+            pair = pieces[-1].subplots(1, 2, sharex=True, sharey=True)
+            pair[0].set(xlim=grid[0].get_xlim(), ylim=grid[0].get_ylim(), ylabel="accuracy (%)")
+            for place, axes in enumerate(pair, first):
+                if place < len(ranked):
+                    _forgotten(axes, ranked[place], accuracies[place], styles, mask)
+                    axes.set_xlabel("after task")
+                else:
+                    axes.remove()
+        pieces.append(key(grid[longest], min(tasks, 5), title))
+    about = f"Accuracy on earlier tasks, {comparison.title}"
+    return Picture("forgetting", about, caption.strip(), figure, pieces=tuple(pieces))
+
+
+def _forgotten(axes: Axes, variant: Variant, accuracy: FloatArray, styles: Sequence[dict[str, Any]], mask: str) -> None:
+    """The panel of one method: a line for each task, over the tasks after which it was tested."""
+    for task in range(accuracy.shape[1]):
+        later = np.arange(task, accuracy.shape[1])
+        line(axes, later + 1, accuracy[:, later, task], str(task + 1), {**styles[task], "markersize": 3.2})
+    final = float(over_seeds(over_tasks(variant, mask)[:, -1])[0])
+    axes.set_title(f"{filled(starred_name(variant, mask), 26)}  {final:.1f}", pad=3)
+    frame(axes)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _by_bytes(comparison: Comparison, mask: str, key_apart: bool) -> Picture | None:

@@ -32,7 +32,7 @@ from fedlscl.analysis.learning import curve, learning
 from fedlscl.analysis.paper import TABLE1
 from fedlscl.analysis.results import Run
 from fedlscl.analysis.rows import MASK_NAMES
-from fedlscl.analysis.schemes import both
+from fedlscl.analysis.schemes import ON_COLOUR, both, name_cells
 from fedlscl.analysis.sections import environment, ranking_section, small_model_section, split_section
 from fedlscl.analysis.side_by_side import across_section, two_section
 from fedlscl.analysis.tables import tables
@@ -44,8 +44,6 @@ IN_HTML = "accuracy_by_method"
 """The figure that the page draws by itself, so that it fits a phone: which method is best."""
 ANSWERS = ("accuracy_by_bytes",)
 """The figures that stand before all tables: what accuracy costs."""
-ON_COLOUR = "on-colour-"
-"""How the ids of numbers in coloured cells begin: their ink fits the cell, on any page."""
 NUMBER = re.compile(r"[-+]?\d|[-–—]?$")
 """How the text of a cell begins that belongs to a column of numbers; it may be missing."""
 
@@ -99,8 +97,7 @@ def inline_svg(figure: Figure, prefix: str, label: str, described_by: str) -> Ma
         The element without a size, in colours for a light and a dark page; its style property `--drawn` is the width
         that it was drawn for.
     """
-    for n, text in enumerate(text for axes in figure.axes if axes.images for text in axes.texts):
-        text.set_gid(f"{ON_COLOUR}{n}")
+    name_cells(figure)
     buffer = io.BytesIO()
     # The salt makes the same figure the same text; letters as outlines look alike whatever fonts a reader has.
     with matplotlib.rc_context({"svg.hashsalt": "fedlscl", "svg.fonttype": "path"}):
@@ -152,14 +149,17 @@ def _setting(comparison: Comparison, every: Sequence[Comparison], key: str, name
     later: list[dict[str, Any]] = []
     # of one method alone a plane with one point would say nothing
     needless = (IN_HTML, *(ANSWERS if len(comparison.variants) == 1 else ()))
-    shown = (drawn for drawn in pictures(comparison, keys_apart=True) if drawn.name not in needless)
+    shown = (drawn for drawn in pictures(comparison, narrow=True) if drawn.name not in needless)
     for n, picture in enumerate(shown, 1):
         figure_key = f"{key}-figure{n}"
         title = picture.title.removesuffix(f", {comparison.title}")  # the section's heading says it
-        svg = inline_svg(picture.figure, f"{figure_key}-", title, f"{figure_key}-caption")
+        svgs = [
+            inline_svg(figure, f"{figure_key}-{place}-" if place else f"{figure_key}-", title, f"{figure_key}-caption")
+            for place, figure in enumerate(picture.pieces or [picture.figure])
+        ]
         figures = first if picture.name in ANSWERS else later
         about = {"title": title, "caption": picture.caption, "names": picture.names}
-        figures.append({"key": figure_key, "svg": svg, **about})
+        figures.append({"key": figure_key, "svgs": svgs, **about})
     opening = [
         ranking_section(comparison, f"{key}-ranking"),
         *first,

@@ -1,4 +1,7 @@
-"""A drawing made for white paper, in colours that follow the colour scheme of the page that it stands in."""
+"""A drawing made for white paper, in colours that follow the colour scheme of its page or of its reader.
+
+Numbers in coloured cells keep their ink, which fits the cell, on any page.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,37 @@ import colorsys
 import re
 
 from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
 
 PAGE, INK = "#14171b", "#e3e7ec"
 """What white and black are in the dark: `--page` and `--ink` of report.html.jinja."""
 CONTRAST = 3.0
 """Of a graphical object with what is behind it, at least (WCAG 2.2, 1.4.11)."""
+ON_COLOUR = "on-colour-"
+"""How the ids of numbers in coloured cells begin."""
 _PAINT = re.compile(r"(fill|stroke): (#[0-9a-f]{6})")
+
+
+def name_cells(figure: Figure) -> None:
+    """Give the numbers in coloured cells their ids; an SVG that is saved afterwards has them."""
+    for n, text in enumerate(text for axes in figure.axes if axes.images for text in axes.texts):
+        text.set_gid(f"{ON_COLOUR}{n}")
+
+
+def following(svg: str) -> str:
+    """An SVG file of `name_cells`' figure with a style that gives it other colours where its reader's scheme is dark.
+
+    The drawing itself stays as it is: what knows no schemes draws it as for paper.
+    """
+    colours = sorted(set(_PAINT.findall(svg)))
+    rules = [
+        f'[style*="{paint}: {of}"]:not([id^="{ON_COLOUR}"] *) {{{paint}: {dark(of)} !important}}'
+        for paint, of in colours
+    ]
+    # letters without a colour are black
+    inks = [f"svg {{fill: {INK}}}", f'[id^="{ON_COLOUR}"] {{fill: #000000}}']
+    style = "\n".join(["@media screen and (prefers-color-scheme: dark) {", *inks, *rules, "}"])
+    return svg.replace("</style>", f"\n{style}\n</style>", 1)
 
 
 def both(style: str) -> str:

@@ -24,7 +24,7 @@ from fedlscl.data.source import Dataset, Source
 from fedlscl.data.temporary import sweep
 
 MAX_ARCHIVE = 2**34
-"""Bytes of `imagenet-r.tar`, which has 2.2e9."""
+"""Bytes of an archive; `imagenet-r.tar` has 2.2e9."""
 
 _NAMED = 5  # files that a warning names
 _NO_IMAGES = ("__MACOSX", "Thumbs.db", "desktop.ini")  # what systems leave in folders, besides names with a dot first
@@ -182,25 +182,30 @@ class ImageNetR(ImageFiles):
             ValueError: not the expected classes, too few images of one, or images cannot be read.
         """
         sweep(cache_dir)
-        root = self._unpacked(cache_dir) if self.root.is_file() else self.root
+        root = unpacked(self.root, "imagenet-r", cache_dir) if self.root.is_file() else self.root
         listing = list_classes(root, self.expected_classes)
         warn_of_left_out(root, listing.left_out)
         parts = cut_parts("imagenet-r", listing.classes, root, 0.2, cache_dir)
         train, test = load_images("imagenetr", self.decoder, root, parts, cache_dir)
         return Dataset("imagenet-r", train, test, tuple(listing.classes))
 
-    def _unpacked(self, cache_dir: Path) -> Path:
-        """The folder that the archive's content was unpacked to, now or before."""
-        contents = Contents(self.root, cache_dir)
-        (digest,) = contents.of([self.root], MAX_ARCHIVE)
-        if not digest:
-            size = self.root.stat().st_size
-            raise ValueError(f"{self.root} ({size:,} bytes) cannot be read, or has more than {MAX_ARCHIVE:,} bytes")
-        folder = cache_dir / f"imagenet-r-{digest[:20]}"
-        if not folder.is_dir():
-            unpack(self.root, "imagenet-r", folder)
-        contents.save()
-        return folder
+
+def unpacked(archive: Path, inner: str, cache_dir: Path) -> Path:
+    """The folder in the cache that holds what an archive has in its folder `inner`, unpacked now or before.
+
+    Raises:
+        ValueError: the archive cannot be read, is too large, or has no such folder.
+    """
+    contents = Contents(archive, cache_dir)
+    (digest,) = contents.of([archive], MAX_ARCHIVE)
+    if not digest:
+        size = archive.stat().st_size
+        raise ValueError(f"{archive} ({size:,} bytes) cannot be read, or has more than {MAX_ARCHIVE:,} bytes")
+    folder = cache_dir / f"{inner}-{digest[:20]}"
+    if not folder.is_dir():
+        unpack(archive, inner, folder)
+    contents.save()
+    return folder
 
 
 class _Listing(NamedTuple):

@@ -114,6 +114,27 @@ def configurations(words: Sequence[str]) -> Iterator[tuple[Path, Any]]:
             yield file, read_yaml(file)
 
 
+def check_order(words: Sequence[str]) -> None:
+    """Refuse a field that a file behind it would override, without a word.
+
+    Raises:
+        ValueError: names the field and the file.
+        OSError: if a file cannot be read.
+    """
+    for place, word in enumerate(words):
+        field = word.partition("=")[0].removeprefix("--").replace(".init_args", "")
+        if not word.startswith("--") or field == "config":
+            continue
+        for file, values in configurations(words[place + 1 :]):
+            keys: list[str] = []
+            with suppress(RecursionError):  # of a value that holds itself, which is refused where it is read
+                keys += flat(values) if isinstance(values, Mapping) else ()
+            for key in keys:
+                whole = key.removesuffix(".class_path")
+                if f"{key}.".startswith(f"{field}.") or (whole != key and field.startswith(f"{whole}.")):
+                    raise ValueError(f"--{field} stands before --config {file}, which overrides it; put it behind")
+
+
 def classes_named(words: Sequence[str]) -> dict[str, type]:
     """The classes of this package that words and their files name, by field: `model`, `model.continual`, `server`."""
     names: dict[str, str] = {}
