@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from fedlscl.models import hub
 from fedlscl.models.adapters import LoRA, LowRank
 from fedlscl.models.cnn import SmallModel, SmallModelSpec
 from fedlscl.models.create import resize
@@ -407,7 +408,20 @@ def record_requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
         return create(name, pretrained=False, **args)
 
     monkeypatch.setattr(timm, "create_model", without_network)
+    monkeypatch.setattr(hub, "cached", lambda repository: True)
     return asked
+
+
+def test_where_there_is_no_hub_it_is_asked_once_and_a_file_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = record_requests(monkeypatch)
+    monkeypatch.setattr(hub, "cached", lambda repository: False)
+    repositories: list[str] = []
+    monkeypatch.setattr(hub, "unreachable", lambda repository: repositories.append(repository) or "it is far away")
+    with pytest.raises(ValueError, match=r"backbone.pretrained: .* \(it is far away\); .* --backbone.weights FILE"):
+        FrozenViT(NAME, pretrained=True, image_size=16, model_args=TINY)
+    assert asked == []
+    assert len(repositories) == 1
+    assert repositories[0].startswith(f"timm/{NAME}.")
 
 
 def test_pretrained_weights_are_asked_for_only_where_configured(monkeypatch: pytest.MonkeyPatch) -> None:

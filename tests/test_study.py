@@ -22,6 +22,7 @@ from fedlscl.data.dealing import make_split
 from fedlscl.data.folders import ImageFolder
 from fedlscl.data.held_out import held_out
 from fedlscl.data.splits import SplitSpec
+from fedlscl.models import hub
 from fedlscl.run.sweep import PlannedRun
 from fedlscl.study import answer, backbone, budget, command, ending, look, plan
 from fedlscl.study.answer import Standing
@@ -289,8 +290,8 @@ def test_a_study_ends_with_an_answer_and_is_not_run_twice(
 ) -> None:
     runs = Pretended({"local_ncm": 60.0, "fed_ridge": 70.0})
     monkeypatch.setattr(ending, "Launcher", lambda threads: runs)
-    monkeypatch.setattr(backbone, "_cached", lambda name: False)
-    monkeypatch.setattr(backbone, "_unreachable", lambda name: "it is far away")
+    monkeypatch.setattr(hub, "cached", lambda repository: False)
+    monkeypatch.setattr(hub, "unreachable", lambda repository: "it is far away")
     monkeypatch.setattr(command.backbone, "seconds_per_image", lambda *a: 0.001)
     monkeypatch.setattr("fedlscl.study.running.POLL_SECONDS", 0)
     monkeypatch.setattr(

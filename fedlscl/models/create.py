@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedlscl.models import hub
+
 LARGEST_IMAGE = 4096
 """Side in pixels above which an image size is taken for a mistake."""
 
@@ -102,14 +104,27 @@ def _made(
         close = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
         raise ValueError(f"{group}.name: timm has no model '{name}'; similar names: {', '.join(close) or 'none'}")
     try:
+        if pretrained:
+            _check_weights(name)
         return make(name, pretrained=pretrained, num_classes=0, **model_args)
     except Exception as error:  # timm checks little: what does not fit fails anywhere, in any way
         if pretrained and isinstance(error, OSError):  # of the network, the hub or its cache
             raise ValueError(
                 f"{group}.pretrained: the weights of '{name}' are not on this disk and cannot be fetched "
-                f"({type(error).__name__}); give a file of them: --{group}.weights FILE.safetensors"
+                f"({error}); give a file of them: --{group}.weights FILE.safetensors"
             ) from error
         raise ValueError(f"{group}.name, {group}.model_args: timm cannot make '{name}' ({reason(error)})") from error
+
+
+def _check_weights(name: str) -> None:
+    """Raise OSError if the weights of a model are neither on this disk nor on the hub, where timm has them there."""
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.hf_hub_id or config.file or hub.cached(config.hf_hub_id):
+        return
+    if (why := hub.unreachable(config.hf_hub_id)) is not None:
+        raise OSError(why)
 
 
 def reason(error: Exception) -> str:

@@ -12,10 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fedlscl.checks import path as path_of
+from fedlscl.models import hub
 from fedlscl.models.vit import FrozenViT
-
-HUB_SECONDS = 5.0
-"""How long an answer of the hub is waited for; it is asked once."""
 
 WIDTHS = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
 """timm's names of plain ViTs by their width."""
@@ -56,9 +54,9 @@ def choose(weights: str | None, choices: Mapping[str, Any], gpu: bool) -> Backbo
         return Backbone({"name": name, "weights": str(file.resolve())}, choices["cnn"], f"{name}, of the file given")
     names = [entry["name"] for entry in choices["backbones"] if gpu or not entry["gpu"]]
     for name in names:
-        if _cached(name):
+        if hub.cached(f"timm/{name}"):
             return Backbone({"name": name, "pretrained": True}, choices["cnn"], f"{name}, from the local hub cache")
-    reason = _unreachable(names[0])
+    reason = hub.unreachable(f"timm/{names[0]}")
     if reason is None:
         return Backbone({"name": names[0], "pretrained": True}, choices["cnn"], f"{names[0]}, from Hugging Face's hub")
     shipped = choices["shipped"]
@@ -111,26 +109,6 @@ def name_of(file: Path) -> str:
             "vit_small_patch16_224.augreg_in21k.safetensors"
         )
     return guess
-
-
-def _cached(name: str) -> bool:
-    """Whether timm would find the weights without a connection."""
-    from huggingface_hub import try_to_load_from_cache
-
-    return any(isinstance(try_to_load_from_cache(f"timm/{name}", file), str) for file in ("model.safetensors",))
-
-
-def _unreachable(name: str) -> str | None:
-    """Why the hub does not have a model; None if it has."""
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    try:
-        get_hf_file_metadata(hf_hub_url(f"timm/{name}", "model.safetensors"), timeout=HUB_SECONDS)
-    except Exception as error:  # whatever a network, a proxy or the hub itself come up with
-        return (" ".join(str(error).split()) or type(error).__name__)[:80]
-    return None
 
 
 def seconds_per_image(fields: Mapping[str, Any], image_size: int, threads: int) -> float:
