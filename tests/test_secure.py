@@ -44,7 +44,7 @@ class Run:
     threshold: int = 3
     changes: Mapping[tuple[int, str], Change] = field(default_factory=dict)
     values: Callable[[int], Mapping[str, Tensor]] = values
-    bits: int = 30
+    bits: tuple[int, ...] = (30, 30)
 
     def __post_init__(self) -> None:
         self.session = Session(self.clients, ROUND, self.threshold, self.bits, SHAPES)
@@ -139,8 +139,8 @@ def test_a_sum_in_fixed_point_is_the_sum(rows: list[list[float]], bits: int) -> 
     tensors = [{"x": torch.tensor(row, dtype=torch.float64)} for row in rows]
     total = np.zeros(3, np.uint64)
     for tensor in tensors:
-        total += encode(tensor, bits, len(rows))
-    found = decode(total, bits, {"x": torch.Size((3,))})["x"]
+        total += encode(tensor, [bits], len(rows))
+    found = decode(total, [bits], {"x": torch.Size((3,))})["x"]
     exact = torch.stack([tensor["x"] for tensor in tensors]).sum(0)
     torch.testing.assert_close(found, exact, rtol=1e-12, atol=len(rows) * 2.0 ** -(bits + 1))
 
@@ -150,24 +150,24 @@ def test_a_sum_in_fixed_point_is_the_sum(rows: list[list[float]], bits: int) -> 
 def test_the_largest_values_add_up_without_wrapping(clients: int, sign: int) -> None:
     limit = largest(30, clients)
     below = torch.tensor([sign * float(np.nextafter(limit, 0))], dtype=torch.float64)
-    total = sum(int(encode({"x": below}, 30, clients).view(np.int64)[0]) for _ in range(clients))
+    total = sum(int(encode({"x": below}, [30], clients).view(np.int64)[0]) for _ in range(clients))
     assert -(2**63) <= total < 2**63
     with pytest.raises(ValueError, match=r"'x' holds .*, but a secure sum over .* takes values below .*; take fede"):
-        encode({"fine": torch.zeros(2), "x": torch.tensor([sign * limit], dtype=torch.float64)}, 30, clients)
+        encode({"fine": torch.zeros(2), "x": torch.tensor([sign * limit], dtype=torch.float64)}, [30, 30], clients)
 
 
 def test_the_bits_that_an_error_names_are_the_most_that_hold_the_value() -> None:
     with pytest.raises(ValueError, match=r"take federation\.fraction_bits 21$"):
-        encode({"x": torch.tensor([2.0**40])}, 30, 2)
-    encode({"x": torch.tensor([2.0**40])}, 21, 2)
+        encode({"x": torch.tensor([2.0**40])}, [30], 2)
+    encode({"x": torch.tensor([2.0**40])}, [21], 2)
     with pytest.raises(ValueError, match="takes values below"):
-        encode({"x": torch.tensor([2.0**40])}, 22, 2)
+        encode({"x": torch.tensor([2.0**40])}, [22], 2)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_no_number_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match=r"'x' holds (nan|inf)"):
-        encode({"x": torch.tensor([1.0, value])}, 30, 3)
+        encode({"x": torch.tensor([1.0, value])}, [30], 3)
 
 
 # ---- masks
@@ -300,7 +300,7 @@ def test_the_server_sees_uniform_numbers_and_nothing_else() -> None:
 
 
 def test_values_without_a_mask_are_thrown_away() -> None:
-    plain = torch.from_numpy(masks.checked(encode(values(2), 30, 5)).view(np.int64))
+    plain = torch.from_numpy(masks.checked(encode(values(2), [30, 30], 5)).view(np.int64))
     run = Run(changes={(2, "mask"): lambda message: changed(message, masked=plain)})
     check(run.total(), (0, 1, 4, 7))
     assert run.left_out == {2: "values that are under no mask; they were thrown away"}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedlscl.client import Client
 from fedlscl.federation.algorithm import Federation, NobodyLeft
-from fedlscl.federation.secure.fixed_point import encode
+from fedlscl.federation.secure.fixed_point import BITS, encode, most_bits
 from fedlscl.federation.secure.party import Party
 from fedlscl.federation.secure.session import Session
 from fedlscl.federation.template import Template
@@ -309,7 +309,8 @@ def forms(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, bytes]]:
         if tensor.unique().numel() > 8:
             yield f"{name} in float64", tensor.double().numpy().tobytes()
             yield f"{name} in float32", tensor.float().numpy().tobytes()
-            yield f"{name} in fixed point", encode({name: tensor}, 30, 3).tobytes()
+            for bits in (BITS, most_bits(3, 1)):
+                yield f"{name} with {bits} bits behind the point", encode({name: tensor}, [bits], 3).tobytes()
 
 
 @pytest.mark.parametrize("secure", [True, None])
