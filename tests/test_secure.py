@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -18,7 +19,7 @@ from sympy import interpolate, isprime, symbols
 from torch import Tensor
 
 from fedlscl.federation.secure import masks, shamir, words
-from fedlscl.federation.secure.fixed_point import decode, encode, largest
+from fedlscl.federation.secure.fixed_point import decode, encode, largest, most_bits
 from fedlscl.federation.secure.party import Party
 from fedlscl.federation.secure.session import NoSum, Session
 from fedlscl.messages import MessageError, TensorSpec
@@ -168,6 +169,44 @@ def test_the_bits_that_an_error_names_are_the_most_that_hold_the_value() -> None
 def test_what_is_no_number_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match=r"'x' holds (nan|inf)"):
         encode({"x": torch.tensor([1.0, value])}, [30], 3)
+
+
+@given(st.integers(1, 5000), st.integers(1, 10**6))
+def test_what_has_the_most_bits_fits_and_would_not_with_another(clients: int, factor: int) -> None:
+    bits = most_bits(clients, factor)
+    assert largest(bits, clients) >= factor * 256
+    assert bits == 52 or largest(bits + 1, clients) < factor * 256
+
+
+@pytest.mark.parametrize(
+    ("clients", "images", "bits"),
+    [(5, 1, 52), (5, 100, 46), (5, 1000, 42), (50, 100, 42), (500, 1, 46), (500, 100, 39), (500, 1000, 36)],
+)
+def test_a_mean_of_what_was_learned_is_the_exact_one_rounded_once(clients: int, images: int, bits: int) -> None:
+    """And the largest values are in range, whatever the weights; tiny ones are not exact."""
+    assert most_bits(clients, images) == bits
+    rng = np.random.default_rng(bits)
+    exponents = rng.uniform(23 - bits, 8, (clients, 50))
+    values = np.float32(rng.choice([-1, 1], (clients, 50)) * 2**exponents)
+    values[:, 0], values[:, 1], values[:, 2] = np.nextafter(np.float32(256), np.float32(0)), -255.99, 0
+    weights = rng.integers(1, images + 1, clients)
+    weights[0] = images
+    shapes, total = {"x": torch.Size((50,))}, np.zeros(50, np.uint64)
+    for weight, row in zip(weights.tolist(), values, strict=True):
+        total += encode({"x": torch.from_numpy(row).double() * weight}, [bits], clients)
+    found = (decode(total, [bits], shapes)["x"] / int(weights.sum())).float()
+    terms = values.astype(np.float64) * weights[:, None]
+    exact = [math.fsum(column) / int(weights.sum()) for column in terms.T]
+    assert found.tolist() == [float(np.float32(mean)) for mean in exact]
+
+
+def test_each_tensor_has_its_own_bits() -> None:
+    """The small values of one and the large ones of another, both exact."""
+    small = torch.full((2, 3), 2.0**-50)
+    run = Run(values=lambda client: {"a": (client + 1) * small, "n": torch.tensor(2**40 + client)}, bits=(50, 10))
+    total = run.total()
+    assert torch.equal(total["a"], (19 * small).double())
+    assert int(total["n"]) == 5 * 2**40 + 14
 
 
 # ---- masks
@@ -470,6 +509,23 @@ def test_a_client_refuses_a_threshold_that_half_of_the_clients_reach(threshold: 
     roster = changed(session.rosters()[0], 0, threshold=torch.tensor(threshold))
     with pytest.raises(MessageError, match=f"threshold is {threshold}, must be more than half of the 5 clients"):
         run.parties[0].share(roster)
+
+
+@pytest.mark.parametrize("bits", [[30, 0], [53, 30]])
+def test_a_client_refuses_bits_that_there_are_not(bits: list[int]) -> None:
+    run = Run()
+    session = run.session
+    run.step("advertise", session.invitations(), lambda c, m: run.parties[c].advertise(m), session.advertised)
+    roster = changed(session.rosters()[0], 0, bits=torch.tensor(bits))
+    with pytest.raises(MessageError, match=r"^(0|53) bits behind the point, must be from 1 to 52$"):
+        run.parties[0].share(roster)
+
+
+def test_a_client_refuses_bits_of_other_tensors_than_it_has() -> None:
+    run = Run(bits=(30, 30, 30))
+    with pytest.raises(NoSum, match="0 clients have sent values"):
+        run.total()
+    assert set(run.left_out.values()) == {"the server says how many bits 3 tensors have, of 2"}
 
 
 def test_a_party_goes_on_from_its_state() -> None:
