@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from secure_parity import ENGINES, HEAD, allowed, parity, row
 from torch import Tensor
 
+from fedlscl.federation.secure.fixed_point import BITS
 from fedlscl.federation.secure.party import Party
 from fedlscl.federation.secure.session import Session
 from fedlscl.federation.secure.words import ADVERTISE, MASK, SHARE, UNMASK
@@ -95,7 +96,7 @@ def cost(clients: int, values: int, jobs: int) -> Iterator[str]:
             total += Upload.from_bytes(message, schema_of(upload.tensors)).tensors["values"].double()
 
     least, meter = Schedule(1, secure=True).least(clients), Meter()
-    session = Session(range(clients), ROUND, least, 30, {"values": torch.Size((values,))})
+    session = Session(range(clients), ROUND, least, [BITS], {"values": torch.Size((values,))})
     states: dict[int, State] = {client: {} for client in range(clients)}
 
     def step(
@@ -153,7 +154,7 @@ def main() -> None:
     parities.add_argument("--methods", nargs="+", help="by default all that allow it")
     parities.add_argument("--seeds", type=int, nargs="+", default=[42])
     parities.add_argument("--engines", nargs="*", choices=ENGINES, default=[], help="beside this process")
-    parities.add_argument("--bits", type=int, help="federation.fraction_bits of the secure sums")
+    parities.add_argument("--bits", type=int, help="federation.fraction_bits of the secure sums, if not by default")
     words = [*sys.argv[1:], "--"]
     at = words.index("--")
     given, fields = parser.parse_args(words[:at]), words[at + 1 : -1]

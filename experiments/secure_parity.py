@@ -134,7 +134,7 @@ def compared(plain: Path, secure: Path, engines: Mapping[str, Path]) -> dict[str
     return {
         "method": other["method"],
         "rounds": other["config"]["federation"]["rounds"],
-        "bits": other["config"]["federation"]["fraction_bits"] or 30,
+        "bits": other["config"]["federation"]["fraction_bits"] or "default",
         "seed": other["seed"],
         "seen": [summary["accuracy"]["seen"]["final_average"] for summary in (one, other)],
         "difference": largest,

@@ -44,8 +44,9 @@ class Schedule:
             docs/privacy.md. For servers that need no more than sums.
         threshold: with secure sums, the part of a round's clients that must get to its end, above a half; by default
             two thirds. As many together with the server could find out what another has sent.
-        fraction_bits: with secure sums, bits behind the point of what is added up; by default 30. The fewer, the
-            larger values may be: below 2^(63 - bits) / clients.
+        fraction_bits: with secure sums, bits behind the point of all that is added up. The fewer, the larger values may
+            be: below 2^(63 - bits) / clients. By default 30, and of what clients go on training from, such as means of
+            weights, as many as leave room for weights below 256.
     """
 
     def __init__(
@@ -64,8 +65,8 @@ class Schedule:
         self.threshold = 2 / 3 if threshold is None else threshold
         if not 0.5 < self.threshold <= 1:
             raise ValueError(f"federation.threshold is {threshold}, must be above 0.5 and at most 1")
-        self.fraction_bits = 30 if fraction_bits is None else fraction_bits
-        if not 1 <= self.fraction_bits <= 52:
+        self.fraction_bits = fraction_bits
+        if fraction_bits is not None and not 1 <= fraction_bits <= 52:
             raise ValueError(f"federation.fraction_bits is {fraction_bits}, must be from 1 to 52")
 
     def check(self, clients: int) -> None:

@@ -192,6 +192,17 @@ class Server(ABC):
         """
         return upload.tensors
 
+    def factors(self, images: int) -> Mapping[str, int]:
+        """Which terms are numbers that clients go on training from, and by how much each was multiplied at most.
+
+        Fixed point holds these as finely as there is room, since training makes any other last bit larger; all other
+        terms have 30 bits behind the point.
+
+        Args:
+            images: how many are behind an upload at most.
+        """
+        return {}
+
     def from_sums(self, total: Total, context: Context) -> tuple[Answers, Metrics]:
         """What `aggregate` does, from sums alone.
 
@@ -275,6 +286,11 @@ class FedAvg(Server):
         weight = torch.tensor(upload.samples if self.weighting == "samples" else 1, dtype=torch.float64)
         return {WEIGHT: weight, **{name: upload.tensors[name].double() * weight for name in self.names}}
 
+    def factors(self, images: int) -> Mapping[str, int]:
+        """All that is averaged, but for counters."""
+        weight = images if self.weighting == "samples" else 1
+        return {name: weight for name in self.names if self.dtypes[name].is_floating_point}
+
     def from_sums(self, total: Total, context: Context) -> tuple[Answers, Metrics]:
         """One mean for all clients; of counters, whose largest no sum tells, it is rounded."""
         weight = total.tensors[WEIGHT]
@@ -308,6 +324,10 @@ class Sum(Server):
             for name, tensor in upload.tensors.items():
                 sums[f"{name}_sum"] = sums.get(f"{name}_sum", 0) + tensor.double()
         return self._answers(sums, uploads)
+
+    def factors(self, images: int) -> Mapping[str, int]:
+        """All of it, as it is."""
+        return {name.removesuffix("_sum"): 1 for name in self.dtypes}
 
     def from_sums(self, total: Total, context: Context) -> tuple[Answers, Metrics]:
         """The sum, for all who have a part in it."""

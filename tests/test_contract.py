@@ -33,6 +33,7 @@ from fedlscl.client import Client
 from fedlscl.evaluation import MASKS
 from fedlscl.federation.algorithm import Federation
 from fedlscl.federation.callback import RoundResult
+from fedlscl.federation.secure.fixed_point import BITS, decode, encode, most_bits
 from fedlscl.messages import Download, Message, Upload, schema_of
 from fedlscl.methods.joint import Pooled
 from fedlscl.run.experiment import Experiment
@@ -283,7 +284,7 @@ def test_only_what_is_declared_travels(whole: tuple[Experiment, Run], tmp_path: 
 
 
 def test_sums_of_terms_answer_as_the_uploads_do(whole: tuple[Experiment, Run]) -> None:
-    """Or the method is one that secure sums are refused to."""
+    """In fixed point too, to the last bit; or the method is one that secure sums are refused to."""
     experiment, seen = whole
     server: Any = experiment.server
     assert (server.beyond_sums() is None) == (experiment.method in FROM_SUMS)
@@ -296,7 +297,11 @@ def test_sums_of_terms_answer_as_the_uploads_do(whole: tuple[Experiment, Run]) -
     answers, _ = server.aggregate(uploads, context)
     server.load(before)
     terms = [server.terms(upload) for _, upload in sorted(uploads.items())]
-    sums = {name: torch.stack([one[name].double() for one in terms]).sum(0) for name in terms[0]}
+    factors = server.factors(max(upload.samples for upload in uploads.values()))
+    assert set(factors) <= set(terms[0])
+    bits = [most_bits(3, factors[name]) if name in factors else BITS for name in terms[0]]
+    words = np.stack([encode(one, bits, 3) for one in terms]).sum(0, dtype=np.uint64)
+    sums = decode(words, bits, {name: tensor.shape for name, tensor in terms[0].items()})
     samples = sum(upload.samples for upload in uploads.values())
     torch.manual_seed(0)
     found, _ = server.from_sums(Total((0, 1, 2), samples, sums), context)
@@ -305,7 +310,7 @@ def test_sums_of_terms_answer_as_the_uploads_do(whole: tuple[Experiment, Run]) -
         assert set(found[client].tensors) == set(answer.tensors)
         for name, tensor in answer.tensors.items():
             if not name.endswith("num_batches_tracked"):  # their largest is no sum
-                torch.testing.assert_close(found[client].tensors[name], tensor, rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(found[client].tensors[name], tensor, rtol=0, atol=0)
 
 
 def inside(everything: bytes, values: dict[str, bytes]) -> list[str]:

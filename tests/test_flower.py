@@ -45,6 +45,7 @@ from fedlscl.deployment.shares import deal
 from fedlscl.federation.algorithm import Federation, NobodyLeft
 from fedlscl.federation.callback import RoundResult
 from fedlscl.federation.store import Store
+from fedlscl.federation.summing import SecureSums
 from fedlscl.messages import Download, Upload
 from fedlscl.models.cnn import SmallModel, SmallModelSpec
 from fedlscl.models.stored import weights_sha256
@@ -381,6 +382,26 @@ def test_who_drops_out_of_a_secure_sum_goes_on_as_if_the_fit_had_failed(secure_p
         assert one.accuracy == other.accuracy
         assert set(one.skipped) == set(other.skipped) == ({1} if one.round == 1 else set())
     assert found[0].skipped[1] == NO_REPLY
+
+
+def test_a_mean_that_is_trained_on_is_that_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server knows how many images each client has, by which it chooses the bits."""
+    fedvit = next(path for path in METHODS if path.stem == "fedvit")
+    words = ["--config", str(fedvit), "--federation.secure", "true"]
+    (tmp_path / "ground").mkdir()
+    place = Place(tmp_path, prepare(tmp_path / "ground", words, rounds=2))
+    chosen: list[tuple[int | None, list[int]]] = []
+    bits = SecureSums.bits
+
+    def note(self: SecureSums, clients: int, images: int | None) -> list[int]:
+        chosen.append((images, bits(self, clients, images)))
+        return chosen[-1][1]
+
+    monkeypatch.setattr(SecureSums, "bits", note)
+    assert outcome(run(place.on_flower())) == outcome(place.expected())
+    assert len(chosen) == 8
+    assert chosen[:4] == chosen[4:]
+    assert None not in [images for images, _ in chosen]
 
 
 def test_a_server_that_is_killed_in_a_secure_sum_repeats_the_round(secure_place: Place) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -18,7 +19,7 @@ from sympy import interpolate, isprime, symbols
 from torch import Tensor
 
 from fedlscl.federation.secure import masks, shamir, words
-from fedlscl.federation.secure.fixed_point import decode, encode, largest
+from fedlscl.federation.secure.fixed_point import decode, encode, largest, most_bits
 from fedlscl.federation.secure.party import Party
 from fedlscl.federation.secure.session import NoSum, Session
 from fedlscl.messages import MessageError, TensorSpec
@@ -44,7 +45,7 @@ class Run:
     threshold: int = 3
     changes: Mapping[tuple[int, str], Change] = field(default_factory=dict)
     values: Callable[[int], Mapping[str, Tensor]] = values
-    bits: int = 30
+    bits: tuple[int, ...] = (30, 30)
 
     def __post_init__(self) -> None:
         self.session = Session(self.clients, ROUND, self.threshold, self.bits, SHAPES)
@@ -139,8 +140,8 @@ def test_a_sum_in_fixed_point_is_the_sum(rows: list[list[float]], bits: int) -> 
     tensors = [{"x": torch.tensor(row, dtype=torch.float64)} for row in rows]
     total = np.zeros(3, np.uint64)
     for tensor in tensors:
-        total += encode(tensor, bits, len(rows))
-    found = decode(total, bits, {"x": torch.Size((3,))})["x"]
+        total += encode(tensor, [bits], len(rows))
+    found = decode(total, [bits], {"x": torch.Size((3,))})["x"]
     exact = torch.stack([tensor["x"] for tensor in tensors]).sum(0)
     torch.testing.assert_close(found, exact, rtol=1e-12, atol=len(rows) * 2.0 ** -(bits + 1))
 
@@ -150,24 +151,62 @@ def test_a_sum_in_fixed_point_is_the_sum(rows: list[list[float]], bits: int) -> 
 def test_the_largest_values_add_up_without_wrapping(clients: int, sign: int) -> None:
     limit = largest(30, clients)
     below = torch.tensor([sign * float(np.nextafter(limit, 0))], dtype=torch.float64)
-    total = sum(int(encode({"x": below}, 30, clients).view(np.int64)[0]) for _ in range(clients))
+    total = sum(int(encode({"x": below}, [30], clients).view(np.int64)[0]) for _ in range(clients))
     assert -(2**63) <= total < 2**63
     with pytest.raises(ValueError, match=r"'x' holds .*, but a secure sum over .* takes values below .*; take fede"):
-        encode({"fine": torch.zeros(2), "x": torch.tensor([sign * limit], dtype=torch.float64)}, 30, clients)
+        encode({"fine": torch.zeros(2), "x": torch.tensor([sign * limit], dtype=torch.float64)}, [30, 30], clients)
 
 
 def test_the_bits_that_an_error_names_are_the_most_that_hold_the_value() -> None:
     with pytest.raises(ValueError, match=r"take federation\.fraction_bits 21$"):
-        encode({"x": torch.tensor([2.0**40])}, 30, 2)
-    encode({"x": torch.tensor([2.0**40])}, 21, 2)
+        encode({"x": torch.tensor([2.0**40])}, [30], 2)
+    encode({"x": torch.tensor([2.0**40])}, [21], 2)
     with pytest.raises(ValueError, match="takes values below"):
-        encode({"x": torch.tensor([2.0**40])}, 22, 2)
+        encode({"x": torch.tensor([2.0**40])}, [22], 2)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_no_number_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match=r"'x' holds (nan|inf)"):
-        encode({"x": torch.tensor([1.0, value])}, 30, 3)
+        encode({"x": torch.tensor([1.0, value])}, [30], 3)
+
+
+@given(st.integers(1, 5000), st.integers(1, 10**6))
+def test_what_has_the_most_bits_fits_and_would_not_with_another(clients: int, factor: int) -> None:
+    bits = most_bits(clients, factor)
+    assert largest(bits, clients) >= factor * 256
+    assert bits == 52 or largest(bits + 1, clients) < factor * 256
+
+
+@pytest.mark.parametrize(
+    ("clients", "images", "bits"),
+    [(5, 1, 52), (5, 100, 46), (5, 1000, 42), (50, 100, 42), (500, 1, 46), (500, 100, 39), (500, 1000, 36)],
+)
+def test_a_mean_of_what_was_learned_is_the_exact_one_rounded_once(clients: int, images: int, bits: int) -> None:
+    """And the largest values are in range, whatever the weights; tiny ones are not exact."""
+    assert most_bits(clients, images) == bits
+    rng = np.random.default_rng(bits)
+    exponents = rng.uniform(23 - bits, 8, (clients, 50))
+    values = np.float32(rng.choice([-1, 1], (clients, 50)) * 2**exponents)
+    values[:, 0], values[:, 1], values[:, 2] = np.nextafter(np.float32(256), np.float32(0)), -255.99, 0
+    weights = rng.integers(1, images + 1, clients)
+    weights[0] = images
+    shapes, total = {"x": torch.Size((50,))}, np.zeros(50, np.uint64)
+    for weight, row in zip(weights.tolist(), values, strict=True):
+        total += encode({"x": torch.from_numpy(row).double() * weight}, [bits], clients)
+    found = (decode(total, [bits], shapes)["x"] / int(weights.sum())).float()
+    terms = values.astype(np.float64) * weights[:, None]
+    exact = [math.fsum(column) / int(weights.sum()) for column in terms.T]
+    assert found.tolist() == [float(np.float32(mean)) for mean in exact]
+
+
+def test_each_tensor_has_its_own_bits() -> None:
+    """The small values of one and the large ones of another, both exact."""
+    small = torch.full((2, 3), 2.0**-50)
+    run = Run(values=lambda client: {"a": (client + 1) * small, "n": torch.tensor(2**40 + client)}, bits=(50, 10))
+    total = run.total()
+    assert torch.equal(total["a"], (19 * small).double())
+    assert int(total["n"]) == 5 * 2**40 + 14
 
 
 # ---- masks
@@ -300,7 +339,7 @@ def test_the_server_sees_uniform_numbers_and_nothing_else() -> None:
 
 
 def test_values_without_a_mask_are_thrown_away() -> None:
-    plain = torch.from_numpy(masks.checked(encode(values(2), 30, 5)).view(np.int64))
+    plain = torch.from_numpy(masks.checked(encode(values(2), [30, 30], 5)).view(np.int64))
     run = Run(changes={(2, "mask"): lambda message: changed(message, masked=plain)})
     check(run.total(), (0, 1, 4, 7))
     assert run.left_out == {2: "values that are under no mask; they were thrown away"}
@@ -470,6 +509,23 @@ def test_a_client_refuses_a_threshold_that_half_of_the_clients_reach(threshold: 
     roster = changed(session.rosters()[0], 0, threshold=torch.tensor(threshold))
     with pytest.raises(MessageError, match=f"threshold is {threshold}, must be more than half of the 5 clients"):
         run.parties[0].share(roster)
+
+
+@pytest.mark.parametrize("bits", [[30, 0], [53, 30]])
+def test_a_client_refuses_bits_that_there_are_not(bits: list[int]) -> None:
+    run = Run()
+    session = run.session
+    run.step("advertise", session.invitations(), lambda c, m: run.parties[c].advertise(m), session.advertised)
+    roster = changed(session.rosters()[0], 0, bits=torch.tensor(bits))
+    with pytest.raises(MessageError, match=r"^(0|53) bits behind the point, must be from 1 to 52$"):
+        run.parties[0].share(roster)
+
+
+def test_a_client_refuses_bits_of_other_tensors_than_it_has() -> None:
+    run = Run(bits=(30, 30, 30))
+    with pytest.raises(NoSum, match="0 clients have sent values"):
+        run.total()
+    assert set(run.left_out.values()) == {"the server says how many bits 3 tensors have, of 2"}
 
 
 def test_a_party_goes_on_from_its_state() -> None:

@@ -62,11 +62,11 @@ def test_a_difference_is_named_and_engines_are_compared(secure_parity: Any, tmp_
     assert found["engines"] == {"same": True, "last bit": False, "bytes": False}
     row, of = secure_parity.row([found]), "seed 7, task, client 1, after task 2, task 1"
     engines = "same equal, last bit DIFFERENT, bytes DIFFERENT"
-    assert row == f"| m | 3 | 30 | 7 | 90.00 | 90.50 | 0.5000 | {of} | 0.1 | 8 | 1.00 | {engines} |"
+    assert row == f"| m | 3 | default | 7 | 90.00 | 90.50 | 0.5000 | {of} | 0.1 | 8 | 1.00 | {engines} |"
     equal = secure_parity.compared(plain, run(tmp_path / "again", 90.0, 1.0), {})
     assert (equal["difference"], equal["of"], equal["states"]) == (0.0, None, 0.0)
     both = secure_parity.row([{**equal, "seed": 8}, found])
-    assert both.startswith(f"| m | 3 | 30 | 8, 7 | 90.00, 90.00 | 90.00, 90.50 | 0.5000 | {of} | 0.1 |")
+    assert both.startswith(f"| m | 3 | default | 8, 7 | 90.00, 90.00 | 90.00, 90.50 | 0.5000 | {of} | 0.1 |")
 
 
 def test_what_has_no_counterpart_is_no_parity(secure_parity: Any, tmp_path: Path) -> None:

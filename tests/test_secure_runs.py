@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fedlscl.client import Client
 from fedlscl.federation.algorithm import Federation, NobodyLeft
-from fedlscl.federation.secure.fixed_point import encode
+from fedlscl.federation.secure.fixed_point import BITS, encode, most_bits
 from fedlscl.federation.secure.party import Party
 from fedlscl.federation.secure.session import Session
 from fedlscl.federation.template import Template
@@ -80,16 +81,62 @@ def test_a_head_in_closed_form_is_the_same_to_the_bit(ridge: Make) -> None:
         (lambda: make_client(FrozenViTClient, share="head"), FedAvg),
     ],
 )
-def test_what_is_not_exact_differs_by_the_rounding(
+def test_what_is_trained_on_is_the_same_to_the_bit(
     make: Make, client: Callable[[], Client], server: Callable[[], Server]
 ) -> None:
-    plain, secure = (make(client=client(), server=server(), secure=secure) for secure in (None, True))
-    results = [next(federation.run()) for federation in (plain, secure)]
-    assert results[0].accuracy == results[1].accuracy
-    for index in range(3):  # after one round; in more, training makes any difference larger
-        one, other = (copy_of(restore_client(federation, index).state()) for federation in (plain, secure))
-        for name in one:
-            torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
+    """In all rounds, since training would make any other last bit larger: as it does with few bits."""
+    plain, secure, coarse = (
+        make(client=client(), server=server(), rounds=2, secure=secure, fraction_bits=bits)
+        for secure, bits in ((None, None), (True, None), (True, 12))
+    )
+    assert accuracies(plain) == accuracies(secure)
+    states = [[copy_of(restore_client(f, index).state()) for index in range(3)] for f in (plain, secure)]
+    assert all(same(one, other) for one, other in zip(*states, strict=True))
+    run(coarse)
+    assert not all(same(restore_client(coarse, index).state(), states[0][index]) for index in range(3))
+
+
+def test_bits_follow_from_what_is_added_up_by_how_many_and_over_how_many_images(make: Make) -> None:
+    federation = make(client=make_client(FrozenViTClient, share="head"), server=FedAvg(), secure=True)
+    sums = federation.sums
+    assert sums is not None
+    named = [dict(zip(sums.shapes, sums.bits(*given), strict=True)) for given in ((5, 100), (500, 1000), (5, None))]
+    assert named == [
+        {"bias": bits, "number of samples": 30, "sum of weights": 30, "weight": bits} for bits in (46, 36, 42)
+    ]
+
+
+def test_bits_that_are_given_are_those_of_every_tensor(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[int]] = []
+    begin = Session.__init__
+
+    def note(self: Session, clients: Any, round: Any, threshold: int, bits: Any, shapes: Any) -> None:
+        asked.append(list(bits))
+        begin(self, clients, round, threshold, bits, shapes)
+
+    monkeypatch.setattr(Session, "__init__", note)
+    options = {"client": make_client(FrozenViTClient, share="head"), "server": FedAvg(), "secure": True}
+    images = [make(**options).template.data.samples_of(client)[0] for client in range(3)]
+    for bits in (None, 20):
+        next(make(**options, fraction_bits=bits).run())
+    fine = most_bits(3, max(images))
+    assert asked == [[fine, 30, 30, fine], [20, 20, 20, 20]]
+
+
+def test_a_weight_beyond_the_range_leaves_its_client_out_by_name(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never a wrong sum: the mean is that of the others."""
+    upload = FrozenViTClient.upload
+
+    def large(self: FrozenViTClient) -> Upload:
+        found = upload(self)
+        return found if self.index != 1 else with_tensors(found, bias=found.tensors["bias"] + 2.0**12)
+
+    monkeypatch.setattr(FrozenViTClient, "upload", large)
+    federation = make(client=make_client(FrozenViTClient, share="head"), server=FedAvg(), secure=True)
+    result = next(federation.run())
+    assert list(result.skipped) == [1]
+    assert result.skipped[1].startswith("ValueError: 'bias' holds ")
+    assert re.search(r"takes values below \d+.*; take federation\.fraction_bits \d+$", result.skipped[1])
 
 
 # ---- who drops out
@@ -309,7 +356,8 @@ def forms(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, bytes]]:
         if tensor.unique().numel() > 8:
             yield f"{name} in float64", tensor.double().numpy().tobytes()
             yield f"{name} in float32", tensor.float().numpy().tobytes()
-            yield f"{name} in fixed point", encode({name: tensor}, 30, 3).tobytes()
+            for bits in (BITS, most_bits(3, 1)):
+                yield f"{name} with {bits} bits behind the point", encode({name: tensor}, [bits], 3).tobytes()
 
 
 @pytest.mark.parametrize("secure", [True, None])

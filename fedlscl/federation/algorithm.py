@@ -184,9 +184,11 @@ class Federation:
         Raises:
             NobodyLeft: if there is no sum, or one that cannot be right: what clients did in the round does not count.
         """
+        images = [self._agreed(client, round.task) for client in participants]
+        most = None if None in images else max(n for n in images if n is not None)
         with result.timed("fit"):
             try:
-                total = sums.total(self.transport, round, participants, result, callback)
+                total = sums.total(self.transport, round, participants, most, result, callback)
             except NoSum as error:
                 others = f"; {_reasons(result)}" if result.skipped else ""
                 raise NobodyLeft(f"no secure sum in round {round.number}: {error}{others}") from error

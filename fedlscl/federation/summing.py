@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from fedlscl.federation.callback import FederationCallback, RoundResult
+from fedlscl.federation.secure.fixed_point import BITS, most_bits
 from fedlscl.federation.secure.session import Session
 from fedlscl.federation.secure.terms import shapes_of, total_of
 from fedlscl.federation.secure.words import ADVERTISE, SHARE, UNMASK
@@ -17,6 +18,9 @@ from fedlscl.schedule import Round, Schedule
 from fedlscl.server import Total
 
 log = logging.getLogger(__name__)
+
+IMAGES = 2**10
+"""How many images a client is taken to have where nobody knows: it decides about bits, and not about who takes part."""
 
 
 class SecureSums:
@@ -37,14 +41,27 @@ class SecureSums:
                 f"federation.secure is true, but server {type(server).__name__} {problem}; leave it out, or take a "
                 "server that needs no more than sums, such as Sum, FedAvg or StatisticsServer"
             )
-        self.schedule = schedule
+        self.schedule, self.server = schedule, server
         self.shapes = shapes_of(template.first.upload_schema(), server)
+
+    def bits(self, clients: int, images: int | None) -> list[int]:
+        """How many bits each tensor has behind the point: as the schedule says, or by what it is.
+
+        Args:
+            clients: how many take part.
+            images: the most that any of them has, if that is known.
+        """
+        if self.schedule.fraction_bits is not None:
+            return [self.schedule.fraction_bits] * len(self.shapes)
+        factors = self.server.factors(IMAGES if images is None else max(images, 1))
+        return [most_bits(clients, factors[name]) if name in factors else BITS for name in self.shapes]
 
     def total(
         self,
         transport: Transport,
         round: Round,
         clients: Sequence[int],
+        images: int | None,
         result: RoundResult,
         callback: FederationCallback,
     ) -> Total:
@@ -52,11 +69,19 @@ class SecureSums:
 
         Who drops out on the way is in `result.skipped` with the reason, unless its values are in the sum already.
 
+        Args:
+            transport: leads to the clients.
+            round: which one.
+            clients: who takes part.
+            images: the most that any of them has in this round, if that is known.
+            result: of the round, to be completed.
+            callback: hears of each fit.
+
         Raises:
             NoSum: if too few clients get to the end, or one has sent what spoils the sum; nothing is then known of it.
         """
-        least, bits = self.schedule.least(len(clients)), self.schedule.fraction_bits
-        session = Session(clients, round, least, bits, self.shapes)
+        least = self.schedule.least(len(clients))
+        session = Session(clients, round, least, self.bits(len(clients), images), self.shapes)
         sent = Counter[int]()
 
         def step(

@@ -103,6 +103,10 @@ class FedProtoServer(Server):
         images = upload.tensors["images"]
         return {"sums": images[:, None] * upload.tensors["prototypes"].double(), "images": images}
 
+    def factors(self, images: int) -> Mapping[str, int]:
+        """Of each prototype, the number of its images."""
+        return {"sums": images}
+
     def from_sums(self, total: Total, context: Context) -> tuple[Answers, Metrics]:
         """The same prototypes, from sums alone."""
         return self._answers(total.tensors["sums"], total.tensors["images"].long(), context)

@@ -84,6 +84,10 @@ class RowAverage(FedAvg):
         rows = {name: _by_row(counts, upload.tensors[name]) * upload.tensors[name].double() for name in self.rows}
         return {**super().terms(upload), COUNTS: counts, **above(rows, "rows.")}
 
+    def factors(self, images: int) -> Mapping[str, int]:
+        """Also each row, by the images of its class."""
+        return {**super().factors(images), **above(dict.fromkeys(self.rows, images), "rows.")}
+
     def from_sums(self, total: Total, context: Context) -> tuple[Answers, Metrics]:
         """One mean for all clients, from sums alone."""
         answers, metrics = super().from_sums(total, context)

@@ -15,7 +15,7 @@ from cryptography.exceptions import InvalidTag
 from torch import Tensor
 
 from fedlscl.federation.secure import masks, shamir, words
-from fedlscl.federation.secure.fixed_point import encode, layout
+from fedlscl.federation.secure.fixed_point import MOST_BITS, encode, layout
 from fedlscl.messages import MessageError, Schema
 from fedlscl.schedule import Round
 
@@ -67,7 +67,7 @@ class Party:
         """Seal for every client, this one included, a share of the key of its masks and one of its seed."""
         roster = self._read(words.SHARE, message, words.ROSTER)
         clients, keys = roster["clients"].tolist(), roster["keys"]
-        threshold, bits = int(roster["threshold"]), int(roster["bits"])
+        threshold, bits = int(roster["threshold"]), roster["bits"].tolist()
         if len(keys) != len(clients) or len(set(clients)) != len(clients) or self.client not in clients:
             raise MessageError("the list of clients is not one with this client in it and a key for each")
         own = words.rows_of(masks.public_of(self._secret(n)) for n in (0, 1))
@@ -76,8 +76,8 @@ class Party:
         if not len(clients) >= threshold > len(clients) // 2:
             # else two halves could each reveal one of the two secrets of a client
             raise MessageError(f"the threshold is {threshold}, must be more than half of the {len(clients)} clients")
-        if not 1 <= bits <= 52:
-            raise MessageError(f"{bits} bits behind the point, must be from 1 to 52")
+        if wrong := [number for number in bits if not 1 <= number <= MOST_BITS]:
+            raise MessageError(f"{wrong[0]} bits behind the point, must be from 1 to {MOST_BITS}")
         dealt = [shamir.split(self._secret(n), clients, threshold) for n in (1, 2)]
         self._kept |= {name: roster[name] for name in ("clients", "keys", "threshold", "bits", "layout")}
         pairs = zip(clients, *dealt, strict=True)
@@ -113,7 +113,9 @@ class Party:
             raise MessageError(f"{len(clients)} clients are left, of whom this must be one; too few, or it is not")
         if layout({name: tensor.shape for name, tensor in tensors.items()}) != words.to_bytes(self._kept["layout"]):
             raise MessageError("the server adds up tensors of other names or shapes than this client has")
-        vector = masks.checked(encode(tensors, int(self._kept["bits"]), len(clients)))
+        if len(bits := self._kept["bits"].tolist()) != len(tensors):
+            raise MessageError(f"the server says how many bits {len(bits)} tensors have, of {len(tensors)}")
+        vector = masks.checked(encode(tensors, bits, len(clients)))
         masks.add_mask(vector, masks.own_key(self._secret(2), session), 1)
         for other in clients:
             if other != self.client:

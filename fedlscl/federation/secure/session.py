@@ -37,12 +37,15 @@ class Session:
         clients: whose values are to be added up.
         round: the round.
         threshold: how many of them must get to the end.
-        bits: behind the point, see `fixed_point`.
+        bits: behind the point of each tensor, see `fixed_point`.
         shapes: of the tensors that each adds, by name and in this order.
     """
 
-    def __init__(self, clients: Sequence[int], round: Round, threshold: int, bits: int, shapes: Shapes) -> None:
-        self.clients, self.round, self.threshold, self.bits, self.shapes = list(clients), round, threshold, bits, shapes
+    def __init__(
+        self, clients: Sequence[int], round: Round, threshold: int, bits: Sequence[int], shapes: Shapes
+    ) -> None:
+        self.clients, self.round, self.threshold = list(clients), round, threshold
+        self.bits, self.shapes = list(bits), shapes
         self.size = sum(shape.numel() for shape in shapes.values())
         self._id = secrets.token_bytes(words.SESSION)
         self._keys: dict[int, Tensor] = {}  # (3, 32) of each client

@@ -24,7 +24,7 @@ from fedlscl.schedule import Round
 ADVERTISE, SHARE, MASK, UNMASK = "advertise", "share", "mask", "unmask"
 SESSION = 16  # bytes of what tells sessions apart
 SEALED = 2 * SHARE_BYTES + 16  # bytes of two shares under authenticated encryption
-MOST = 2**16  # clients
+MOST = TENSORS = 2**16  # clients, and tensors of each
 
 _BYTES, _ALL = torch.uint8, AtMost(MOST)
 _SESSION = {"session": TensorSpec((SESSION,), _BYTES)}
@@ -36,7 +36,7 @@ ROSTER: Schema = {
     "clients": TensorSpec((_ALL,), torch.int64),
     "keys": TensorSpec((_ALL, 3, KEY), _BYTES),
     "threshold": TensorSpec((), torch.int64),
-    "bits": TensorSpec((), torch.int64),
+    "bits": TensorSpec((AtMost(TENSORS),), torch.int64),
     "layout": TensorSpec((KEY,), _BYTES),
 }
 DELIVERY: Schema = {
