@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
-from huggingface_hub.errors import LocalEntryNotFoundError
 
 from fedlscl.cli import main
+from fedlscl.models import hub
 from fedlscl.models.create import create
 
 ROOT = Path(__file__).parent.parent
@@ -103,10 +103,8 @@ def test_first_mistakes_are_told_as_their_page_says(
         said = f"{capsys.readouterr().err}{end.value.code if isinstance(end.value.code, str) else ''}"
         assert said.removeprefix("fedlscl: ").strip() == told
 
-    def offline(*names: str, **options: Any) -> None:
-        raise LocalEntryNotFoundError("no network")
-
-    monkeypatch.setattr("timm.create_model", offline)
+    monkeypatch.setattr(hub, "cached", lambda repository: False)
+    monkeypatch.setattr(hub, "unreachable", lambda repository: "[Errno -2] Name or service not known")
     with pytest.raises(ValueError, match="give a file of them") as refused:
         create("backbone", "vit_base_patch16_224", True, {})
     assert str(refused.value) in " ".join(page.split())
