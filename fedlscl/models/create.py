@@ -109,10 +109,9 @@ def _made(
         return make(name, pretrained=pretrained, num_classes=0, **model_args)
     except Exception as error:  # timm checks little: what does not fit fails anywhere, in any way
         if pretrained and isinstance(error, OSError):  # of the network, the hub or its cache
-            why = (" ".join(str(error).split()) or type(error).__name__)[:80]
             raise ValueError(
                 f"{group}.pretrained: the weights of '{name}' are not on this disk and cannot be fetched "
-                f"({why}); give a file of them: --{group}.weights FILE.safetensors"
+                f"({hub.in_short(error)}); give a file of them: --{group}.weights FILE.safetensors"
             ) from error
         raise ValueError(f"{group}.name, {group}.model_args: timm cannot make '{name}' ({reason(error)})") from error
 

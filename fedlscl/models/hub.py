@@ -23,5 +23,10 @@ def unreachable(repository: str) -> str | None:
     try:
         get_hf_file_metadata(hf_hub_url(repository, _FILE), timeout=SECONDS)
     except Exception as error:  # whatever a network, a proxy or the hub itself come up with
-        return (" ".join(str(error).split()) or type(error).__name__)[:80]
+        return in_short(error)
     return None
+
+
+def in_short(error: Exception) -> str:
+    """What went wrong, in a line of 80 letters at most."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:80]
