@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fedlscl.data.hubs import HuggingFace as HuggingFace
     from fedlscl.data.hubs import MedMNIST as MedMNIST
     from fedlscl.data.inks import Coloured as Coloured
+    from fedlscl.data.inks import Inked as Inked
     from fedlscl.data.listed import ImageTable as ImageTable
     from fedlscl.data.module import FederatedDataModule as FederatedDataModule
     from fedlscl.data.packed import CIFAR10 as CIFAR10
@@ -64,7 +65,7 @@ _HOMES = {
     "data.cub": ("CUB200",),
     "data.folders": ("ImageFolder", "ImageNetR"),
     "data.hubs": ("HuggingFace", "MedMNIST"),
-    "data.inks": ("Coloured",),
+    "data.inks": ("Coloured", "Inked"),
     "data.listed": ("ImageTable",),
     "data.module": ("FederatedDataModule",),
     "data.packed": ("CIFAR10", "CIFAR100", "Digits"),
