@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import gzip
 import json
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 from fedlscl.data.folders import ImageFolder
 from fedlscl.data.held_out import HeldOut
 from fedlscl.data.hubs import HuggingFace, MedMNIST
-from fedlscl.data.inks import Coloured
+from fedlscl.data.inks import INKS, Coloured, Inked
 from fedlscl.data.listed import ImageTable
 from fedlscl.data.module import FederatedDataModule
 from fedlscl.data.packed import CIFAR10, Digits
@@ -62,6 +63,28 @@ def test_coloured_digits_keep_their_shapes_in_colours_that_say_nothing(tmp_path:
     assert Coloured(Digits(), 2).load(tmp_path).sha256 == coloured.sha256
 
 
+def test_inked_digits_are_each_digit_in_each_ink_of_its_hue(tmp_path: Path) -> None:
+    """A class is digit and ink; hue is within a quarter of a sixth of the ink's own, and black stays black."""
+    grey, inked = Digits().load(tmp_path), Inked(Digits()).load(tmp_path)
+    assert (inked.classes[0], inked.classes[1], inked.classes[6], inked.classes[59]) == (
+        *("0 in red", "0 in yellow", "1 in red", "9 in magenta"),
+    )
+    assert Inked(Digits()).count() == len(inked.classes)
+    for part, plain in ((inked.train, grey.train), (inked.test, grey.test)):
+        by_ink = part.images.reshape(6, len(plain.labels), 3, 8, 8)
+        assert (part.labels.reshape(6, -1) == 6 * plain.labels + np.arange(6)[:, None]).all()
+        assert (by_ink[:, plain.images == 0] == 0).all()
+        brightest = by_ink.max(axis=(3, 4)) / 255  # where the stroke is white: the ink
+        for ink, colours in enumerate(brightest):
+            hues = np.array([colorsys.rgb_to_hsv(*colour)[0] for colour in colours])
+            turned = (hues - ink / 6 + 0.5) % 1 - 0.5
+            assert np.abs(turned).max() < 0.26 / 6
+            assert turned.std() > 0.1 / 6
+    assert INKS[4] == "blue"
+    assert inked.train.images[inked.train.labels % 6 == 4].mean(axis=(0, 2, 3)).argmax() == 2
+    assert Inked(Digits()).load(tmp_path).sha256 == inked.sha256
+
+
 def test_copies_of_a_held_out_image_are_not_trained_on(tmp_path: Path) -> None:
     held, coloured = (source.load(tmp_path) for source in (HeldOut(Digits()), Coloured(HeldOut(Digits()), 3)))
     assert len(coloured.train.labels) == 3 * len(held.train.labels)
@@ -73,6 +96,8 @@ def test_copies_are_not_held_out_from_each_other(tmp_path: Path) -> None:
         HeldOut(Coloured(Digits(), 2)).load(tmp_path)
     with pytest.raises(ValueError, match="comes 2 times"):
         HeldOut(Coloured(Coloured(Digits(), 2))).load(tmp_path)
+    with pytest.raises(ValueError, match="comes 6 times"):
+        HeldOut(Inked(Digits())).load(tmp_path)
     HeldOut(Coloured(Digits())).load(tmp_path)
     split = SplitSpec(
         clients=2, tasks=1, classes_per_task=5, private_classes=0, public_classes=5, local_test="holdout30"

@@ -14,7 +14,7 @@ from fedlscl.federation.algorithm import Federation
 from fedlscl.federation.transport import InProcess
 from fedlscl.messages import Message, Upload
 from fedlscl.methods.fed_lscl import FedLSCL
-from fedlscl.methods.fed_lscl_controls import FedLSCLAveraged, FedLSCLStatic
+from fedlscl.methods.fed_lscl_controls import FedLSCLAveraged, FedLSCLStatic, SideBySide
 from fedlscl.server import FedAvg, Isolated
 
 Make = Callable[..., Federation]
@@ -142,3 +142,22 @@ def test_a_start_of_zeros_keeps_every_cnn_as_it_was_drawn(make: Make) -> None:
         assert all(torch.equal(start[name], end[name]) for name in start if name.startswith("cnn."))
         assert not any(bool(end[f"generator.{name}"].any()) for name in ("weight", "bias"))
         assert not torch.equal(start["head.weight"], end["head.weight"])
+
+
+def test_side_by_side_both_models_are_heard_and_the_vit_is_not_trained(make: Make) -> None:
+    """Logits are H [16 E, f] with f the frozen ViT's own features; both parts of H learn, and the ViT does not move."""
+    client: SideBySide = restore_client(make(client=make_client(SideBySide), server=Isolated()), 0)
+    begun = {name: value.clone() for name, value in client.vit.state_dict().items()}
+    start = client.head.weight.detach().clone()
+    fit(client, 1, 1)
+    client.eval()
+    images, _ = train_images(client, task_images(client, 1))
+    with torch.no_grad():
+        both = torch.cat([16 * client.cnn(images), client.vit(images)], dim=1)
+        expected = both @ client.head.weight.T + client.head.bias
+        assert torch.allclose(client(images, client.precompute(images)).logits, expected, atol=1e-5)
+    assert both.shape[1] == CNN["features"] + client.vit.width
+    moved = (client.head.weight != start).any(dim=0)
+    assert moved.all()
+    assert all(torch.equal(value, begun[name]) for name, value in client.vit.state_dict().items())
+    assert client.shared() == {}

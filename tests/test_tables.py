@@ -116,7 +116,7 @@ KEPT = {
     **dict.fromkeys(("fed_lscl_static", "fed_lscl_fedavg"), "20"),
     # no replay, but the features of the buffer travel
     **dict.fromkeys(("fed_lscl_without_replay", "fed_lscl_ewc", "fed_lscl_lwf"), "20"),
-    **dict.fromkeys(("local", "local_vit", "fedvit_replay", "lorm_replay"), "20"),
+    **dict.fromkeys(("local", "local_vit", "local_both", "fedvit_replay", "lorm_replay"), "20"),
     "glfc": "333",
     **dict.fromkeys(BOUNDS, MISSING),
 }

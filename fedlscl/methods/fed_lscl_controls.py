@@ -1,6 +1,6 @@
-"""Two controls of Fed-LSCL: one without its small model, one without its one-by-one distillation.
+"""Controls of Fed-LSCL: without its small model, without its one-by-one distillation, without its generated weights.
 
-See docs/methods/fed_lscl_controls.md. Objective of both: that of Fed-LSCL.
+See docs/methods/fed_lscl_controls.md. Objective of the first two: that of Fed-LSCL.
 
 `FedLSCLStatic` has no CNN: E is the same for every image, so that phi gives one LoRA for all. Everything else is that
 of Fed-LSCL, the start of phi and H, the rates, the replay, the server and the bytes: what Fed-LSCL has above it, its
@@ -8,9 +8,13 @@ small model is worth.
 
 `FedLSCLAveraged` is Fed-LSCL with the mean of the clients' phi in the place of O2D (server `FedAvg`).
 
-What travels: in the first as in Fed-LSCL, where the features are the constant; in the second phi, both ways.
+`SideBySide` has both models and generates nothing: each client alone (server `Isolated`) trains its CNN and a linear
+head on the CNN's features and the frozen ViT's beside each other, by cross-entropy among all seen classes and what
+`continual` adds. What Fed-LSCL has above it, weights for each image are worth over knowing what both models say.
 
-Logged: as Fed-LSCL, the second without the server's objectives.
+What travels: in the first as in Fed-LSCL, where the features are the constant; in the second phi, both ways; nothing.
+
+Logged: as Fed-LSCL, the second without the server's objectives; the third as `small_model`.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from fedlscl.batches import Output
 from fedlscl.client import Client
 from fedlscl.messages import Schema, schema_of
 from fedlscl.methods.fed_lscl import FedLSCL
+from fedlscl.methods.small_model import SmallModelClient
 from fedlscl.models.adapters import LoRA, LowRank
 from fedlscl.models.cnn import SmallModelSpec
 from fedlscl.models.vit import FrozenViT
@@ -95,3 +100,22 @@ class FedLSCLAveraged(FedLSCL):
     def upload_schema(self) -> Schema:
         """phi."""
         return schema_of(self.shared())
+
+
+class SideBySide(SmallModelClient):
+    """A head on the CNN's features E, times `logit_scale`, beside those of the frozen ViT; see `SmallModelClient`."""
+
+    def build(self, vit: FrozenViT, cnn: SmallModelSpec, cnn_name: str, num_classes: int) -> None:
+        """theta, and a head on e + d numbers."""
+        super().build(vit, cnn, cnn_name, num_classes)
+        self.head = nn.Linear(cnn.features + vit.width, num_classes)
+
+    def precompute(self, images: Tensor) -> dict[str, Tensor]:
+        """The frozen features (B, d)."""
+        return {"frozen": self.vit(images)}
+
+    def forward(self, images: Tensor, frozen: Mapping[str, Tensor]) -> Output:
+        """The head on both."""
+        features = self.cnn(images)
+        both = torch.cat([self.logit_scale * features, frozen["frozen"]], dim=1)
+        return Output(self.head(both), features, {"features": features})
