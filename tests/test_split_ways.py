@@ -204,7 +204,7 @@ def test_a_map_has_every_image_once_and_says_what_is_left_out() -> None:
     lines = list(short_lines(found, 100))
     assert lines[0] == "split: 2 clients, 1 tasks, 3 of 6 classes (2 of one client, 1 of all), 45 training images"
     assert lines[-1].startswith("  left out: 3 classes that no client has (")
-    assert lines[-1].endswith("; 60 training images), and 15 training images of the other classes")
+    assert lines[-1].endswith("; 60 training images), and 15 training images of classes that clients have")
     assert len(lines) == 4
     cells = list(rows(found))
     assert [len(row) for row in cells] == [4] * 7

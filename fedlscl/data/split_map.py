@@ -91,7 +91,7 @@ class SplitMap:
             shown = ", ".join(self.unused[:8]) + (f" and {classes - 8} more" if classes > 8 else "")
             parts.append(f"{classes} {what} that no client has ({shown}; {images - rest} training images)")
         if rest:
-            parts.append(f"{rest} training images of the other classes")
+            parts.append(f"{rest} training images of classes that clients have")
         return f"left out: {', and '.join(parts)}"
 
     def to_json(self) -> dict[str, Any]:
