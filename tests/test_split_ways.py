@@ -139,8 +139,7 @@ def test_every_image_is_its_owners(tmp_path: Path) -> None:
     tested = [data.batch("test", task.test)[0][:, 0, 0, 0].tolist() for task in data.split.clients[1].tasks]
     assert sorted(shade for each in tested for shade in each) == [100, 120]
     assert [(client.private, client.public) for client in data.split.clients] == [((1,), (0,)), ((2,), (0,))]
-    found = SplitMap.of(data.split, data.dataset.train.labels, data.dataset.test.labels, data.class_names)
-    assert found.train.tolist() == [[8, 10], [8, 0], [0, 10]]
+    assert data.split_map.train.tolist() == [[8, 10], [8, 0], [0, 10]]
 
 
 def test_owners_and_by_go_together() -> None:
