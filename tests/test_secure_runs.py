@@ -23,11 +23,13 @@ from fedlscl.federation.algorithm import Federation, NobodyLeft
 from fedlscl.federation.secure.fixed_point import BITS, encode, most_bits
 from fedlscl.federation.secure.party import Party
 from fedlscl.federation.secure.session import Session
+from fedlscl.federation.store import Store
 from fedlscl.federation.template import Template
 from fedlscl.federation.transport import InProcess
 from fedlscl.messages import Upload
 from fedlscl.methods.fed_lscl import ExactO2D
 from fedlscl.methods.fed_lscl_sums import FedLSCLSums
+from fedlscl.methods.fedavg import FedAvgClient
 from fedlscl.methods.frozen_vit import FrozenViTClient
 from fedlscl.methods.statistics.client import StatisticsClient
 from fedlscl.methods.statistics.heads import ClassCovariances, Ridge
@@ -181,12 +183,20 @@ def test_with_too_few_the_round_ends_and_is_repeated(ridge: Make, monkeypatch: p
     assert accuracies(federation) == expected[1:]
 
 
+@pytest.mark.parametrize("of", ["sums of a head in closed form", "a mean that is trained on"])
 @pytest.mark.parametrize(("kind", "step"), [(Party, "mask"), (Session, "total")])
 def test_a_run_that_is_killed_in_a_round_repeats_it_with_new_keys(
-    ridge: Make, kind: Any, step: str, monkeypatch: pytest.MonkeyPatch
+    make: Make, ridge: Make, of: str, kind: Any, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = accuracies(ridge())
-    federation, take = ridge(), getattr(kind, step)
+    """While the second round's clients send, or with the sum at hand; a new process goes on from the disk."""
+
+    def build() -> Federation:
+        if of == "sums of a head in closed form":
+            return ridge()
+        return make(client=make_client(FedAvgClient), server=FedAvg(), secure=True, rounds=2)
+
+    whole, federation, take = build(), build(), getattr(kind, step)
+    expected = accuracies(whole)
 
     def killed(self: Any, *arguments: Any) -> Any:
         done = take(self, *arguments)
@@ -198,7 +208,11 @@ def test_a_run_that_is_killed_in_a_round_repeats_it_with_new_keys(
         patch.setattr(kind, step, killed)
         with pytest.raises(KeyboardInterrupt):
             run(federation)
-    assert accuracies(federation) == expected[1:]
+    store, template = Store(federation.store.folder), federation.template
+    again = Federation(federation.schedule, template, store, InProcess(template, store))
+    assert accuracies(again) == expected[1:]
+    for index in range(3):
+        assert same(restore_client(whole, index).state(), restore_client(again, index).state())
 
 
 def test_who_does_not_help_to_unmask_is_in_the_sum_all_the_same(ridge: Make, monkeypatch: pytest.MonkeyPatch) -> None:
