@@ -29,6 +29,8 @@ from fedlscl.analysis.figures import save
 from fedlscl.analysis.formats import csv_text
 from fedlscl.files import write_atomically
 from fedlscl.run.configuration import Configuration
+from fedlscl.run.folder import SUMMARY
+from fedlscl.run.summary import Summary
 
 HERE = Path(__file__).resolve().parent
 METHODS = {"fed_lscl": "O2D", "fed_lscl_without_o2d": "without", "fed_lscl_fedavg": "mean of phi"}
@@ -89,14 +91,14 @@ MASKS = {"seen": "classes of the client", "federation": "classes of all clients"
 def run(folder: Path, key: Key) -> Accuracy:
     """Final averages in % by mask, of a run that is made unless the folder has it."""
     path = folder / f"{key.case}-{key.method}-{key.seed}"
-    if not (path / "summary.json").exists():
+    if not (path / SUMMARY).exists():
         fields = {**BASE, **CASES[key.case].fields, "seed_everything": key.seed, "run_dir": path}
         given = [f"--config={HERE / 'coloured_digits.yaml'}", f"--config={HERE / 'methods' / f'{key.method}.yaml'}"]
         experiment = Configuration([*given, *(f"--{name}={_word(value)}" for name, value in fields.items())]).build()
         experiment.load()
         experiment.run(Console(quiet=True))
-    summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-    return {mask: summary["accuracy"][mask]["final_average"] for mask in MASKS}
+    summary = Summary.read(path / SUMMARY)
+    return {mask: summary.under(mask).final_average for mask in MASKS}
 
 
 def _word(value: object) -> str:

@@ -277,9 +277,9 @@ def split_command(words: list[str]) -> None:
     data = configuration.data()
     data.prepare_data()
     data.setup()
-    found = show(data)
+    show(data.split_map)
     if target is not None:
-        write(found, target, data, f"{configuration.values['setting']}, seed {data.seed}")
+        write(data, target, f"{configuration.values['setting']}, seed {data.seed}")
         say(f"split: {target}")
 
 

@@ -182,6 +182,9 @@ def test_on_a_terminal_the_bar_says_where_the_federation_stands() -> None:
         progress._progress.refresh()
         assert "task 2/3  round 1/3  client 4" in printed(console)
         assert "8/45" in printed(console)
+        progress.reach(2)  # two clients were left out of it
+        progress._progress.refresh()
+        assert "10/45" in printed(console)
         progress.round_done("round 4: seen 71.2 %")
         progress.update(2, 2, 0)
         progress._progress.refresh()

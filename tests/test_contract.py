@@ -283,6 +283,14 @@ def test_only_what_is_declared_travels(whole: tuple[Experiment, Run], tmp_path: 
     assert not any(value in everything for value in vit)
 
 
+def test_what_is_sent_once_is_sent_in_the_first_round_of_a_task(whole: tuple[Experiment, Run]) -> None:
+    """Without it a secure sum is made in every round, and with it in none where a client may have something new."""
+    experiment, seen = whole
+    uploads = [m for m, _ in seen.sent if isinstance(m, Upload)]
+    first = {m.round for m in uploads if m.tensors} == {1, 3}
+    assert not uploads or first == experiment.client.sends_once
+
+
 def test_sums_of_terms_answer_as_the_uploads_do(whole: tuple[Experiment, Run]) -> None:
     """In fixed point too, to the last bit; or the method is one that secure sums are refused to."""
     experiment, seen = whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+import warm
 from helpers import lasting
 
 pytest.importorskip("flwr")
@@ -107,10 +109,12 @@ def ended(deploy: ModuleType, setting: Path, tmp_path_factory: pytest.TempPathFa
             status: dict[str, Any] = deployed.wait(run_id)
             return status
 
-        with (
-            deploy.Deployment(apart, words, timeout=LONG) as separate,
-            deploy.Deployment(simulated, words, timeout=LONG, simulate=2) as nodes,
-        ):
+        separate = deploy.Deployment(apart, words, timeout=LONG)
+        nodes = deploy.Deployment(simulated, words, timeout=LONG, simulate=2)
+        first = tmp_path_factory.mktemp("commands")
+        for deployed in (separate, nodes):
+            deployed.environment["PATH"] = f"{first}{os.pathsep}{deployed.environment['PATH']}"
+        with warm.commands(first, separate.environment), separate, nodes:
             of_nodes = nodes.run()
             deploy.node_key(apart / "client-9" / "node")  # which nobody has registered
             separate.start_node("client-9", client=1, data=str(apart / "client-1"))

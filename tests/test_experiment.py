@@ -199,7 +199,7 @@ def test_means_over_clients_take_the_place_of_their_numbers(finished: tuple[Expe
     history = checkpoint.progress(finished[0].run_dir / "checkpoint")["history"]
     whole, logged = measured(history, 2, 2), dict[str, float]()
     tracker: Any = SimpleNamespace(log=lambda metrics, **_: logged.update(metrics))
-    bar: Any = SimpleNamespace(update=lambda *_: None)
+    bar: Any = SimpleNamespace(update=lambda *_: None, reach=lambda _: None)
     callback = RunCallback(tracker, bar, 2, 2, {"history": history[:-1]}, {}, clients="aggregate")
     for client in (2, 0, 1):
         logger = callback.on_fit_start(2, 4, client)

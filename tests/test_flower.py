@@ -373,6 +373,19 @@ def test_secure_sums_have_the_numbers_of_one_process(secure_place: Place) -> Non
         assert set(state) == {"done"}
 
 
+def test_a_round_without_a_secure_sum_is_only_ended(tmp_path: Path) -> None:
+    """In the second round of a task a head in closed form has nothing to send; nor where the server starts anew."""
+    ridge = next(path for path in METHODS if path.stem == "fed_ridge")
+    (tmp_path / "ground").mkdir()
+    words = ["--config", str(ridge), "--federation.secure", "true"]
+    place = Place(tmp_path, prepare(tmp_path / "ground", words, rounds=2))
+    before = run(place.on_flower(), stop=1)
+    assert outcome([*before, *run(place.on_flower())]) == outcome(place.expected())
+    sent = [message for message, _ in place.wire.sent]
+    kinds = [{kind for kind in (SECURE, FIT, END) if any(in_round(m, n, {kind}) for m in sent)} for n in range(1, 5)]
+    assert kinds == [{SECURE, FIT, END}, {END}, {SECURE, FIT, END}, {END}]
+
+
 @pytest.mark.parametrize("kind", [SECURE, FIT])
 def test_who_drops_out_of_a_secure_sum_goes_on_as_if_the_fit_had_failed(secure_place: Place, kind: str) -> None:
     expected = secure_place.expected(failure=(1, 1))

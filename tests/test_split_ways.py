@@ -139,8 +139,24 @@ def test_every_image_is_its_owners(tmp_path: Path) -> None:
     tested = [data.batch("test", task.test)[0][:, 0, 0, 0].tolist() for task in data.split.clients[1].tasks]
     assert sorted(shade for each in tested for shade in each) == [100, 120]
     assert [(client.private, client.public) for client in data.split.clients] == [((1,), (0,)), ((2,), (0,))]
-    found = SplitMap.of(data.split, data.dataset.train.labels, data.dataset.test.labels, data.class_names)
-    assert found.train.tolist() == [[8, 10], [8, 0], [0, 10]]
+    assert data.split_map.train.tolist() == [[8, 10], [8, 0], [0, 10]]
+
+
+def test_a_clients_test_images_stay_the_same_whatever_the_random_generator_gives_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for client in "ab":
+        for n in range(20):
+            draw(tmp_path / "data" / client / "cat" / f"{client}{n}.png", n)
+    first, other = tmp_path / "first", tmp_path / "other"
+    first.mkdir()
+    other.mkdir()
+    source = ClientFolders(str(tmp_path / "data"), 4)
+    before = source.load(first)
+    monkeypatch.setattr("fedlscl.data.source._CUT_SEED", 1)
+    after, anew = source.load(first), source.load(other)
+    assert after.sha256 == before.sha256 != anew.sha256
+    assert len(list(first.glob("clientfolders-test-*.json"))) == 2  # a record for each client
 
 
 def test_owners_and_by_go_together() -> None:

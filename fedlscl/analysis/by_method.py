@@ -8,12 +8,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fedlscl.analysis.captions import Picture, about_seeds, about_stars, among, over_tasks, ranking, starred_name
-from fedlscl.analysis.comparison import POOLED, Comparison, Variant
+from fedlscl.analysis.comparison import Comparison, Variant
 from fedlscl.analysis.drawing import COLOURS, LABEL_SIZE, PAGE, frame, over_seeds
 from fedlscl.run.plots import DPI
 
 TITLE = "Final average of every method"
-_METHOD, _POOLED = COLOURS[0], "0.6"
+_METHOD, _GREY = COLOURS[0], "0.6"
 
 
 def ends_of(comparison: Comparison, mask: str) -> list[tuple[Variant, float, float]]:
@@ -23,7 +23,7 @@ def ends_of(comparison: Comparison, mask: str) -> list[tuple[Variant, float, flo
     the deviation is NaN.
     """
     ranked = ranking(comparison.usual, mask)
-    ranked = [v for v in ranked if v.method not in POOLED] + [v for v in ranked if v.method in POOLED]
+    ranked = [v for v in ranked if not v.pooled] + [v for v in ranked if v.pooled]
     found = []
     for variant in ranked:
         mean, deviation = over_seeds(over_tasks(variant, mask)[:, -1])
@@ -49,7 +49,7 @@ def accuracy_by_method(comparison: Comparison, mask: str) -> Picture | None:
     figure = Figure(figsize=(PAGE, 0.19 * len(shown) + 0.6), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     for place, (variant, mean, deviation) in enumerate(ends):
-        colour = _POOLED if variant.method in POOLED else _METHOD
+        colour = _GREY if variant.pooled else _METHOD
         axes.barh(place, mean, height=0.72, color=colour)
         text = f"{mean:.1f}" if np.isnan(deviation) else f"{mean:.1f} ± {deviation:.1f}"
         end = mean if np.isnan(deviation) else mean + deviation
@@ -72,7 +72,7 @@ def accuracy_by_method(comparison: Comparison, mask: str) -> Picture | None:
 
 def caption_of(shown: Sequence[Variant], mask: str) -> str:
     """What the bars of these methods are."""
-    grey = " Grey: sees the images of all clients and tasks at once." if shown[-1].method in POOLED else ""
+    grey = " Grey: sees the images of all clients and tasks at once." if shown[-1].pooled else ""
     return (
         f"Final average over clients and tasks in %, the best first; {among(mask)}. "
         f"{about_seeds(shown, 'bars are')} {about_stars(shown, mask)}".strip()

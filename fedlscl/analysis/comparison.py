@@ -17,9 +17,6 @@ FINGERPRINTS = (("data_sha256", "images"), ("weights_sha256", "weights"), ("cnn_
 PROTOCOL = ("data.", "backbone.", "cnn.", "federation.", "trainer.", "model.epochs", "model.batch_size")
 """Fields, by their beginning, that are not a method's own: what is usual there, is so for all methods together."""
 
-POOLED = ("joint", "joint_ridge", "joint_vit")
-"""Methods that see all clients' and tasks' images at once: references, for which bytes and a buffer mean nothing."""
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -39,6 +36,11 @@ class Variant:
     def label(self) -> str:
         """The method's name, and in what it differs from its usual configuration."""
         return f"{self.method} ({named(self.differs)})" if self.differs else self.method
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the method sees the images of all clients and tasks at once."""
+        return self.runs[0].pooled
 
     @property
     def task_aware(self) -> tuple[str, ...]:

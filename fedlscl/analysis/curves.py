@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from fedlscl.analysis.captions import Picture, about_seeds, about_stars, among, ranking, starred_name
-from fedlscl.analysis.comparison import POOLED, Comparison, Variant
+from fedlscl.analysis.comparison import Comparison, Variant
 from fedlscl.analysis.drawing import (
     COLOURS,
     COLUMN,
@@ -179,7 +179,7 @@ def growth_tables(comparison: Comparison) -> list[Table]:
 
 def _without_steps(run: Run) -> bool:
     """Whether no number of steps belongs to a task: sums take none, and bounds see all tasks at once."""
-    return run.method in POOLED or run.growth is None or run.growth.steps == 0
+    return run.pooled or run.growth is None or run.growth.steps == 0
 
 
 def _trained(variants: Sequence[Variant]) -> list[Variant]:

@@ -25,7 +25,7 @@ from fedlscl.analysis.captions import (
     star,
     starred_name,
 )
-from fedlscl.analysis.comparison import POOLED, Comparison, Variant, named
+from fedlscl.analysis.comparison import Comparison, Variant, named
 from fedlscl.analysis.curves import accuracy_by_steps
 from fedlscl.analysis.drawing import (
     COLOURS,
@@ -282,7 +282,7 @@ def _forgotten(axes: Axes, variant: Variant, accuracy: FloatArray, styles: Seque
 
 def _by_bytes(comparison: Comparison, mask: str, key_apart: bool) -> Picture | None:
     """Final average against what a client sends and receives in a round, a numbered point for each method."""
-    ranked = ranking([variant for variant in comparison.usual if variant.method not in POOLED], mask)
+    ranked = ranking([variant for variant in comparison.usual if not variant.pooled], mask)
     if not ranked:
         return None
     sent = [float(np.mean([run.bytes_per_client_round for run in variant.runs])) / _MIB for variant in ranked]

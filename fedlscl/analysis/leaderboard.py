@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fedlscl.analysis.comparison import POOLED, Comparison, Variant
+from fedlscl.analysis.comparison import Comparison, Variant
 from fedlscl.analysis.formats import MISSING, Cell, Table, to_markdown
 from fedlscl.analysis.results import Run
 from fedlscl.analysis.rows import (
@@ -95,7 +95,7 @@ def _table(comparison: Comparison, ranked: Sequence[Variant]) -> Table:
         assert variant is not None  # nothing is missing where no method is required
         cells.append(
             (
-                Cell(MISSING) if variant.method in POOLED else number(place + 1, 0),
+                Cell(MISSING) if variant.pooled else number(place + 1, 0),
                 Cell(name),
                 *(replace(column[place], mark="") for column in columns),
                 _sent(variant),
@@ -124,7 +124,7 @@ def _forgetting(run: Run) -> float | None:
 
 def _sent(variant: Variant) -> Cell:
     """Bytes of all messages in both directions, of all clients."""
-    if variant.method in POOLED:
+    if variant.pooled:
         return Cell(MISSING)
     value = statistics.mean(run.bytes for run in variant.runs)
     return Cell(human_bytes(value), numbers={"": value})

@@ -42,6 +42,9 @@ ADDED: dict[str, Any] = {
 }
 """Fields that a later version has added and that cannot be null, with what makes no other run."""
 
+POOLED = ("joint", "joint_ridge", "joint_vit")
+"""Methods that see all clients' and tasks' images at once: references, for which bytes and a buffer mean nothing."""
+
 SHOWN = 20
 """Runs that are listed where many are printed."""
 
@@ -62,6 +65,11 @@ class Run:
     def method(self) -> str:
         """Name of the method."""
         return self.summary.method
+
+    @property
+    def pooled(self) -> bool:
+        """Whether its method sees the images of all clients and tasks at once."""
+        return self.method in POOLED
 
     @property
     def setting(self) -> str:

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from fedlscl.analysis.comparison import POOLED, Comparison, Variant, named
+from fedlscl.analysis.comparison import Comparison, Variant, named
 from fedlscl.analysis.formats import MISSING, Cell, Mark
 from fedlscl.analysis.results import Run
 from fedlscl.evaluation import MASKS
@@ -76,7 +76,7 @@ def ordered(
 
     def place(variant: Variant) -> tuple[bool, bool, float, str]:
         found = known(variant, by)
-        return (variant.method in POOLED, not found, -statistics.mean(found or [0.0]), variant.method)
+        return (variant.pooled, not found, -statistics.mean(found or [0.0]), variant.method)
 
     there = {variant.method for variant in variants}
     rows: list[Named] = [(variant.label, variant) for variant in sorted(variants, key=place)]
@@ -113,7 +113,8 @@ def among_methods(mask: str) -> Callable[[Variant], bool]:
     """Whether a variant competes with the other methods: what is told the task has it easier where others are not."""
     return lambda variant: (
         usual(variant)
-        and variant.method not in (*POOLED, *RELATIVES)
+        and not variant.pooled
+        and variant.method not in RELATIVES
         and (mask == "task" or mask not in variant.task_aware)
     )
 

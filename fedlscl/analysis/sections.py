@@ -19,7 +19,7 @@ from matplotlib.colors import to_hex
 
 from fedlscl.analysis.by_method import TITLE, caption_of, ends_of
 from fedlscl.analysis.captions import about_seeds, starred_name
-from fedlscl.analysis.comparison import POOLED, Comparison
+from fedlscl.analysis.comparison import Comparison
 from fedlscl.analysis.deviations import plural
 from fedlscl.analysis.results import Run
 from fedlscl.evaluation import MASKS
@@ -91,10 +91,7 @@ def ranking_section(comparison: Comparison, key: str, mask: str = "seen") -> Sec
         return Section(
             key, f"Final average of {ends[0][0].label} by mask", drawn("ranking", bars=bars, caption=caption)
         )
-    bars = [
-        _bar(starred_name(variant, mask), mean, deviation, variant.method in POOLED)
-        for variant, mean, deviation in ends
-    ]
+    bars = [_bar(starred_name(variant, mask), mean, deviation, variant.pooled) for variant, mean, deviation in ends]
     caption = caption_of([variant for variant, _, _ in ends], mask)
     return Section(key, TITLE, drawn("ranking", bars=bars, caption=caption))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.ticker import EngFormatter
 
-from fedlscl.analysis.comparison import POOLED, Comparison, Variant, named
+from fedlscl.analysis.comparison import Comparison, Variant, named
 from fedlscl.analysis.curves import growth_tables
 from fedlscl.analysis.formats import MISSING, Cell, Table
 from fedlscl.analysis.paper_tables import table1, table2
@@ -41,7 +41,7 @@ from fedlscl.analysis.rows import (
 )
 from fedlscl.evaluation import MASKS
 from fedlscl.run.console import human_bytes
-from fedlscl.run.summary import Compute, Summary
+from fedlscl.run.summary import Compute
 
 COUNTS = EngFormatter(places=1)
 """How counts are written: with k, M and G."""
@@ -148,7 +148,7 @@ def costs(comparison: Comparison, shown: Sequence[Variant]) -> Table:
             (
                 Cell(name),
                 kept(variant),
-                *_traffic(variant.method, summaries),
+                *_traffic(variant),
                 *(_range(compute, name) for name in ("trained_parameters", "flops_frozen", "flops")),
                 seconds,
                 memory,
@@ -269,11 +269,11 @@ def _metrics(
     )
 
 
-def _traffic(method: str, summaries: Sequence[Summary]) -> list[Cell]:
+def _traffic(variant: Variant) -> list[Cell]:
     """Bytes up and down of a client and round, and of the whole run."""
-    if method in POOLED:
+    if variant.pooled:
         return [Cell(MISSING)] * 3
-
+    summaries = [run.summary for run in variant.runs]
     sent = [
         statistics.mean(summary.bytes_up.per_client_round for summary in summaries),
         statistics.mean(summary.bytes_down.per_client_round for summary in summaries),

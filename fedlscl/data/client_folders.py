@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlscl.data.cache import Files, load_images
-from fedlscl.data.cutting import TEST_FRACTION
+from fedlscl.data.cutting import TEST_FRACTION, cut_parts
 from fedlscl.data.folders import ImageFiles, check_same_classes, class_folders, list_classes, warn_of_left_out
-from fedlscl.data.source import Dataset, Owners, cut_test
+from fedlscl.data.source import Dataset, Owners
 from fedlscl.data.temporary import sweep
 
 
@@ -18,8 +18,8 @@ class ClientFolders(ImageFiles):
     """Any images in ``<client>/train/<class>/`` and ``<client>/test/<class>/``, or in ``<client>/<class>/``.
 
     Clients are numbered by the sorted names of their folders. A class that several have is one class. Without ``train``
-    and ``test`` a random 20 % of a client's images of a class, the same in every run, are its test images. It goes with
-    ``data.split.by: folders``.
+    and ``test`` a random 20 % of a client's images of a class, the same in every run, are its test images, see
+    `cut_parts`. It goes with ``data.split.by: folders``.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ClientFolders(ImageFiles):
         parts = {"train": _Part(), "test": _Part()}
         left_out: list[Path] = []
         for client, folder in enumerate(clients):
-            for part, (classes, others) in self._read(folder).items():
+            for part, (classes, others) in self._read(folder, cache_dir).items():
                 parts[part].add(client, classes)
                 left_out += others
         warn_of_left_out(self.root, left_out)
@@ -79,25 +79,15 @@ class ClientFolders(ImageFiles):
         return len({each.name for folder in inner for each in class_folders(folder)}) or None
 
     @staticmethod
-    def _read(folder: Path) -> dict[str, tuple[dict[str, list[Path]], list[Path]]]:
+    def _read(folder: Path, cache_dir: Path) -> dict[str, tuple[dict[str, list[Path]], list[Path]]]:
         """One client's images by part and class, and the files that are left out."""
         if (folder / "train").is_dir():
             train, test = (list_classes(folder / part, None) for part in ("train", "test"))
             check_same_classes(folder / "train", train.classes, folder / "test", test.classes)
             return {"train": (train.classes, train.left_out), "test": (test.classes, test.left_out)}
         found = list_classes(folder, None)
-        cuts = {
-            name: {*cut_test(len(paths), TEST_FRACTION, number, folder / name).tolist()}
-            for number, (name, paths) in enumerate(found.classes.items())
-        }
-        train_images, test_images = (
-            {
-                name: [path for n, path in enumerate(paths) if (n in cuts[name]) == tested]
-                for name, paths in found.classes.items()
-            }
-            for tested in (False, True)
-        )
-        return {"train": (train_images, found.left_out), "test": (test_images, [])}
+        drawn, tested = cut_parts("clientfolders", found.classes, folder, TEST_FRACTION, cache_dir)
+        return {"train": (drawn.by_class, found.left_out), "test": (tested.by_class, [])}
 
 
 class _Part:

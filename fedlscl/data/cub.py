@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedlscl.data.cache import Files, load_images
-from fedlscl.data.folders import ImageFiles, unpacked
+from fedlscl.data.folders import ImageArchive
 from fedlscl.data.source import Dataset
 from fedlscl.data.temporary import sweep
 
@@ -13,30 +13,16 @@ INNER = "CUB_200_2011"
 """The folder in the archive."""
 
 
-class CUB200(ImageFiles):
+class CUB200(ImageArchive):
     """CUB-200-2011; classes are called as its folders, such as ``001.Black_footed_Albatross``.
 
     ``images.txt`` says which images there are and ``train_test_split.txt`` which of them are for training.
+
+    Args:
+        root: the unpacked ``CUB_200_2011`` folder, or ``CUB_200_2011.tgz``, then unpacked into the cache.
     """
 
-    def __init__(
-        self,
-        root: str,
-        size: int = 224,
-        expected_classes: int = 200,
-        background: str | tuple[int, int, int] = "white",
-        value_range: tuple[float, float] | None = None,
-    ) -> None:
-        """Name what to read.
-
-        Args:
-            root: the unpacked ``CUB_200_2011`` folder, or ``CUB_200_2011.tgz``, then unpacked into the cache.
-            size: side in pixels that images are decoded to.
-            expected_classes: refuse any other number of classes.
-            background: colour behind transparent images. See ImageFolder.
-            value_range: values that are black and white in images that do not say it themselves. See ImageFolder.
-        """
-        super().__init__(root, size, expected_classes, background, value_range)
+    inner = INNER
 
     def load(self, cache_dir: Path) -> Dataset:
         """Return CUB-200-2011, decoded or from the cache.
@@ -47,7 +33,7 @@ class CUB200(ImageFiles):
                 the parts, or images cannot be read.
         """
         sweep(cache_dir)
-        root = unpacked(self.root, INNER, cache_dir) if self.root.is_file() else self.root
+        root = self.folder(cache_dir)
         images, training = _listed(root / "images.txt"), _listed(root / "train_test_split.txt")
         if images.keys() != training.keys():
             number = min(images.keys() ^ training.keys())

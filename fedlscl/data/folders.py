@@ -148,12 +148,11 @@ class ImageFolder(ImageFiles):
         return self.root, None
 
 
-class ImageNetR(ImageFiles):
-    """ImageNet-R, 30,000 renditions of 200 ImageNet classes.
+class ImageArchive(ImageFiles):
+    """A known set of images of 200 classes, in a folder or in the archive that it is published as."""
 
-    There is no official split. A random 20 % of each class, the same in every run, is the test set; the names
-    of the test images are kept in the cache folder, so that they outlive changes of the random generator.
-    """
+    inner: str
+    """The folder in the archive."""
 
     def __init__(
         self,
@@ -166,13 +165,45 @@ class ImageNetR(ImageFiles):
         """Name what to read.
 
         Args:
-            root: the unpacked ``imagenet-r`` folder, or ``imagenet-r.tar``, then unpacked into the cache.
+            root: the unpacked folder, or the archive, then unpacked into the cache.
             size: side in pixels that images are decoded to.
             expected_classes: refuse any other number of classes.
             background: colour behind transparent images. See ImageFolder.
             value_range: values that are black and white in images that do not say it themselves. See ImageFolder.
         """
         super().__init__(root, size, expected_classes, background, value_range)
+
+    def folder(self, cache_dir: Path) -> Path:
+        """The folder `root`, or that of the archive in the cache, unpacked now or before.
+
+        Raises:
+            ValueError: the archive cannot be read, is too large, or has no such folder.
+        """
+        if not self.root.is_file():
+            return self.root
+        contents = Contents(self.root, cache_dir)
+        (digest,) = contents.of([self.root], MAX_ARCHIVE)
+        if not digest:
+            size = self.root.stat().st_size
+            raise ValueError(f"{self.root} ({size:,} bytes) cannot be read, or has more than {MAX_ARCHIVE:,} bytes")
+        folder = cache_dir / f"{self.inner}-{digest[:20]}"
+        if not folder.is_dir():
+            unpack(self.root, self.inner, folder)
+        contents.save()
+        return folder
+
+
+class ImageNetR(ImageArchive):
+    """ImageNet-R, 30,000 renditions of 200 ImageNet classes.
+
+    There is no official split. A random 20 % of each class, the same in every run, is the test set; the names
+    of the test images are kept in the cache folder, so that they outlive changes of the random generator.
+
+    Args:
+        root: the unpacked ``imagenet-r`` folder, or ``imagenet-r.tar``, then unpacked into the cache.
+    """
+
+    inner = "imagenet-r"
 
     def load(self, cache_dir: Path) -> Dataset:
         """Return ImageNet-R, decoded or from the cache.
@@ -182,30 +213,12 @@ class ImageNetR(ImageFiles):
             ValueError: not the expected classes, too few images of one, or images cannot be read.
         """
         sweep(cache_dir)
-        root = unpacked(self.root, "imagenet-r", cache_dir) if self.root.is_file() else self.root
+        root = self.folder(cache_dir)
         listing = list_classes(root, self.expected_classes)
         warn_of_left_out(root, listing.left_out)
         parts = cut_parts("imagenet-r", listing.classes, root, 0.2, cache_dir)
         train, test = load_images("imagenetr", self.decoder, root, parts, cache_dir)
         return Dataset("imagenet-r", train, test, tuple(listing.classes))
-
-
-def unpacked(archive: Path, inner: str, cache_dir: Path) -> Path:
-    """The folder in the cache that holds what an archive has in its folder `inner`, unpacked now or before.
-
-    Raises:
-        ValueError: the archive cannot be read, is too large, or has no such folder.
-    """
-    contents = Contents(archive, cache_dir)
-    (digest,) = contents.of([archive], MAX_ARCHIVE)
-    if not digest:
-        size = archive.stat().st_size
-        raise ValueError(f"{archive} ({size:,} bytes) cannot be read, or has more than {MAX_ARCHIVE:,} bytes")
-    folder = cache_dir / f"{inner}-{digest[:20]}"
-    if not folder.is_dir():
-        unpack(archive, inner, folder)
-    contents.save()
-    return folder
 
 
 class _Listing(NamedTuple):

@@ -17,6 +17,7 @@ from fedlscl.checks import at_least
 from fedlscl.data.dealing import make_split
 from fedlscl.data.device import CPU, DeviceImages
 from fedlscl.data.source import Dataset, Part, Source
+from fedlscl.data.split_map import SplitMap
 from fedlscl.data.splits import Split, SplitSpec
 
 
@@ -95,6 +96,11 @@ class FederatedDataModule(LightningDataModule):
     def split_sha256(self) -> str:
         """What tells splits apart, the same in every place that has a part of one."""
         return self.split.sha256
+
+    @property
+    def split_map(self) -> SplitMap:
+        """Who has which images, as far as they are here."""
+        return SplitMap.of(self.split, self.dataset.train.labels, self.dataset.test.labels, self.class_names)
 
     @property
     def num_classes(self) -> int:

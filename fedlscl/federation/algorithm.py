@@ -70,8 +70,8 @@ class Federation:
         self.sums = SecureSums(self.schedule, self.template) if self.schedule.secure else None
         if self.sums is not None and self.template.client.privacy is not None and self.schedule.rounds > 1:
             raise ValueError(
-                f"federation.rounds is {self.schedule.rounds}, but with federation.secure and model.privacy each round "
-                "adds noise to the sums, and only the first of a task adds images; take 1"
+                f"federation.rounds is {self.schedule.rounds}, but with federation.secure and model.privacy every "
+                "further sum of a task adds noise, and hardly any images; take 1"
             )
         if self.server.server_images:
             self.server.hold(*self.template.data.server_images(self.server.server_images))
@@ -130,10 +130,12 @@ class Federation:
         participants = self.schedule.participants(self.clients, round)
         if (state := self.store.read("server")) is not None:
             self.server.load(state)
-        self._learned = self._tasks_learned(round)
+        self._learned = self._last_tasks(round.task - 1)
         sent: Received | Total
         if self.sums is None:
             sent = self._fit(round, participants, result, callback)
+        elif self._all_sent(round, participants):
+            participants, sent = [], Received()
         else:
             sent = self._sum(self.sums, round, participants, result, callback)
         answers: Answers = {}
@@ -256,16 +258,21 @@ class Federation:
             return None
         return sum(of_tasks[self._learned[client] : task])
 
-    def _tasks_learned(self, round: Round) -> list[int]:
-        """The last task before this one in which each client took part to the end of a round; 0 for none."""
+    def _last_tasks(self, until: int) -> list[int]:
+        """The last task, up to `until`, in which each client took part to the end of a round; 0 for none."""
         learned = [0] * self.clients
         for past in self.history:
-            if past.task < round.task:
-                then = Round(past.task, past.round, False, round.seed)
+            if past.task <= until:
+                then = Round(past.task, past.round, False, self.template.seed)
                 for client in self.schedule.participants(self.clients, then):
                     if client not in past.skipped:
                         learned[client] = past.task
         return learned
+
+    def _all_sent(self, round: Round, participants: list[int]) -> bool:
+        """Whether it is on record that a round's clients have sent all that there is of the task: no sum is needed."""
+        last = self._last_tasks(round.task)
+        return self.template.client.sends_once and all(last[client] == round.task for client in participants)
 
     def _compare(self, uploads: Received, result: RoundResult) -> None:
         """Leave out by name whose upload the server finds out of place among the others."""

@@ -79,6 +79,7 @@ class RunCallback(ProgressCallback):
 
     def on_round_end(self, result: RoundResult) -> None:
         """Log it, and note what it cost."""
+        super().on_round_end(result)
         self.history.append(result.to_json())
         metrics = {
             **together(self._logged, "clients/"),

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlscl.evaluation import MASKS, final_average, forgetting, measured_mean
-from fedlscl.federation.callback import FederationCallback
+from fedlscl.federation.callback import FederationCallback, RoundResult
 from fedlscl.run.contribution import read_contribution
 from fedlscl.run.summary import Summary
 
@@ -41,7 +41,7 @@ class FederationProgress:
     ) -> None:
         if min(tasks, rounds, clients) < 1:
             raise ValueError(f"tasks, rounds and clients count from 1, got {tasks}, {rounds} and {clients}")
-        self._tasks, self._rounds, total = tasks, rounds, tasks * rounds * clients
+        self._tasks, self._rounds, self._clients, total = tasks, rounds, clients, tasks * rounds * clients
         if not 0 <= completed <= total:
             raise ValueError(f"completed must be 0..{total} client-rounds, got {completed}")
         console = console or Console()
@@ -94,6 +94,14 @@ class FederationProgress:
         """Count one client-round as done."""
         self._progress.advance(self._bar)
 
+    def reach(self, round: int) -> None:
+        """Count all client-rounds as done up to the end of a round, also those of clients that were left out.
+
+        Args:
+            round: counted over all tasks, from 1.
+        """
+        self._progress.update(self._bar, completed=round * self._clients)
+
     def round_done(self, text: str) -> None:
         """Print the line of a finished round, above the bar if there is one.
 
@@ -144,6 +152,10 @@ class ProgressCallback(FederationCallback):
     def on_aggregate_step(self, step: int, steps: float) -> None:
         """Beside the bar."""
         self.bar.serve(step, steps)
+
+    def on_round_end(self, result: RoundResult) -> None:
+        """The bar is where it would be if everybody had taken part to the end."""
+        self.bar.reach(result.round)
 
 
 def summary_table(summary: Summary, console: Console, *, picture: Path, run_dir: Path) -> None:

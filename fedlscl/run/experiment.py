@@ -25,7 +25,7 @@ from rich.text import Text
 
 from fedlscl.client import Client
 from fedlscl.data.module import FederatedDataModule
-from fedlscl.data.split_map import SplitMap, short_lines
+from fedlscl.data.split_map import SplitMap
 from fedlscl.evaluation import MASKS
 from fedlscl.federation import store as checkpoint
 from fedlscl.federation.algorithm import Federation, NobodyLeft
@@ -40,6 +40,7 @@ from fedlscl.run.console import FederationProgress, summary_table
 from fedlscl.run.errors import told
 from fedlscl.run.fields import short
 from fedlscl.run.folder import CHECKPOINT, CONFIG, METRICS, SPLIT, SUMMARY, RunFolder
+from fedlscl.run.splitting import print_short
 from fedlscl.run.summary import Accuracy, Compute, Promise, Skipped, Summary, Traffic, contradictory
 from fedlscl.run.tracking import OfClients, Tracker, WandbMode, mended, wandb_is
 from fedlscl.schedule import Schedule
@@ -181,8 +182,7 @@ class Experiment:
         rounds = self.data.split.spec.tasks * self.schedule.rounds
         state = "finished, in" if summary is not None else f"to go on after round {behind}, in" if behind else "new, in"
         if (found := self.split_map) is not None:
-            for line in short_lines(found, console.width):
-                console.print(Text(line), soft_wrap=True)
+            print_short(found, console)
         console.print(
             Text(f"run: {self.method} on {self.setting}, {rounds} rounds; {state} {self.run_dir}"), soft_wrap=True
         )
@@ -191,10 +191,8 @@ class Experiment:
     @property
     def split_map(self) -> SplitMap | None:
         """Who has which images; None in a place that has a part of them."""
-        data = self.data
-        if not data.dataset.complete or len(data.split.present) < len(data.split.clients):
-            return None
-        return SplitMap.of(data.split, data.dataset.train.labels, data.dataset.test.labels, data.class_names)
+        everybody = len(self.data.split.present) == len(self.data.split.clients)
+        return self.data.split_map if self.data.dataset.complete and everybody else None
 
     def _show_split(self, console: Console, new: bool) -> None:
         """The split in a few lines, where a run begins, and as a picture in its folder."""
@@ -202,8 +200,7 @@ class Experiment:
         if found is None:
             return
         if new:
-            for line in short_lines(found, console.width):
-                console.print(Text(line), soft_wrap=True)
+            print_short(found, console)
         if new or not path.exists():
             try:
                 from fedlscl.run import plots  # and with it matplotlib

@@ -25,23 +25,20 @@ COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
 """Of the tasks, in turns."""
 
 
-def show(data: FederatedDataModule) -> SplitMap:
-    """Print the map of a split: as tables that fit the terminal, elsewhere as lines with tabs between cells.
-
-    Args:
-        data: the data, set up.
-
-    Returns:
-        The map.
-    """
-    found = SplitMap.of(data.split, data.dataset.train.labels, data.dataset.test.labels, data.class_names)
-    console = Console()
+def print_short(found: SplitMap, console: Console) -> None:
+    """Print the map of a split in a few lines."""
     for line in short_lines(found, console.width):
         console.print(Text(line), soft_wrap=True)
+
+
+def show(found: SplitMap) -> None:
+    """Print the map of a split: as tables that fit the terminal, elsewhere as lines with tabs between cells."""
+    console = Console()
+    print_short(found, console)
     heading, *body = rows(found)
     if not console.is_terminal:
         sys.stdout.write("\n".join("\t".join(row) for row in [heading, *body]) + "\n")
-        return found
+        return
     console.print("\ntask: training images, of each client")
     at_once = max((console.width - max(map(len, found.names)) - 14) // 12, 1)
     for first in range(0, found.clients, at_once):
@@ -54,7 +51,6 @@ def show(data: FederatedDataModule) -> SplitMap:
             cells = (Text(row[n + 1], style=_colour(int(found.task[label, n]))) for n in chosen)
             table.add_row(Text(row[0]), *cells, *(Text(cell, style="dim") for cell in row[found.clients + 1 :]))
         console.print(table)
-    return found
 
 
 def read_map(folder: Path) -> SplitMap | None:
@@ -68,13 +64,12 @@ def read_map(folder: Path) -> SplitMap | None:
         return None
 
 
-def write(found: SplitMap, path: Path, data: FederatedDataModule, title: str) -> None:
-    """Write the map as a picture, or the classes of each client as a file that `data.split.by` takes.
+def write(data: FederatedDataModule, path: Path, title: str) -> None:
+    """Write the map of a split as a picture, or the classes of each client as a file that `data.split.by` takes.
 
     Args:
-        found: the map.
-        path: a file that `checks.output` has returned.
         data: the data, set up.
+        path: a file that `checks.output` has returned.
         title: of the picture.
     """
     if path.suffix == ".csv":
@@ -83,7 +78,7 @@ def write(found: SplitMap, path: Path, data: FederatedDataModule, title: str) ->
         return
     from fedlscl.run import plots  # and with it matplotlib
 
-    plots.split_picture(found, path, title)
+    plots.split_picture(data.split_map, path, title)
 
 
 def _colour(task: int) -> str:

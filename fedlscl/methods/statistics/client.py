@@ -43,6 +43,7 @@ class StatisticsClient(Client):
     """
 
     discloses = "task"
+    sends_once = True
     uncapturable = "it adds up on the CPU and trains nothing"
     unprotected: ClassVar[str] = ""
 
