@@ -21,7 +21,7 @@ from fedlscl.models.adapters import LoRA, LowRank
 from fedlscl.models.cnn import SmallModel, SmallModelSpec
 from fedlscl.models.create import resize
 from fedlscl.models.stored import SHIPPED
-from fedlscl.models.vit import FrozenViT
+from fedlscl.models.vit import FrozenViT, TrainedViT
 
 TINY = {"patch_size": 8, "embed_dim": 12, "depth": 3, "num_heads": 3}
 NAME = "vit_tiny_patch16_224"
@@ -132,6 +132,19 @@ def test_images_are_normalised_with_the_statistics_given_or_timms() -> None:
     pixels = images.float() / 255
     expected = torch.stack([pixels[:, 0], (pixels[:, 1] - 0.1) / 2, (pixels[:, 2] - 0.2) / 4], dim=1)
     torch.testing.assert_close(own.prepare(images), expected)
+
+
+def test_a_grey_one_sees_the_mean_of_the_channels_and_no_colour() -> None:
+    images = pictures(2, 16, 16)
+    means = [0.0, 0.1, 0.2]
+    grey = FrozenViT(NAME, image_size=16, model_args=TINY, mean=means, std=[1.0, 2.0, 4.0], grey=True)
+    shown = images.float().mean(1) / 255
+    expected = torch.stack([shown, (shown - 0.1) / 2, (shown - 0.2) / 4], dim=1)
+    torch.testing.assert_close(grey.prepare(images), expected)
+    turned = images[:, [2, 0, 1]]
+    torch.testing.assert_close(grey(turned), grey(images))
+    torch.testing.assert_close(TrainedViT(grey)(turned), grey(images))
+    assert not torch.allclose(tiny_vit()(turned), tiny_vit()(images))
 
 
 # --------------------------------------------------------------------- frozen

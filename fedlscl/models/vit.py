@@ -64,6 +64,7 @@ class FrozenViT(nn.Module):
             of your own.
         mean: the three channels' means of the input pixels in 0..1; by default what timm states for this name.
         std: the three channels' deviations of the input pixels in 0..1; by default what timm states for this name.
+        grey: show it the mean of the channels in each of them, as a model that was pretrained on grey images has seen.
         cache_mib: memory for what the frozen blocks compute, once for each image; 0 computes it in every step.
     """
 
@@ -80,6 +81,7 @@ class FrozenViT(nn.Module):
         model_args: dict[str, Any] | None = None,
         mean: list[float] | None = None,
         std: list[float] | None = None,
+        grey: bool = False,
         cache_mib: float = 4096,
     ) -> None:
         from timm.data.config import resolve_model_data_config  # takes seconds, which only building a model is worth
@@ -89,7 +91,7 @@ class FrozenViT(nn.Module):
         check_image_size("backbone", image_size)
         check_args("backbone", model_args or {}, VIT_ARGS)
         _check_statistics(mean, std)
-        self.cache_mib = cache_mib
+        self.grey, self.cache_mib = grey, cache_mib
         model_args = {"img_size": image_size, **(model_args or {})}
         _check_kind(name, image_size, json.dumps(model_args))
         with seeds.seeded(0, "backbone"):  # untrained weights too are the same in every run, and when predicting
@@ -158,7 +160,7 @@ class FrozenViT(nn.Module):
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) to normalised float (B, 3, S, S)."""
-        return (resize(images, self.image_size) - self.mean) / self.std
+        return (_shown(images, self.image_size, self.grey) - self.mean) / self.std
 
     def lower(self, x: Tensor, block: int) -> Tensor:
         """Tokens (B, T, d) that enter `block`, from prepared images; nothing trained has a part in them."""
@@ -270,15 +272,21 @@ class TrainedViT(nn.Module):
     def __init__(self, frozen: FrozenViT) -> None:
         super().__init__()
         self.vit = copy.deepcopy(frozen.vit).requires_grad_(True).train().cpu()
-        self.image_size = frozen.image_size
+        self.image_size, self.grey = frozen.image_size, frozen.grey
         for name in ("mean", "std"):
             self.register_buffer(name, getattr(frozen, name).cpu(), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, d) in float32, of uint8 images (B, 3, H, W)."""
-        x = (resize(images, self.image_size) - self.mean) / self.std
+        x = (_shown(images, self.image_size, self.grey) - self.mean) / self.std
         features: Tensor = self.vit(x)
         return features.float()
+
+
+def _shown(images: Tensor, size: int, grey: bool) -> Tensor:
+    """uint8 (B, 3, H, W) as float (B, 3, S, S) in 0..1, in colours or grey."""
+    shown = resize(images, size)
+    return shown.mean(1, keepdim=True).expand_as(shown) if grey else shown
 
 
 def _pooled(vit: Any) -> int | None:
