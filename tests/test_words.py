@@ -147,6 +147,13 @@ def test_misspelt_fields_are_told_with_the_one_that_is_meant(capsys: pytest.Capt
         assert line.startswith(f"fedlscl: there is no field {word[2:]}; did you mean {meant}"), line
 
 
+def test_a_field_that_another_method_has_is_not_proposed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):  # heads in closed form train nothing
+        main(["fit", "--config", "digits", "--method", "fed_ridge", "--model.epochs", "2"])
+    told = "there is no field model.epochs; `fedlscl fit --model.help StatisticsClient` lists all"
+    assert capsys.readouterr().err == f"fedlscl: {told}\n"
+
+
 def test_a_class_of_the_current_folder_is_found_behind_all_other_modules(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
