@@ -46,7 +46,7 @@ html_show_sphinx = html_show_copyright = html_copy_source = False
 
 
 def setup(app: Sphinx) -> None:
-    """Write the page of fields first, show links to folders, which no page stands for, as text, and keep numbers whole."""
+    """Write the page of fields first; show links to folders, which no page stands for, as text; keep numbers whole."""
     app.connect("builder-inited", lambda app: write_fields(Path(app.srcdir)))
     app.connect("doctree-read", folders_as_text)
     app.connect("doctree-read", numbers_whole)
