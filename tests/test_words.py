@@ -204,6 +204,7 @@ def test_the_shell_completes_commands_names_and_fields(tmp_path: Path) -> None:
         return done.stdout.split()
 
     assert completed("pr") == ["predict"]
+    assert completed("fit", "--model.epo") == ["--model.epochs"]
     assert completed("fit", "--config", "dig") == ["digits"]
     assert completed("fit", "--method", "lorm_") == ["lorm_published", "lorm_replay"]
     assert completed("fit", "--data.split.cla") == ["--data.split.classes_per_task", "--data.split.classes_per_client"]
