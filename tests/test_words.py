@@ -152,6 +152,12 @@ def test_a_field_that_another_method_has_is_not_proposed(capsys: pytest.CaptureF
         main(["fit", "--config", "digits", "--method", "fed_ridge", "--model.epochs", "2"])
     told = "there is no field model.epochs; `fedlscl fit --model.help StatisticsClient` lists all"
     assert capsys.readouterr().err == f"fedlscl: {told}\n"
+    main(["fit", "--config", "digits", "--method", "fed_ridge", "--help", "all"])
+    shown = capsys.readouterr().out
+    assert "\nmodel.head is Ridge" in shown
+    assert "model.continual is" not in shown  # of the setting's Fed-LSCL
+    main(["fit", "--config", "digits", "--help", "all"])
+    assert "\nmodel.continual is Replay" in capsys.readouterr().out
 
 
 def test_a_class_of_the_current_folder_is_found_behind_all_other_modules(

@@ -152,7 +152,14 @@ def classes_named(words: Sequence[str]) -> dict[str, type]:
         if name.startswith("--") and value in defined():
             names[name[2:].replace(".init_args", "").removesuffix(".class_path")] = value
     there = {field: name for field, name in names.items() if name in defined()}
-    return {field: getattr(import_module(defined()[name][0]), name) for field, name in there.items()}
+    found = {field: getattr(import_module(defined()[name][0]), name) for field, name in there.items()}
+    # an earlier file may have named the class of a field that the class of a later one does not have
+    valid = {}
+    for field, kind in found.items():
+        outer, _, name = field.rpartition(".")
+        if outer not in found or name in parameters(found[outer]):
+            valid[field] = kind
+    return valid
 
 
 def parameters(kind: type) -> list[str]:
