@@ -258,6 +258,8 @@ def test_without_privacy_is_usual_however_many_runs_have_it() -> None:
     labels = [variant.label for variant in comparison.variants]
     assert labels[0] == "fed_ridge"
     assert labels[-2:] == [f"fed_ridge (privacy.epsilon 8.0, privacy.unit {unit})" for unit in ("client", "image")]
+    (comparison,) = compare([make_run("fedncm"), runs[1]])
+    assert [variant.label for variant in comparison.variants] == ["fedncm", "fed_ridge (privacy.epsilon 1.0)"]
 
 
 def test_a_field_that_a_run_does_not_have_is_named_so() -> None:

@@ -21,7 +21,7 @@ def accuracy_by_epsilon(comparison: Comparison, mask: str) -> Picture | None:
         mask: the classes that a prediction may fall on.
 
     Returns:
-        None where no run has differential privacy.
+        None where no run has differential privacy, or there would be a single point.
     """
     lines: dict[tuple[str, str], dict[float, Variant]] = {}
     plain: dict[str, Variant] = {}
@@ -34,10 +34,10 @@ def accuracy_by_epsilon(comparison: Comparison, mask: str) -> Picture | None:
             noise = ", noise from the seed" if promise.noise == "seed" else ""
             to = f"each {promise.unit}, delta {promise.delta:g}{noise}"
             lines.setdefault((name, to), {}).setdefault(epsilon, variant)
-    if not lines:
+    without = {name for name, _ in lines if name in plain}
+    if sum(map(len, lines.values())) + len(without) < 2:
         return None
     promised = list(dict.fromkeys(to for _, to in lines))
-    without = {name for name, _ in lines if name in plain}
     figure = Figure(figsize=(COLUMN, 2.6 + 0.16 * len(lines)), dpi=DPI, layout="constrained")
     widths = [6.0, 1.0] if without else [6.0]
     row = figure.subplots(1, len(widths), sharey=True, squeeze=False, width_ratios=widths)[0]

@@ -120,7 +120,7 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
     other methods with this field have, be it among others (a common learning rate beside tuned ones), or else the one
     with the most seeds, or else none, and every variant bears its own. Fields in `PROTOCOL` are usual for all methods
     together: the value that most methods have. Without `PROTECTIONS` is usual, and of differential privacy a label has
-    epsilon, and besides what is not the same in all of a method's runs that have it.
+    epsilon, unless it is the same in all runs, and what is not the same in all of a method's runs that have it.
 
     Args:
         runs: finished runs.
@@ -138,6 +138,7 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
         for group in _repeated([run for run in runs if run.conditions == conditions]):
             methods.setdefault(group[0].method, []).append(group)
         shared = _usual_for_all(list(methods.values()))
+        private = EPSILON in varied_fields([group[0].fields for groups in methods.values() for group in groups])
         comparison = Comparison(*conditions)
         for method, groups in methods.items():
             others = [other for name, other in methods.items() if name != method]
@@ -150,6 +151,7 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
                 if not name.startswith(PROTOCOL) and not _comes_with_epsilon(name, groups)
             ]
             usual |= {name: _usual_value(name, groups, (relatives, others)) for name in own}
+            usual |= {EPSILON: _key(None)} if private and EPSILON in having else {}
             usual |= {name: _key(None) for name in usual if name.startswith(PROTECTIONS)}
             variants = [Variant(method, _differs(group[0].fields, usual), group) for group in groups]
             comparison.variants.extend(sorted(variants, key=_order))

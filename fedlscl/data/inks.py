@@ -38,6 +38,11 @@ class Coloured(Source):
         """As in the other source."""
         return self.source.count()
 
+    @property
+    def tested_on(self) -> str:
+        """What the other source's are."""
+        return self.source.tested_on
+
     def load(self, cache_dir: Path) -> Dataset:
         """Return the images in colours, the same in every run; raises what the other source raises."""
         grey = self.source.load(cache_dir)
