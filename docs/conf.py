@@ -6,6 +6,7 @@ experiments/ are pages too. Needs the dependency group `docs`.
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -36,15 +37,19 @@ myst_heading_anchors = 3
 suppress_warnings = ["toc.not_included"]  # generated tables are reached by links alone
 nitpicky = True
 
+highlight_language = "none"  # of blocks without a language: commands and what they print
 html_theme = "furo"
 html_title = "fedlscl"
+html_static_path = ["style.css"]
+html_css_files = ["style.css"]
 html_show_sphinx = html_show_copyright = html_copy_source = False
 
 
 def setup(app: Sphinx) -> None:
-    """Write the page of fields first, and show links to folders, which no page stands for, as text."""
+    """Write the page of fields first; show links to folders, which no page stands for, as text; keep numbers whole."""
     app.connect("builder-inited", lambda app: write_fields(Path(app.srcdir)))
     app.connect("doctree-read", folders_as_text)
+    app.connect("doctree-read", numbers_whole)
 
 
 def write_fields(root: Path) -> None:
@@ -62,3 +67,12 @@ def folders_as_text(app: Sphinx, document: nodes.document) -> None:
     for link in list(document.findall(pending_xref)):
         if (here / link["reftarget"]).is_dir():
             link.replace_self(link.children)
+
+
+def numbers_whole(app: Sphinx, document: nodes.document) -> None:
+    """Let no line end inside of a number with its deviation or unit."""
+    for text in list(document.findall(nodes.Text)):
+        if not isinstance(text.parent, nodes.literal | nodes.literal_block | nodes.raw):
+            whole = re.sub(r"(?<=[\d*]) (?=± |%|px\b|[KMGT]?i?B\b)|(?<=±) (?=\d)", "\N{NO-BREAK SPACE}", text)
+            if whole != text:
+                text.parent.replace(text, nodes.Text(whole))

@@ -89,6 +89,9 @@ def test_copies_of_a_held_out_image_are_not_trained_on(tmp_path: Path) -> None:
     held, coloured = (source.load(tmp_path) for source in (HeldOut(Digits()), Coloured(HeldOut(Digits()), 3)))
     assert len(coloured.train.labels) == 3 * len(held.train.labels)
     assert len(coloured.test.labels) == len(held.test.labels)
+    held_out = {source.tested_on for source in (HeldOut(Digits()), Coloured(HeldOut(Digits()), 3))}
+    assert held_out == {"images held out of training"}
+    assert Coloured(Digits()).tested_on == "test images"
 
 
 def test_copies_are_not_held_out_from_each_other(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from fedlscl.analysis.figures import pictures, save
 from fedlscl.analysis.results import Run
 from fedlscl.analysis.schemes import INK, ON_COLOUR, PAGE
 from fedlscl.evaluation import MASKS
-from fedlscl.run.summary import Accuracy
+from fedlscl.run.summary import Accuracy, Promise
 
 MIB = 2**20
 Matrix = Sequence[Sequence[Sequence[float | None]]]
@@ -364,6 +365,28 @@ def many() -> list[Run]:
         *((f"method {k:02}", {"mib": k / 3}) for k in range(15)),
     ]
     return [run(method, seed, matrix(), **fields) for method, fields in options for seed in (1, 2, 3)]
+
+
+def test_accuracy_over_epsilon_stands_beside_that_without_noise() -> None:
+    def ridge(seed: int, final: float, epsilon: float | None = None) -> Run:
+        found = run("ridge", seed, level(final, final, final))
+        if epsilon is None:
+            return found
+        found.summary.config["model"]["init_args"]["privacy"] = {"epsilon": epsilon, "delta": 1e-5}
+        promise = Promise(epsilon, 1e-5, "image", "system", "sum", 1.08, 1)
+        return Run(found.path, replace(found.summary, privacy=promise))
+
+    plain = [ridge(seed, 90 + seed) for seed in (0, 2)]
+    assert "accuracy_by_epsilon" not in drawn(plain)
+    runs = [ridge(seed, 60 + 10 * epsilon + seed, epsilon) for epsilon in (2.0, 1.0) for seed in (0, 2)]
+    picture = drawn([*runs, *plain])["accuracy_by_epsilon"]
+    over, beside = picture.figure.axes
+    assert lines(over) == {"ridge": ([1.0, 2.0], [71.0, 81.0])}
+    off = 2**0.5
+    assert np.allclose(bars(over), [[1, 71 - off, 71 + off], [2, 81 - off, 81 + off]])
+    assert np.allclose(bars(beside), [[0, 91 - off, 91 + off]])
+    assert "promised to each image, delta 1e-05" in picture.caption
+    assert len(drawn(runs)["accuracy_by_epsilon"].figure.axes) == 1
 
 
 @pytest.fixture(scope="module")

@@ -246,6 +246,28 @@ def test_a_lone_relative_decides_nothing_against_more_seeds() -> None:
     assert [variant.label for variant in comparison.variants] == ["fedvit", "fedvit (train_mask seen)", "local_vit"]
 
 
+def test_without_privacy_is_usual_however_many_runs_have_it() -> None:
+    private = [{"epsilon": epsilon, "delta": 1e-5, "unit": "image"} for epsilon in (1.0, 4.0, 8.0)]
+    plain = make_run("fed_ridge")
+    runs = [plain, *(make_run("fed_ridge", config={"model.privacy": privacy}) for privacy in private)]
+    (comparison,) = compare(runs)
+    names = [f"fed_ridge (privacy.epsilon {epsilon})" for epsilon in (1.0, 4.0, 8.0)]
+    assert [variant.label for variant in comparison.variants] == ["fed_ridge", *names]
+    of_clients = {"model.privacy": {"epsilon": 8.0, "delta": 1e-5, "unit": "client"}}
+    (comparison,) = compare([*runs, make_run("fed_ridge", config=of_clients)])
+    labels = [variant.label for variant in comparison.variants]
+    assert labels[0] == "fed_ridge"
+    assert labels[-2:] == [f"fed_ridge (privacy.epsilon 8.0, privacy.unit {unit})" for unit in ("client", "image")]
+    (comparison,) = compare([make_run("fedncm"), runs[1]])
+    assert [variant.label for variant in comparison.variants] == ["fedncm", "fed_ridge (privacy.epsilon 1.0)"]
+
+
+def test_a_field_that_a_run_does_not_have_is_named_so() -> None:
+    runs = [make_run(config={"model.drawn": drawn}) for drawn in (None, 3, 3)]
+    (comparison,) = compare([*runs, make_run(config={"model.drawn": 3, "model.block": 0})])
+    assert "fed_lscl (without drawn)" in [variant.label for variant in comparison.variants]
+
+
 def test_another_budget_is_named_though_it_is_all_that_a_method_ran_with() -> None:
     runs = [make_run(name) for name in ("fed_lscl", "lorm", "glfc")]
     runs += [make_run("fedvit", config={"model.epochs": 40}), make_run("fedavg", config={"model.learning_rate": 0.1})]

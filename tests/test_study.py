@@ -21,6 +21,7 @@ from fedlscl.cli import main
 from fedlscl.data.dealing import make_split
 from fedlscl.data.folders import ImageFolder
 from fedlscl.data.held_out import held_out
+from fedlscl.data.source import HELD_OUT_IMAGES
 from fedlscl.data.splits import SplitSpec
 from fedlscl.models import hub
 from fedlscl.run.sweep import PlannedRun
@@ -278,8 +279,10 @@ class Pretended:
         value = self.accuracies[method] + seed % 3
         acc = {mask: constant(value, 3, 5) for mask in ("task", "seen", "federation", "none")}
         sent = traffic(0 if method.startswith("local") else 1000, clients=5)
-        setting = "digits-held-out" if planned.run_dir.parent.name == "choose" else "digits"
-        made = make_summary(method, seed, setting=setting, acc=acc, bytes_up=sent, bytes_down=sent)
+        choosing = planned.run_dir.parent.name == "choose"
+        setting, tested_on = ("digits-held-out", HELD_OUT_IMAGES) if choosing else ("digits", "test images")
+        sizes = {"bytes_up": sent, "bytes_down": sent}
+        made = make_summary(method, seed, setting=setting, acc=acc, evaluated_on=tested_on, **sizes)
         made.write(planned.run_dir / "summary.json")
         return Done(0)
 
@@ -314,7 +317,7 @@ def test_a_study_ends_with_an_answer_and_is_not_run_twice(
     assert {*runs.started} == expected | {("choose", "fedncm", 0)}
     assert "Take fed_ridge" in (tmp_path / "mine" / "answer.md").read_text(encoding="utf-8")
     report = (tmp_path / "mine" / "report.html").read_text(encoding="utf-8")
-    assert sorted(title.partition(" (")[0] for title in report.split(" and ")) == ["digits", "digits-held-out"]
+    assert [title.partition(" (")[0] for title in report.split(" and ")] == ["digits", "digits-held-out"]
 
     choices.write_text(yaml.safe_dump({**CHOICES, "enough_rounds": 99, "seeds": [0]}))
     runs.accuracies["fedvit"] = 10.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ from test_cli import METHOD
 
 from fedlscl.cli import METHOD_VARIABLE, SETTING_VARIABLE, main
 from fedlscl.run.fields import flat
+from fedlscl.run.planned import SweepProgress
 from fedlscl.run.sweep import (
     LOG,
     PlannedRun,
@@ -497,3 +499,21 @@ def test_a_setting_that_the_file_does_not_ask_for_is_an_error(tiny: Path) -> Non
     fixed = sweep_file(tiny.parent, command=["fedlscl", "fit", "--config=experiments/tiny.yaml", "${args}"])
     with pytest.raises(SystemExit, match=r"setting has no effect: the command in .* does not use FEDLSCL_SETTING"):
         main(["sweep", str(fixed), "--setting", "tiny", "--dry_run", "true"])
+
+
+def test_after_a_runs_first_round_the_time_left_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    monkeypatch.setattr("fedlscl.run.planned.LOOK_SECONDS", 0.0)
+    runs = [PlannedRun((), tmp_path / name, rounds=6) for name in ("here", "later")]
+    for run in runs:
+        run.run_dir.mkdir()
+    log = runs[0].run_dir / LOG
+    log.write_text("task 1/3  round 2/2  accuracy\n")  # from an earlier start, at no cost now
+    console = Console(force_terminal=True, file=io.StringIO(), get_time=lambda: clock)
+    with SweepProgress(runs, console) as bars:
+        bars.look(runs[:1])
+        assert [task.time_remaining for task in bars._progress.tasks] == [None, None]
+        clock = 10.0
+        log.write_text("task 2/3  round 1/2  accuracy\n")
+        bars.look(runs[:1])
+        assert [task.time_remaining for task in bars._progress.tasks] == [90.0, 30.0]

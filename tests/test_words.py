@@ -147,6 +147,19 @@ def test_misspelt_fields_are_told_with_the_one_that_is_meant(capsys: pytest.Capt
         assert line.startswith(f"fedlscl: there is no field {word[2:]}; did you mean {meant}"), line
 
 
+def test_a_field_that_another_method_has_is_not_proposed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):  # heads in closed form train nothing
+        main(["fit", "--config", "digits", "--method", "fed_ridge", "--model.epochs", "2"])
+    told = "there is no field model.epochs; `fedlscl fit --model.help StatisticsClient` lists all"
+    assert capsys.readouterr().err == f"fedlscl: {told}\n"
+    main(["fit", "--config", "digits", "--method", "fed_ridge", "--help", "all"])
+    shown = capsys.readouterr().out
+    assert "\nmodel.head is Ridge" in shown
+    assert "model.continual is" not in shown  # of the setting's Fed-LSCL
+    main(["fit", "--config", "digits", "--help", "all"])
+    assert "\nmodel.continual is Replay" in capsys.readouterr().out
+
+
 def test_a_class_of_the_current_folder_is_found_behind_all_other_modules(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,6 +210,7 @@ def test_the_shell_completes_commands_names_and_fields(tmp_path: Path) -> None:
         return done.stdout.split()
 
     assert completed("pr") == ["predict"]
+    assert completed("fit", "--model.epo") == ["--model.epochs"]
     assert completed("fit", "--config", "dig") == ["digits"]
     assert completed("fit", "--method", "lorm_") == ["lorm_published", "lorm_replay"]
     assert completed("fit", "--data.split.cla") == ["--data.split.classes_per_task", "--data.split.classes_per_client"]

@@ -17,6 +17,10 @@ FINGERPRINTS = (("data_sha256", "images"), ("weights_sha256", "weights"), ("cnn_
 PROTOCOL = ("data.", "backbone.", "cnn.", "federation.", "trainer.", "model.epochs", "model.batch_size")
 """Fields, by their beginning, that are not a method's own: what is usual there, is so for all methods together."""
 
+EPSILON = "model.privacy.epsilon"
+PROTECTIONS = ("federation.secure", "federation.threshold", "federation.fraction_bits", "model.privacy.")
+"""Fields, by their beginning, of what protects clients: off is usual, however many runs have it on."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -117,7 +121,8 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
     of the same class have, if there are two or more of them (a method and its ablations), or else the one that all
     other methods with this field have, be it among others (a common learning rate beside tuned ones), or else the one
     with the most seeds, or else none, and every variant bears its own. Fields in `PROTOCOL` are usual for all methods
-    together: the value that most methods have.
+    together: the value that most methods have. Without `PROTECTIONS` is usual, and of differential privacy a label has
+    epsilon, unless it is the same in all runs, and what is not the same in all of a method's runs that have it.
 
     Args:
         runs: finished runs.
@@ -135,6 +140,7 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
         for group in _repeated([run for run in runs if run.conditions == conditions]):
             methods.setdefault(group[0].method, []).append(group)
         shared = _usual_for_all(list(methods.values()))
+        private = EPSILON in varied_fields([group[0].fields for groups in methods.values() for group in groups])
         comparison = Comparison(*conditions)
         for method, groups in methods.items():
             others = [other for name, other in methods.items() if name != method]
@@ -142,9 +148,13 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
             having = {name for group in groups for name in group[0].fields}
             usual = {name: value for name, value in shared.items() if name in having}
             own = [
-                name for name in varied_fields([group[0].fields for group in groups]) if not name.startswith(PROTOCOL)
+                name
+                for name in varied_fields([group[0].fields for group in groups])
+                if not name.startswith(PROTOCOL) and not _comes_with_epsilon(name, groups)
             ]
             usual |= {name: _usual_value(name, groups, (relatives, others)) for name in own}
+            usual |= {EPSILON: _key(None)} if private and EPSILON in having else {}
+            usual |= {name: _key(None) for name in usual if name.startswith(PROTECTIONS)}
             variants = [Variant(method, _differs(group[0].fields, usual), group) for group in groups]
             comparison.variants.extend(sorted(variants, key=_order))
         comparisons.append(comparison)
@@ -152,10 +162,11 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
 
 
 def named(fields: Mapping[str, Any]) -> str:
-    """Fields with their values in a line, as in `block 11, buffer_size 5`."""
+    """Fields with their values in a line, as in `block 11, buffer_size 5`, `without privacy.epsilon`."""
     # other CNNs have other arguments, which go without saying
     shown = [name for name in fields if not ("cnn.name" in fields and name.startswith("cnn.model_args"))]
-    return ", ".join(f"{name.removeprefix('model.')} {fields[name]}" for name in shown)
+    texts = [(name.removeprefix("model."), fields[name]) for name in shown]
+    return ", ".join(f"without {name}" if value is None else f"{name} {value}" for name, value in texts)
 
 
 def _repeated(runs: Sequence[Run]) -> list[tuple[Run, ...]]:
@@ -232,6 +243,12 @@ def _usual_value(
             if len(having) > 1 and len(common) == 1 and (common is shared or len(agreed) == 1):
                 return common.pop()
     return _most_frequent([value for value, group in zip(values, groups, strict=True) for _ in group])
+
+
+def _comes_with_epsilon(name: str, groups: Sequence[tuple[Run, ...]]) -> bool:
+    """Whether a field of differential privacy is the same wherever a method has it."""
+    having = {_key(group[0].fields[name]) for group in groups if name in group[0].fields}
+    return name.startswith(EPSILON.removesuffix("epsilon")) and name != EPSILON and len(having) == 1
 
 
 def _values(name: str, groups: Sequence[tuple[Run, ...]]) -> list[str]:

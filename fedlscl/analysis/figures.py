@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+from fedlscl.analysis.by_epsilon import accuracy_by_epsilon
 from fedlscl.analysis.by_method import accuracy_by_method
 from fedlscl.analysis.captions import (
     Picture,
@@ -67,7 +68,7 @@ def pictures(comparison: Comparison, mask: str = "seen", *, narrow: bool = False
 
     Returns:
         Accuracy by method, by block (the paper's Fig. 3) and by buffer (Fig. 5), clients by task (Fig. 4), forgetting,
-        accuracy by bytes, and accuracy by training steps, without those that need runs which are not there.
+        accuracy by bytes, by epsilon and by training steps, without those that need runs which are not there.
 
     Raises:
         ValueError: if there is no such mask, or a run has no accuracy under it.
@@ -87,6 +88,7 @@ def pictures(comparison: Comparison, mask: str = "seen", *, narrow: bool = False
             _clients_by_task(comparison, mask),
             _forgetting(comparison, mask, narrow),
             _by_bytes(comparison, mask, narrow),
+            accuracy_by_epsilon(comparison, mask),
             accuracy_by_steps(comparison, mask, narrow),
         )
         found = [picture for picture in drawn if picture is not None]

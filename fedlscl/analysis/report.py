@@ -42,8 +42,10 @@ from fedlscl.files import write_atomically
 TEMPLATE, SCRIPT = "report.html.jinja", "report.js"
 IN_HTML = "accuracy_by_method"
 """The figure that the page draws by itself, so that it fits a phone: which method is best."""
-ANSWERS = ("accuracy_by_bytes",)
-"""The figures that stand before all tables: what accuracy costs."""
+ANSWERS = ("accuracy_by_bytes", "accuracy_by_epsilon")
+"""The figures that stand before all tables: what accuracy costs, and what privacy costs."""
+BEHIND = ("seeds", "images kept", "epsilon")
+"""The columns that the page puts behind all others: what a phone shows at first is the results."""
 NUMBER = re.compile(r"[-+]?\d|[-–—]?$")
 """How the text of a cell begins that belongs to a column of numbers; it may be missing."""
 
@@ -203,7 +205,9 @@ def _setting(comparison: Comparison, every: Sequence[Comparison], key: str, name
 
 
 def _table(table: Table, key: str) -> dict[str, Any]:
-    columns = zip(*table.rows, strict=True)
+    order = sorted(range(len(table.header)), key=lambda column: table.header[column] in BEHIND)
+    header = [table.header[column] for column in order]
+    rows = [[row[column] for column in order] for row in table.rows]
     # a phone shows the first sentence, and the others when asked
     first, end, more = table.note.partition(". ")
     return {
@@ -211,10 +215,10 @@ def _table(table: Table, key: str) -> dict[str, Any]:
         "title": table.title,
         "note": first + end.rstrip(),
         "more": more,
-        "header": table.header,
-        "rows": table.rows,
-        "numeric": [n > 0 and all(NUMBER.match(cell.text) for cell in column) for n, column in enumerate(columns)]
-        or [False] * len(table.header),
+        "header": header,
+        "rows": rows,
+        "dense": len(header) > 10,
+        "numeric": [n > 0 and all(NUMBER.match(row[n].text) for row in rows) for n in range(len(header))],
     }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlscl.checks import fraction as check_fraction
-from fedlscl.data.source import Dataset, ImageSet, Source, cut_test
+from fedlscl.data.source import HELD_OUT_IMAGES, Dataset, ImageSet, Source, cut_test
 
 FRACTION = 0.3
 
@@ -31,6 +31,11 @@ class HeldOut(Source):
         check_fraction("data.source", fraction=fraction)
         self.source = source
         self.fraction = fraction
+
+    @property
+    def tested_on(self) -> str:
+        """Training images of the other source, not its test images."""
+        return HELD_OUT_IMAGES
 
     def load(self, cache_dir: Path) -> Dataset:
         """Return the training images in two parts; raises what the other source raises.

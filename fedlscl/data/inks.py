@@ -21,7 +21,22 @@ INKS = ("red", "yellow", "green", "cyan", "blue", "magenta")
 _SHADE = 0.25  # of a sixth: how far a hue may be from the middle of its own
 
 
-class Coloured(Source):
+class _Painted(Source):
+    """Images of another source, `source`, with its grey turned to colours."""
+
+    source: Source
+
+    @property
+    def tested_on(self) -> str:
+        """What the other source's test images are."""
+        return self.source.tested_on
+
+    def decode(self, path: Path, size: int) -> NDArray[np.uint8]:
+        """Read an image file as the other source does, in the colours that it has."""
+        return self.source.decode(path, size)
+
+
+class Coloured(_Painted):
     """Grey images of another source, each with an ink in the place of white and a paper in the place of black.
 
     Ink and paper are random colours, which say nothing of an image's class, and either may be the darker. It is for
@@ -50,10 +65,6 @@ class Coloured(Source):
         train, test = _coloured(grey.train, self.copies, 0), _coloured(grey.test, 1, 1)
         return Dataset(f"coloured {grey.name}", train, test, grey.classes, copies=self.copies * grey.copies)
 
-    def decode(self, path: Path, size: int) -> NDArray[np.uint8]:
-        """Read an image file as the other source does, in the colours that it has."""
-        return self.source.decode(path, size)
-
 
 def _coloured(part: ImageSet, copies: int, stream: int) -> ImageSet:
     labels = np.tile(part.labels, copies)
@@ -67,7 +78,7 @@ def _coloured(part: ImageSet, copies: int, stream: int) -> ImageSet:
     return ImageSet(np.rint(255 * mixed).astype(np.uint8), labels)
 
 
-class Inked(Source):
+class Inked(_Painted):
     """Grey images of another source in an ink of one of six hues; a class is what is drawn together with its ink.
 
     A class is called after both, such as '3 in red'. Which shape it is a model that has seen shapes can tell of few
@@ -94,10 +105,6 @@ class Inked(Source):
         train, test = _inked(grey.train, 2), _inked(grey.test, 3)
         classes = tuple(f"{drawn} in {ink}" for drawn in grey.classes for ink in INKS)
         return Dataset(f"inked {grey.name}", train, test, classes, copies=len(INKS) * grey.copies)
-
-    def decode(self, path: Path, size: int) -> NDArray[np.uint8]:
-        """Read an image file as the other source does, in the colours that it has."""
-        return self.source.decode(path, size)
 
 
 def _inked(part: ImageSet, stream: int) -> ImageSet:

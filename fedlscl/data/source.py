@@ -129,6 +129,10 @@ class Dataset:
                 )
 
 
+TEST_IMAGES, HELD_OUT_IMAGES = "test images", "images held out of training"
+"""What accuracies are of, as summaries say it."""
+
+
 class Source(ABC):
     """Where a data set comes from."""
 
@@ -143,6 +147,11 @@ class Source(ABC):
             FileNotFoundError: something the source reads is missing.
             ValueError: something it reads is not what it should be.
         """
+
+    @property
+    def tested_on(self) -> str:
+        """What its test images are."""
+        return TEST_IMAGES
 
     def count(self) -> int | None:
         """How many classes there are, where that is known before an image is read."""

@@ -82,7 +82,7 @@ def completion(commands: Iterable[str]) -> str:
         from fedlscl.run.names import parameters
 
         names = [*Configuration(any_of_them).fields, *(f"model.{name}" for name in parameters(Client))]
-    fields = [f"--{name}" for name in (*names, "dry_run") if not name.endswith((".help", "+"))]
+    fields = [f"--{name}" for name in dict.fromkeys((*names, "dry_run")) if not name.endswith((".help", "+"))]
     words: dict[str, Iterable[str]] = {
         "settings": shipped("setting"),
         "methods": shipped("method"),

@@ -64,8 +64,8 @@ def card(summary: Summary, found: SplitMap | None, parameters: Mapping[int, int]
         PRIVATE.format(promise=promise),
         *([_classes(found)] if found is not None else []),
         "## How it was made\n",
-        f"`fedlscl fit --config config.yaml` with the data in place; {seconds:.0f} s on {summary.machine} "
-        f"({summary.threads} threads), with {versions}. A client sent {human_bytes(summary.bytes_up.per_client_round)} "
+        f"`fedlscl fit --config config.yaml` with the data in place; {seconds:.0f} s on {summary.machine}, "
+        f"with {versions}. A client sent {human_bytes(summary.bytes_up.per_client_round)} "
         f"and received {human_bytes(summary.bytes_down.per_client_round)} a round. Configuration: `config.yaml`; every "
         "number: `summary.json`.\n",
     ]

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -78,7 +78,7 @@ class OneLine:
         """End with what is wrong; the parser of a part of a configuration leaves that to the whole's."""
         if not getattr(self, "exit_on_error", True):
             super().error(message, ex)  # type: ignore[misc]
-        self._end(complaint(message, self.known_fields(), getattr(self, "prog", FIT)))
+        self._end(complaint(message, self.known_fields(), getattr(self, "prog", FIT), self.chosen_classes()))
 
     def _end(self, text: str) -> NoReturn:
         sys.stderr.write(f"fedlscl: {one_line(text)}\n")
@@ -88,6 +88,10 @@ class OneLine:
         """The fields that are there, by their names on the command line."""
         options: dict[str, Any] = getattr(self, "_option_string_actions", {})
         return [name[2:] for name in options if name.startswith("--")]
+
+    def chosen_classes(self) -> dict[str, type]:
+        """The classes that the words name, by field."""
+        return {}
 
 
 def meant(near: Sequence[str], otherwise: str) -> str:
@@ -112,13 +116,16 @@ def similar(field: str, known: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(near))[:3]
 
 
-def complaint(message: str, known: list[str] | None = None, command: str = FIT) -> str:
+def complaint(
+    message: str, known: list[str] | None = None, command: str = FIT, classes: Mapping[str, type] | None = None
+) -> str:
     """The one sentence that matters of what jsonargparse says.
 
     Args:
         message: its message, of many lines.
         known: names of fields, to suggest one of.
         command: whose words they are.
+        classes: those chosen for fields, whose own fields the help shows.
     """
     field = ""
     for key in re.findall(r'Parser key "([\w.]+)"', message):
@@ -134,7 +141,8 @@ def complaint(message: str, known: list[str] | None = None, command: str = FIT) 
     if unknown := _UNKNOWN.search(message):
         name = unknown[unknown.lastindex or 0].lstrip("-").partition("=")[0]
         name = ".".join(part for part in (unknown["group"] or field, name) if part) if not unknown["word"] else name
-        ask = f"--{field}.help CLASS" if field in ("model", "server", "data.source") else "--help all"
+        kind = (classes or {}).get(field)
+        ask = f"--{field}.help {kind.__name__}" if kind else "--help all"
         ask = f"`{command} {ask if command == FIT else '--help'}` lists all"
         return f"there is no field {name}{meant(similar(name, known or []), ask)}"
     if "object has no attribute 'keys'" in message or "is not iterable" in message:

@@ -25,6 +25,7 @@ from rich.text import Text
 
 from fedlscl.client import Client
 from fedlscl.data.module import FederatedDataModule
+from fedlscl.data.source import HELD_OUT_IMAGES
 from fedlscl.data.split_map import SplitMap
 from fedlscl.evaluation import MASKS
 from fedlscl.federation import store as checkpoint
@@ -352,7 +353,7 @@ class Experiment:
             backbone=f"{self.vit.name}, {self.vit.source}, {self.vit.image_size} px",
             cnn=self.cnn.name if isinstance(self.cnn.name, str) else tuple(self.cnn.name),
             task_aware=tuple(self.client.task_aware),
-            evaluated_on="test images" if self.data.split.evaluate_on == "test" else "images held out of training",
+            evaluated_on=self.data.source.tested_on if self.data.split.evaluate_on == "test" else HELD_OUT_IMAGES,
             split_sha256=self.data.split_sha256,
             data_sha256=fingerprints["data_sha256"],
             weights_sha256=fingerprints["weights_sha256"],

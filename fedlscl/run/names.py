@@ -77,9 +77,13 @@ class Parser(OneLine, LightningArgumentParser):
     def known_fields(self) -> list[str]:
         """Also the fields of the classes that the words and their files name."""
         known = super().known_fields()
-        for field, kind in classes_named(self._words).items():
+        for field, kind in self.chosen_classes().items():
             known += [f"{field}.{name}" for name in parameters(kind)]
         return known
+
+    def chosen_classes(self) -> dict[str, type]:
+        """The classes of this package that the words and their files name, by field."""
+        return classes_named(self._words)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with what is wrong, in a line."""
@@ -148,16 +152,25 @@ def classes_named(words: Sequence[str]) -> dict[str, type]:
         if name.startswith("--") and value in defined():
             names[name[2:].replace(".init_args", "").removesuffix(".class_path")] = value
     there = {field: name for field, name in names.items() if name in defined()}
-    return {field: getattr(import_module(defined()[name][0]), name) for field, name in there.items()}
+    found = {field: getattr(import_module(defined()[name][0]), name) for field, name in there.items()}
+    # an earlier file may have named the class of a field that the class of a later one does not have
+    valid = {}
+    for field, kind in found.items():
+        outer, _, name = field.rpartition(".")
+        if outer not in found or name in parameters(found[outer]):
+            valid[field] = kind
+    return valid
 
 
 def parameters(kind: type) -> list[str]:
-    """What may be given to a class, and to those that it derives from."""
+    """What may be given to a class, and to those that it derives from as far as it hands words on to them."""
     found: dict[str, None] = {}
     for each in kind.__mro__:
         if "__init__" in vars(each) and each.__module__.partition(".")[0] == kind.__module__.partition(".")[0]:
             names = signature(each).parameters.values()
             found |= {each.name: None for each in names if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
+            if all(each.kind != each.VAR_KEYWORD for each in names):
+                break
     return list(found)
 
 

@@ -87,7 +87,7 @@ class SweepProgress:
             speed_estimate_period=float("inf"),  # a round may last longer than rich's 30 s
         )
         done = sum(run.rounds_done for run in runs)
-        self._all = self._progress.add_task("all runs", total=sum(run.rounds for run in runs), completed=done, count="")
+        self._all = self._begin("all runs", sum(run.rounds for run in runs), done)
         self._each: dict[Path, TaskID] = {}
 
     def __enter__(self) -> SweepProgress:
@@ -96,6 +96,12 @@ class SweepProgress:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+
+    def _begin(self, description: str, total: int, done: int) -> TaskID:
+        """Add a bar; its time runs from here on, so that after one round more it knows how long the others take."""
+        task = self._progress.add_task(description, total=total, completed=done, count="")
+        self._progress.advance(task, 0)
+        return task
 
     def look(self, running: Sequence[PlannedRun]) -> None:
         """Show how far all are.
@@ -113,7 +119,6 @@ class SweepProgress:
             self._progress.remove_task(self._each.pop(gone))
         for run in running:
             if run.run_dir not in self._each:
-                task = self._progress.add_task(run.run_dir.name, total=run.rounds, count="")
-                self._each[run.run_dir] = task
+                self._each[run.run_dir] = self._begin(run.run_dir.name, run.rounds, done[run.run_dir])
             now = done[run.run_dir]
             self._progress.update(self._each[run.run_dir], completed=now, count=f"round {now}/{run.rounds}")

@@ -186,5 +186,5 @@ def ranking(standings: Sequence[Standing], choice: Choice) -> list[tuple[str, ..
     ]
 
 
-HEADER = ("method", "accuracy", "with the best", "seeds", "sent", "received", "seconds")
+HEADER = ("method", "held-out images", "with the best", "seeds", "sent", "received", "seconds")
 """What the columns of `ranking` hold; accuracies are on held-out training images, bytes a client's in the run."""

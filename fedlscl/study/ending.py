@@ -13,6 +13,7 @@ from rich.text import Text
 from fedlscl.analysis.comparison import compare
 from fedlscl.analysis.report import write_report
 from fedlscl.analysis.results import Run, read_runs
+from fedlscl.data.source import TEST_IMAGES
 from fedlscl.files import write_atomically
 from fedlscl.study import answer, plan
 from fedlscl.study.budget import duration, testing
@@ -130,7 +131,9 @@ class Ending:
         again = shlex.join(self.planned.words(choice.chosen, False, self.planned.seeds[0]))
         write_atomically(folder / ANSWER, _markdown(lines, rows, self.planned.notes, again).encode())
         report = folder / REPORT
-        write_report(compare(read_runs(folder / plan.RUNS)), report)
+        comparisons = compare(read_runs(folder / plan.RUNS))
+        # the answer first: what was chosen, on test images
+        write_report(sorted(comparisons, key=lambda found: found.evaluated_on != TEST_IMAGES), report)
         self.clock.save()
         self.console.rule("Answer", align="left", style="dim")
         self.console.print(table)

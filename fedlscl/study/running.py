@@ -238,7 +238,7 @@ class Runner:
                         self.clock.save()
                         left = self._left(running, waiting, later)
                         if not self.console.is_terminal and (waiting or running or later):
-                            self.console.print(f"  about {left / 60:.0f} min left")
+                            self.console.print(f"  {_in_words(left)}")
         finally:
             for process in running:
                 process.terminate()
@@ -265,7 +265,12 @@ class Runner:
 
     def _now(self, running: Mapping[Process, tuple[Task, float]], waiting: Sequence[Task], later: float) -> str:
         parts = [f"{task.method} {task.seed}{_round_of(task.planned)}" for task, _ in running.values()]
-        return f"{' | '.join(parts)} | about {self._left(running, waiting, later) / 60:.0f} min left"
+        return f"{' | '.join(parts)} | {_in_words(self._left(running, waiting, later))}"
+
+
+def _in_words(seconds: float) -> str:
+    """How long it still takes."""
+    return f"about {seconds / 60:.0f} min left" if seconds >= 60 else "less than a minute left"
 
 
 def _round_of(planned: PlannedRun) -> str:
