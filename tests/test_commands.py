@@ -113,7 +113,7 @@ def test_the_published_tables_are_made_from_the_published_summaries(
 ) -> None:
     root = Path(__file__).parent.parent
     results, out = Path("experiments") / "results", Path("out").resolve()
-    settings = ("digits", "cifar100_small", "cifar100", "tiny_imagenet", "pacs")
+    settings = ("digits", "inked_digits", "cifar100_small", "cifar100", "tiny_imagenet", "pacs")
     monkeypatch.chdir(root)
     words = [str(results / setting) for setting in settings]
     main(["tables", *words, "--out", str(out), "--leaderboard", str(tmp_path / "leaderboard.md")])
