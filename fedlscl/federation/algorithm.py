@@ -271,8 +271,10 @@ class Federation:
 
     def _all_sent(self, round: Round, participants: list[int]) -> bool:
         """Whether it is on record that a round's clients have sent all that there is of the task: no sum is needed."""
+        if not self.template.client.sends_once:
+            return False
         last = self._last_tasks(round.task)
-        return self.template.client.sends_once and all(last[client] == round.task for client in participants)
+        return all(last[client] == round.task for client in participants)
 
     def _compare(self, uploads: Received, result: RoundResult) -> None:
         """Leave out by name whose upload the server finds out of place among the others."""
