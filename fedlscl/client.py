@@ -64,8 +64,6 @@ class Client(InferenceClient):
         "of it protects nobody; that takes DP-SGD, which is not there, and gives a linear head far less accuracy than "
         "the closed form has at the same epsilon (docs/privacy.md)"
     )
-    # whether what it sends of a task goes out in the first round in which it takes part, and nothing after that
-    sends_once: ClassVar[bool] = False
     # why the training step does more than what can be recorded on a GPU and repeated, if it does: it looks at which
     # images those of a batch are, draws from a generator of its own, or waits for a number
     uncapturable: ClassVar[str] = ""
@@ -139,6 +137,17 @@ class Client(InferenceClient):
         return self.buffer_size if replayed else 0
 
     # ---- one round
+
+    @classmethod
+    def sends_once(cls, task: int) -> bool:
+        """Whether what it sends of a task goes out in the first round in which it takes part, and nothing later.
+
+        Where it does, secure sums leave out the rounds in which nobody has anything to send.
+
+        Args:
+            task: its number, from 1.
+        """
+        return False
 
     def begin_round(self, round: Round) -> None:
         """Get ready for `Trainer.fit` in this round."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from fedlscl.messages import MessageError, Schema, Upload
 from fedlscl.robust import Averaging, Robust, Sizes, outliers
 from fedlscl.schedule import Round
+
+T = TypeVar("T")
 
 
 class Answer(NamedTuple):
@@ -60,29 +62,29 @@ class Context:
     start: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class OnDemand(Mapping[int, Answer]):
-    """Answers of which each is computed when it is asked for, so that there is one in memory at a time.
+class OnDemand(Mapping[int, T]):
+    """What there is for each client, such as an answer, made when it is asked for: there is one in memory at a time.
 
     Args:
-        clients: who gets an answer.
-        answer: computes it.
+        clients: for whom there is something.
+        make: makes it for a client.
     """
 
-    def __init__(self, clients: Iterable[int], answer: Callable[[int], Answer]) -> None:
-        self._clients, self._answer = dict.fromkeys(clients), answer
+    def __init__(self, clients: Iterable[int], make: Callable[[int], T]) -> None:
+        self._clients, self._make = dict.fromkeys(clients), make
 
-    def __getitem__(self, client: int) -> Answer:
-        """The answer to a client."""
+    def __getitem__(self, client: int) -> T:
+        """What there is for a client."""
         if client not in self._clients:
             raise KeyError(client)
-        return self._answer(client)
+        return self._make(client)
 
     def __contains__(self, client: object) -> bool:
-        """Whether a client gets an answer; computes none."""
+        """Whether there is something for a client; makes nothing."""
         return client in self._clients
 
     def __iter__(self) -> Iterator[int]:
-        """All clients that get an answer."""
+        """All clients for whom there is something."""
         return iter(self._clients)
 
     def __len__(self) -> int:

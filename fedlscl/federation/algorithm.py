@@ -271,7 +271,7 @@ class Federation:
 
     def _all_sent(self, round: Round, participants: list[int]) -> bool:
         """Whether it is on record that a round's clients have sent all that there is of the task: no sum is needed."""
-        if not self.template.client.sends_once:
+        if not self.template.client.sends_once(round.task):
             return False
         last = self._last_tasks(round.task)
         return all(last[client] == round.task for client in participants)

@@ -51,15 +51,25 @@ WEIGHTS = ((1, 1 / 2), (1,) * 8)
 """Of class token and mean patch token of the last block, of the one before, and so on; 0 where there is none."""
 
 
+SMALL_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0)
+"""Of the small model's features, where there are any, as a multiple of all weights of the ViT's vectors together."""
+
+SMALL_SHRINKAGE = 0.01
+"""The g of the small model's features."""
+
+
 class Choice(NamedTuple):
     """What a client chooses."""
 
     weights: tuple[float, ...]
-    shrinkage: float  # g
+    shrinkage: float  # g of the ViT's vectors
     unit: bool  # whether the weights of every class are of length 1
+    small: float = 0.0  # one of `SMALL_WEIGHTS`
 
 
 CHOICES = tuple(Choice(*one) for one in product(WEIGHTS, (0.1, 0.3), (False, True)))
+
+CHOICES_OF_BOTH = tuple(one._replace(small=small) for small in SMALL_WEIGHTS for one in CHOICES)
 
 
 class Discriminant(NamedTuple):
@@ -112,28 +122,44 @@ class Discriminant(NamedTuple):
 class Discriminants(ClosedFormHead):
     """One linear discriminant for each of the vectors of an image, and the weighted sum of their scores.
 
-    Shapes: G vectors of d features each, p = G d.
+    Shapes: G vectors of d features each from the ViT, and one of e from a small model or none, p = G d + e.
 
     Args:
         groups: G; those of the last block come last.
+        small: e, and 0 without a small model; its vector is behind all others.
     """
 
-    rules: ClassVar[Mapping[str, Rule]] = {"images": not_negative, "moments": semidefinite_triangles}
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "images": not_negative,
+        "moments": semidefinite_triangles,
+        "small_moments": semidefinite_triangles,
+    }
 
-    def __init__(self, groups: int = 2 * BLOCKS) -> None:
-        self.groups = groups
+    def __init__(self, groups: int = 2 * BLOCKS, small: int = 0) -> None:
+        self.groups, self.small = groups, small
+        self.choices = CHOICES_OF_BOTH if small else CHOICES
+
+    def parts(self, features: Tensor) -> list[Tensor]:
+        """The vectors (..., d), and the small model's (..., e), of features (..., p)."""
+        end = features.shape[-1] - self.small
+        return [*features[..., :end].chunk(self.groups, dim=-1), *[features[..., end:]] * bool(self.small)]
 
     def shapes(self, features: int, classes: int) -> dict[str, tuple[int, ...]]:
         """n_c, s_c, and for each of the vectors the lower triangle of the sum of x x^T."""
-        size = features // self.groups
-        moments = (self.groups, size * (size + 1) // 2)
-        return {"images": (classes,), "class_sums": (classes, features), "moments": moments}
+
+        def triangles(vectors: int, size: int) -> tuple[int, int]:
+            return vectors, size * (size + 1) // 2
+
+        found = {"images": (classes,), "class_sums": (classes, features)}
+        found["moments"] = triangles(self.groups, (features - self.small) // self.groups)
+        return {**found, "small_moments": triangles(1, self.small)} if self.small else found
 
     def sums(self, features: Tensor, labels: Tensor, numbers: Tensor, classes: int) -> dict[str, Tensor]:
         """n_c, s_c, and the sums of x x^T."""
-        members = one_hot(labels, classes)
-        moments = torch.stack([triangle(x.T @ x) for x in features.chunk(self.groups, dim=1)])
-        return {"images": members.sum(dim=0), "class_sums": members.T @ features, "moments": moments}
+        members, moments = one_hot(labels, classes), [triangle(x.T @ x) for x in self.parts(features)]
+        found = {"images": members.sum(dim=0), "class_sums": members.T @ features}
+        found["moments"] = torch.stack(moments[: self.groups])
+        return {**found, "small_moments": torch.stack(moments[self.groups :])} if self.small else found
 
     def counts(self, sums: Sums) -> Tensor:
         """n_c."""
@@ -142,23 +168,25 @@ class Discriminants(ClosedFormHead):
     def weights(self, choice: Choice) -> list[float]:
         """Of each vector, in the order in which they are in the features."""
         by_block = [choice.weights[n : n + 2] or (0.0, 0.0) for n in range(0, self.groups, 2)]
-        return [weight for pair in reversed(by_block) for weight in pair]
+        of_vit = [weight for pair in reversed(by_block) for weight in pair]
+        return [*of_vit, *[choice.small * sum(of_vit)] * bool(self.small)]
 
     def discriminants(self, sums: Sums, shrinkage: float) -> list[Discriminant]:
-        """One for each of the vectors."""
+        """One for each of the vectors; the small model's has a shrinkage of its own."""
         images = sums["images"]
-        means = (sums["class_sums"] / images.clamp(min=1)[:, None]).chunk(self.groups, dim=1)
+        means = self.parts(sums["class_sums"] / images.clamp(min=1)[:, None])
         freedom = float((images.sum() - (images > 0).sum()).clamp(min=1))
+        moments = [*sums["moments"], *sums.get("small_moments", ())]
+        shrinkages = [*[shrinkage] * self.groups, *[SMALL_SHRINKAGE] * bool(self.small)]
         found = []
-        for moment, mean in zip(sums["moments"], means, strict=True):
+        for moment, mean, g in zip(moments, means, shrinkages, strict=True):
             covariance = (square(moment) - (mean.T * images) @ mean) / freedom
             spread = covariance.diagonal().mean().clamp(min=1e-6)  # 0 where no class has two images
-            shrunk = (1 - shrinkage) * covariance
-            shrunk.diagonal().add_(shrinkage * spread)
+            shrunk = (1 - g) * covariance
+            shrunk.diagonal().add_(g * spread)
             middle = (mean.T @ images) / images.sum()
             apart = (mean - middle) * (images > 0)[:, None]
-            share = (1 - shrinkage) / freedom
-            found.append(Discriminant(torch.linalg.inv(shrunk), middle, apart, images, share))
+            found.append(Discriminant(torch.linalg.inv(shrunk), middle, apart, images, (1 - g) / freedom))
         return found
 
     def solve(self, sums: Mapping[int, Sums], choice: Choice = CHOICES[0]) -> Solution:
@@ -179,14 +207,14 @@ class Discriminants(ClosedFormHead):
             labels: (n,) class numbers.
             classes: (K,) true for those that compete.
         """
-        parts, found = features.chunk(self.groups, dim=1), {}
-        for shrinkage in {choice.shrinkage for choice in CHOICES}:
+        parts, found = self.parts(features), {}
+        for shrinkage in {choice.shrinkage for choice in self.choices}:
             fitted = self.discriminants(sums, shrinkage)
             scores = [one.left_out(x, labels) for one, x in zip(fitted, parts, strict=True)]
             for unit in (False, True):
                 found[shrinkage, unit] = torch.stack([of[unit] for of in scores])
         right = []
-        for choice in CHOICES:
+        for choice in self.choices:
             weights = torch.tensor(self.weights(choice), dtype=torch.float64)
             summed = torch.einsum("g,gnk->nk", weights, found[choice.shrinkage, choice.unit])
             right.append((summed.masked_fill(~classes, -torch.inf).argmax(dim=1) == labels).sum())
@@ -211,13 +239,17 @@ class DiscriminantsClient(StatisticsClient):
         if not vit.num_prefix_tokens:
             raise ValueError(f"backbone.name: '{vit.name}' has no class token, which DiscriminantsClient needs")
         super().build(vit, cnn, cnn_name, num_classes)
-        self.head = Discriminants(2 * min(BLOCKS, vit.depth))
-        self.register_buffer("hits", torch.zeros(2, len(CHOICES), dtype=torch.int64))
+        self.head = self.made_head(2 * min(BLOCKS, vit.depth), cnn)
+        self.register_buffer("hits", torch.zeros(2, len(self.head.choices), dtype=torch.int64))
+
+    def made_head(self, groups: int, cnn: SmallModelSpec) -> Discriminants:
+        """Discriminants of the ViT's G vectors."""
+        return Discriminants(groups)
 
     @property
     def features(self) -> int:
         """p, of the class tokens and the mean patch tokens of all blocks."""
-        return self.head.groups * self.vit.width
+        return self.head.groups * self.vit.width + self.head.small
 
     def precompute(self, images: Tensor) -> dict[str, Tensor]:
         """The frozen features (B, p)."""
@@ -249,10 +281,10 @@ class DiscriminantsClient(StatisticsClient):
         learned, begun = self.memory.learned, self.memory.begun
         current = self.data.train_images(learned, begun)
         if int(self.collected) == begun > learned:  # they are behind the sums
-            observed = self.observe(current, lambda images: self.frozen(images))
+            observed = self.observe(current, lambda images: {"features": self.output_features(images)})
             features, labels = self.seen_by_head(observed["features"]), self.data.labels(current)
             self.hits[1] = self.head.hits(sums, features, labels, self.data.class_mask(0, begun))
-        solution = self.head.solve({0: sums}, CHOICES[self.choice()])
+        solution = self.head.solve({0: sums}, self.head.choices[self.choice()])
         self.memory.received = as_message(solution, self.head.counts(sums))
 
     def download_schema(self) -> Schema:

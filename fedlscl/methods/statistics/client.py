@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedlscl.batches import Batch, Output
+from fedlscl.batches import Batch, Images, Output
 from fedlscl.checks import at_least
 from fedlscl.client import Client
 from fedlscl.continual import NoReplay
@@ -43,7 +43,6 @@ class StatisticsClient(Client):
     """
 
     discloses = "task"
-    sends_once = True
     uncapturable = "it adds up on the CPU and trains nothing"
     unprotected: ClassVar[str] = ""
 
@@ -119,6 +118,11 @@ class StatisticsClient(Client):
 
     # ---- one round
 
+    @classmethod
+    def sends_once(cls, task: int) -> bool:
+        """It does."""
+        return True
+
     def check(self, split: Split) -> None:
         """Any split will do; from its tasks follows how much noise there must be."""
         self.tasks = split.spec.tasks
@@ -141,13 +145,13 @@ class StatisticsClient(Client):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the sums."""
         if self.new:
-            features = self.seen_by_head(self.output_features(batch))
+            features = self.seen_by_head(self.output_features(batch.images))
             labels, numbers = batch.images.labels.cpu(), numbers_of(batch.images.pixels).cpu()
             self.sums = added([self.sums, self.head.sums(features, labels, numbers, self.num_classes)])
 
-    def output_features(self, batch: Batch) -> Tensor:
+    def output_features(self, images: Images) -> Tensor:
         """(B, d) the frozen features of training images."""
-        return self.frozen(batch.images)["features"]
+        return self.frozen(images)["features"]
 
     # ---- messages
 
