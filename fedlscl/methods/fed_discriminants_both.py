@@ -237,7 +237,7 @@ class BothDiscriminantsServer(DiscriminantsServer):
         training = trains(context.round)
         fitting = [client for client, upload in uploads.items() if bool(_parted(upload.tensors)[0]) == training]
         for client in sorted(set(uploads) - set(fitting)):
-            wanted = "a small model" if training else "sums"
+            wanted = "small model" if training else "sums"
             log.warning("client %d is left out of round %d: it sent no %s", client, context.round.number, wanted)
         sent = OnDemand(fitting, uploads.__getitem__)
         if not training:
