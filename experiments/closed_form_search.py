@@ -5,7 +5,7 @@
 For each of the seeds it deals the setting's images as a run with `--data.split.local_test holdout30` does, and prints,
 as means over the seeds, the final average in % under `seen`, `task` and `federation` of every head that
 experiments/results/mechanism.md ("A method of our own") speaks of. No test image is looked at. Features are computed
-once for all seeds; `--features FILE.npz` keeps them. For what is trained, see adapted_search.py.
+once for all seeds; `--features FILE.npz` keeps them. For what is trained, see adapted_search.py and both_search.py.
 """
 
 from __future__ import annotations
