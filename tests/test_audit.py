@@ -199,6 +199,23 @@ SETS: dict[str, Any] = {
     },
     "server": {"class_path": "ExactO2D"},
 }
+BOTH: dict[str, Any] = {
+    "method": "both",
+    "model": {"class_path": "BothDiscriminantsClient", "init_args": {"epochs": 1}},
+    "server": {"class_path": "BothDiscriminantsServer"},
+}
+
+
+@pytest.mark.usefixtures("command_line")
+def test_a_server_answers_in_the_round_in_which_it_was_sent_something(tmp_path: Path, cache: Path) -> None:
+    words, run_dir = ["--config", configured(tmp_path, cache, BOTH)], tmp_path / "run"
+    main(["fit", *words, "--tracking.received", "true", "--federation.rounds", "2", "--run_dir", str(run_dir)])
+    run = AuditedRun(run_dir)
+    rounds = {sight.round: run.context(sight).round for sight in run.sights}
+    expected = {round.number: round for round in run.schedule.after(0, run.data.split.spec.tasks, run.seed)}
+    assert rounds == {number: expected[number] for number in rounds}
+    assert [round.ends_task for round in rounds.values()][:2] == [False, True]
+    assert attacks.SUM in attacks.attack(run, reconstruct=0).exact
 
 
 @pytest.mark.usefixtures("command_line")

@@ -26,7 +26,6 @@ from fedlscl.run.configuration import Configuration
 from fedlscl.run.folder import CHECKPOINT, CONFIG, SPLIT, SUMMARY, RunFolder
 from fedlscl.run.received import Sight, kept
 from fedlscl.run.summary import Summary, contradictory
-from fedlscl.schedule import Round
 from fedlscl.server import Answer, Context, Server, Total
 
 BATCH = 128
@@ -288,7 +287,7 @@ class AuditedRun:
 
     def context(self, sight: Sight) -> Context:
         """What a server knows of a round."""
-        round = Round(sight.task, sight.round, False, self.seed)
+        round = next(self.schedule.after(sight.round - 1, sight.task, self.seed))
         return Context(self.template.clients, round, lambda: self.template.trainer(None), self.template.common_start)
 
     def _alone(self) -> Server:
