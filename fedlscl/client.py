@@ -64,6 +64,8 @@ class Client(InferenceClient):
         "of it protects nobody; that takes DP-SGD, which is not there, and gives a linear head far less accuracy than "
         "the closed form has at the same epsilon (docs/privacy.md)"
     )
+    # whether all that it sends of a task's images goes out in the first round in which it sends any, and nothing after
+    sends_once: ClassVar[bool] = False
     # why the training step does more than what can be recorded on a GPU and repeated, if it does: it looks at which
     # images those of a batch are, draws from a generator of its own, or waits for a number
     uncapturable: ClassVar[str] = ""
@@ -139,15 +141,17 @@ class Client(InferenceClient):
     # ---- one round
 
     @classmethod
-    def sends_once(cls, task: int) -> bool:
-        """Whether what it sends of a task goes out in the first round in which it takes part, and nothing later.
+    def sends_images(cls, round: Round) -> bool:
+        """Whether there is something of the images in what a client sends in a round.
 
-        Where it does, secure sums leave out the rounds in which nobody has anything to send.
-
-        Args:
-            task: its number, from 1.
+        If not, those of its task are behind what it sends later: the server counts images by this.
         """
-        return False
+        return True
+
+    @property
+    def behind(self) -> int:
+        """The last task whose images were behind what was sent before, by default the last one learned."""
+        return self.memory.learned
 
     def begin_round(self, round: Round) -> None:
         """Get ready for `Trainer.fit` in this round."""
@@ -170,7 +174,8 @@ class Client(InferenceClient):
     def training_set(self) -> tuple[Tensor, Tensor, Tensor]:
         """Images (n,) of the current task, its classes (K,), and all classes seen (K,)."""
         learned, task = self.memory.learned, self.round.task
-        return self.data.train_images(learned, task), self.data.class_mask(learned, task), self.data.class_mask(0, task)
+        images = self.data.train_images(self.behind, task)
+        return images, self.data.class_mask(learned, task), self.data.class_mask(0, task)
 
     def rng(self, purpose: str) -> torch.Generator:
         """A generator for what this client draws in this round."""

@@ -259,11 +259,11 @@ class Federation:
         return sum(of_tasks[self._learned[client] : task])
 
     def _last_tasks(self, until: int) -> list[int]:
-        """The last task, up to `until`, in which each client took part to the end of a round; 0 for none."""
+        """The last task, up to `until`, in which each client sent something of its images; 0 for none."""
         learned = [0] * self.clients
         for past in self.history:
-            if past.task <= until:
-                then = Round(past.task, past.round, False, self.template.seed)
+            then = next(self.schedule.after(past.round - 1, past.task, self.template.seed))
+            if past.task <= until and self.template.client.sends_images(then):
                 for client in self.schedule.participants(self.clients, then):
                     if client not in past.skipped:
                         learned[client] = past.task
@@ -271,7 +271,7 @@ class Federation:
 
     def _all_sent(self, round: Round, participants: list[int]) -> bool:
         """Whether it is on record that a round's clients have sent all that there is of the task: no sum is needed."""
-        if not self.template.client.sends_once(round.task):
+        if not self.template.client.sends_once:
             return False
         last = self._last_tasks(round.task)
         return all(last[client] == round.task for client in participants)

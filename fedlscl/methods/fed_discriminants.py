@@ -267,6 +267,11 @@ class DiscriminantsClient(StatisticsClient):
         super().on_train_start()
         self.log("discriminants/choice", float(self.choice()))
 
+    @property
+    def counted_from(self) -> int:
+        """The last task whose images were in the sums before those of this round's."""
+        return self.memory.learned
+
     def choice(self) -> int:
         """Which of the choices has been right most often; of those that are alike the first."""
         return int(self.hits.sum(dim=0).argmax())
@@ -278,9 +283,9 @@ class DiscriminantsClient(StatisticsClient):
     def on_download_end(self) -> None:
         """Choose, and solve for the head."""
         sums = self.memory.received
-        learned, begun = self.memory.learned, self.memory.begun
-        current = self.data.train_images(learned, begun)
-        if int(self.collected) == begun > learned:  # they are behind the sums
+        begun = self.memory.begun
+        current = self.data.train_images(self.counted_from, begun)
+        if int(self.collected) == begun > self.memory.learned:  # they are behind the sums
             observed = self.observe(current, lambda images: {"features": self.output_features(images)})
             features, labels = self.seen_by_head(observed["features"]), self.data.labels(current)
             self.hits[1] = self.head.hits(sums, features, labels, self.data.class_mask(0, begun))

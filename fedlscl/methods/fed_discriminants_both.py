@@ -34,7 +34,7 @@ from fedlscl.messages import Download, MessageError, Schema, TensorSpec, Upload,
 from fedlscl.methods.fed_discriminants import Discriminants, DiscriminantsClient, DiscriminantsServer
 from fedlscl.models.cnn import SmallModel, SmallModelSpec
 from fedlscl.models.vit import FrozenViT
-from fedlscl.robust import Robust
+from fedlscl.robust import ALL, CHANGE, Robust, Sizes
 from fedlscl.schedule import Round
 from fedlscl.server import WEIGHT, Answers, Context, FedAvg, Metrics, OnDemand, Total
 
@@ -62,6 +62,7 @@ class BothDiscriminantsClient(DiscriminantsClient):
     """
 
     uncapturable = "it trains in the first task alone, and then adds up on the CPU"
+    since: Tensor  # () the last task whose images were in the sums before those that were sent last
 
     def __init__(
         self,
@@ -84,6 +85,7 @@ class BothDiscriminantsClient(DiscriminantsClient):
         super().build(vit, cnn, cnn_name, num_classes)
         self.cnn = SmallModel(cnn, cnn_name)
         self.own = nn.Linear(cnn.features, num_classes)
+        self.register_buffer("since", torch.tensor(0))
 
     def made_head(self, groups: int, cnn: SmallModelSpec) -> Discriminants:
         """Discriminants of the ViT's G vectors and of the small model's features."""
@@ -111,12 +113,26 @@ class BothDiscriminantsClient(DiscriminantsClient):
     # ---- one round
 
     @classmethod
-    def sends_once(cls, task: int) -> bool:
-        """Not in the first task, in whose other rounds the small model travels."""
-        return task > 1
+    def sends_images(cls, round: Round) -> bool:
+        """Not while the small model is trained: the images are then in no sum yet."""
+        return not trains(round)
+
+    @property
+    def behind(self) -> int:
+        """Earlier than the last task learned where this client was not there when sums of that were made."""
+        sent = int(self.collected) == self.round.task
+        return int(self.since) if sent else min(int(self.collected), self.memory.learned)
+
+    @property
+    def counted_from(self) -> int:
+        """The last task whose images were in the sums before."""
+        return int(self.since)
 
     def begin_round(self, round: Round) -> None:
-        """Train, or make ready for sums."""
+        """Train, or make ready for sums, with the small model that all have in common."""
+        if self.memory.kept:  # no server answered what was trained from it
+            self.adopt(self.memory.kept)
+            self.memory.kept = {}
         self.trains = trains(round)
         self.batch_size = self.training_batch_size if self.trains else max(2, self.evaluation_batch_size)
         collected = int(self.collected)
@@ -124,12 +140,9 @@ class BothDiscriminantsClient(DiscriminantsClient):
         if self.trains:
             self.new = False
             self.collected.fill_(collected)
-
-    def training_set(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Also the images of a task in whose last round this client was not there: they are in no sum yet."""
-        _, classes, seen = super().training_set()
-        since = min(int(self.collected), self.memory.learned)
-        return self.data.train_images(since, self.round.task), classes, seen
+            self.memory.kept = {name: tensor.detach().clone() for name, tensor in self.shared().items()}
+        elif self.new:
+            self.since.fill_(min(collected, self.memory.learned))
 
     def passes(self, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
         """Every current image once, or in each epoch where the small model is trained."""
@@ -175,10 +188,17 @@ class BothDiscriminantsClient(DiscriminantsClient):
 
     def download(self, message: Download) -> None:
         """theta, or the sums, which are kept until the images are at hand."""
-        theta, _ = _parted(message.tensors)
+        theta, sums = _parted(message.tensors)
+        whole = {*self.shared()} if theta else {*super().download_schema()}
+        if {*message.tensors} != whole:
+            raise MessageError(
+                f"download: has {sorted(message.tensors)[:3]} and more, must be a small model or all sums"
+            )
         self.adopt(theta)
-        if not theta:
-            super().download(message)
+        if theta:
+            self.memory.kept = {}
+        else:
+            super().download(replace(message, tensors=sums))
 
     def on_download_end(self) -> None:
         """Choose, and solve for the head, if there are sums."""
@@ -223,6 +243,16 @@ class BothDiscriminantsServer(DiscriminantsServer):
             whole = len(self.averaging.names)
             raise MessageError(f"upload: has {len(theta)} of the small model's {whole} tensors, and {sorted(sums)}")
 
+    def compare(self, found: Mapping[int, Sizes], before: Sizes) -> dict[int, str]:
+        """Small models beside small models, and sums beside sums; who sends another kind than most is left out."""
+        training = {client for client, one in found.items() if any(name.startswith("cnn.") for name in one)}
+        wrong = training if 2 * len(training) < len(found) else (set(found) - training if training else set())
+        alike = {client: one for client, one in found.items() if client not in wrong}
+        if not training - wrong:  # what is known of small models says nothing of sums
+            before = {n: size for n, size in before.items() if n not in (ALL, CHANGE) and not n.startswith("cnn.")}
+        kind = "sums" if training - wrong else "a small model"
+        return {**dict.fromkeys(wrong, f"it sent {kind}, unlike the others"), **super().compare(alike, before)}
+
     def state(self) -> dict[str, Tensor]:
         """Also what a robust average remembers."""
         return {**super().state(), **above(self.averaging.state(), "averaging.")}
@@ -236,9 +266,6 @@ class BothDiscriminantsServer(DiscriminantsServer):
         """One small model for all clients, absent ones included, or the sums over all images so far."""
         training = trains(context.round)
         fitting = [client for client, upload in uploads.items() if bool(_parted(upload.tensors)[0]) == training]
-        for client in sorted(set(uploads) - set(fitting)):
-            wanted = "small model" if training else "sums"
-            log.warning("client %d is left out of round %d: it sent no %s", client, context.round.number, wanted)
         sent = OnDemand(fitting, uploads.__getitem__)
         if not training:
             if context.round.number == 1:
