@@ -120,6 +120,7 @@ class Ending:
         folder = self.planned.folder
         rows = answer.ranking(standings, choice)
         table = Table(*answer.HEADER, box=None, header_style="bold", pad_edge=False)
+        table.columns[0].no_wrap = True  # a name that is cut may be that of another
         for row in rows:
             table.add_row(*row)
         seeds = min(len(standing.values) for standing in standings)
