@@ -142,10 +142,7 @@ class Client(InferenceClient):
 
     @classmethod
     def sends_images(cls, round: Round) -> bool:
-        """Whether there is something of the images in what a client sends in a round.
-
-        If not, those of its task are behind what it sends later: the server counts images by this.
-        """
+        """Whether what a client sends in a round is of its images, so that the server counts them as sent."""
         return True
 
     @property

@@ -191,9 +191,7 @@ class BothDiscriminantsClient(DiscriminantsClient):
         theta, sums = _parted(message.tensors)
         whole = {*self.shared()} if theta else {*super().download_schema()}
         if {*message.tensors} != whole:
-            raise MessageError(
-                f"download: has {sorted(message.tensors)[:3]} and more, must be a small model or all sums"
-            )
+            raise MessageError(f"download: has {sorted(message.tensors)[:3]}, must be a small model or all sums")
         self.adopt(theta)
         if theta:
             self.memory.kept = {}
