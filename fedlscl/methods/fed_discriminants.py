@@ -267,11 +267,6 @@ class DiscriminantsClient(StatisticsClient):
         super().on_train_start()
         self.log("discriminants/choice", float(self.choice()))
 
-    @property
-    def counted_from(self) -> int:
-        """The last task whose images were in the sums before those of this round's."""
-        return self.memory.learned
-
     def choice(self) -> int:
         """Which of the choices has been right most often; of those that are alike the first."""
         return int(self.hits.sum(dim=0).argmax())
@@ -284,7 +279,7 @@ class DiscriminantsClient(StatisticsClient):
         """Choose, and solve for the head."""
         sums = self.memory.received
         begun = self.memory.begun
-        current = self.data.train_images(self.counted_from, begun)
+        current = self.data.train_images(self.behind, begun)
         if int(self.collected) == begun > self.memory.learned:  # they are behind the sums
             observed = self.observe(current, lambda images: {"features": self.output_features(images)})
             features, labels = self.seen_by_head(observed["features"]), self.data.labels(current)

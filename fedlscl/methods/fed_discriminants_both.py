@@ -62,7 +62,7 @@ class BothDiscriminantsClient(DiscriminantsClient):
     """
 
     uncapturable = "it trains in the first task alone, and then adds up on the CPU"
-    since: Tensor  # () the last task whose images were in the sums before those that were sent last
+    since: Tensor  # () the last task whose images were in a sum when the current one began
 
     def __init__(
         self,
@@ -120,12 +120,6 @@ class BothDiscriminantsClient(DiscriminantsClient):
     @property
     def behind(self) -> int:
         """Earlier than the last task learned where this client was not there when sums of that were made."""
-        sent = int(self.collected) == self.round.task
-        return int(self.since) if sent else min(int(self.collected), self.memory.learned)
-
-    @property
-    def counted_from(self) -> int:
-        """The last task whose images were in the sums before."""
         return int(self.since)
 
     def begin_round(self, round: Round) -> None:
@@ -136,13 +130,13 @@ class BothDiscriminantsClient(DiscriminantsClient):
         self.trains = trains(round)
         self.batch_size = self.training_batch_size if self.trains else max(2, self.evaluation_batch_size)
         collected = int(self.collected)
+        if collected < round.task:
+            self.since.fill_(collected)
         super().begin_round(round)
         if self.trains:
             self.new = False
             self.collected.fill_(collected)
             self.memory.kept = {name: tensor.detach().clone() for name, tensor in self.shared().items()}
-        elif self.new:
-            self.since.fill_(min(collected, self.memory.learned))
 
     def passes(self, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
         """Every current image once, or in each epoch where the small model is trained."""
@@ -188,7 +182,7 @@ class BothDiscriminantsClient(DiscriminantsClient):
 
     def download(self, message: Download) -> None:
         """theta, or the sums, which are kept until the images are at hand."""
-        theta, sums = _parted(message.tensors)
+        theta, _ = _parted(message.tensors)
         whole = {*self.shared()} if theta else {*super().download_schema()}
         if {*message.tensors} != whole:
             raise MessageError(f"download: has {sorted(message.tensors)[:3]}, must be a small model or all sums")
@@ -196,7 +190,7 @@ class BothDiscriminantsClient(DiscriminantsClient):
         if theta:
             self.memory.kept = {}
         else:
-            super().download(replace(message, tensors=sums))
+            super().download(message)
 
     def on_download_end(self) -> None:
         """Choose, and solve for the head, if there are sums."""
